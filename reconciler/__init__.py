@@ -1,0 +1,1 @@
+"""Declarative set points for the GPUs of one box."""

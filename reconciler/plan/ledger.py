@@ -1,0 +1,153 @@
+"""`Ledger`: what was decided before, and what history teaches. The planner's third argument and part of its answer.
+
+The planner never mutates a ledger: it returns the next one in `Plan.ledger`, and the journal makes that durable before
+anything acts on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reconciler.clock import Instant
+from reconciler.plan.observed import Subject
+from reconciler.spec.spec import Source
+
+OverlayState = Literal[
+    "pending", "admitted", "evicting", "starting", "active", "overrun", "completing", "restoring",
+    "done", "failed", "cancelled", "expired",
+]  # fmt: skip
+TERMINAL: frozenset[OverlayState] = frozenset({"done", "failed", "cancelled", "expired"})
+LIVE: frozenset[OverlayState] = frozenset(
+    {"admitted", "evicting", "starting", "active", "overrun", "completing", "restoring"}
+)
+
+EndpointState = Literal[
+    "pending", "starting", "healthy", "unhealthy", "failed", "stopping", "stopped", "sleeping", "unknown"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A live overlay's hold on part of one GPU, on behalf of one of its subjects."""
+
+    overlay: str
+    subject: Subject
+    gpu: str
+    """UUID."""
+    memory_bytes: int
+    exclusive: bool
+    since: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayRecord:
+    """Where one run of one overlay stands."""
+
+    name: str
+    state: OverlayState
+    since: Instant
+    """When it entered this state."""
+    window_start: float
+    """Epoch seconds of the start this run is for; tells one cron occurrence from the next."""
+    placement_hash: str
+    priority: int
+    source: Source
+    gpus: tuple[str, ...] = ()
+    """UUIDs of the workload's or reservation's GPUs, kept for display after the leases are gone."""
+    evicted: tuple[str, ...] = ()
+    """Endpoints it displaced."""
+    seized: tuple[str, ...] = ()
+    """Lower overlays it displaced."""
+    active_since: Instant | None = None
+    attempt: int = 0
+    exit_code: int | None = None
+    outcome: Literal["done", "failed", "cancelled", "expired"] | None = None
+    """What it will be once the baseline is back; set on entering `completing`."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """One observed end of one incarnation."""
+
+    incarnation: str
+    at: Instant
+    exit_code: int | None
+    planned: bool
+    """We had asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRecord:
+    """What is remembered of one endpoint between ticks and over restarts of the daemon."""
+
+    name: str
+    exits: tuple[Exit, ...] = ()
+    """The last few, oldest first."""
+    streak: int = 0
+    """Unplanned ends in a row without `reset_after` of readiness between them."""
+    ready_incarnation: str | None = None
+    """The incarnation that was last seen ready (so that an adopted one that fails is unhealthy, not starting)."""
+    ready_since: Instant | None = None
+    unhealthy_since: Instant | None = None
+    failed: str | None = None
+    """Why it is failed; sticky until `failed_hash` no longer matches, or `reset`."""
+    failed_hash: str | None = None
+    evictions: tuple[float, ...] = ()
+    """Epoch seconds of past evictions, within the last hour and the last one before it."""
+    evicted_by: str | None = None
+    """The overlay that displaced it; None once it is ready again."""
+    renew_before: Instant | None = None
+    """Incarnations started before this are to be replaced (clean-start)."""
+    last_gpus: tuple[str, ...] = ()
+    """Where it last ran: preferred when it comes back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A GPU that nothing is placed on until `reset`."""
+
+    gpu: str
+    since: Instant
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgendaEntry:
+    """One planned transition of one endpoint. Inside it, and only for these states, nothing is an incident."""
+
+    endpoint: str
+    expected_states: tuple[EndpointState, ...]
+    """In the order in which they are expected."""
+    start: float
+    """Epoch seconds."""
+    until: float
+    """Epoch seconds; never open-ended."""
+    reason: str
+    overlay: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Predicted seconds for one endpoint or workload; learnt from history, engine defaults before that."""
+
+    load_s: float
+    drain_s: float
+    stop_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Everything durable that the planner reads and writes."""
+
+    boot_id: str = ""
+    overlays: Mapping[str, OverlayRecord] = field(default_factory=dict)
+    leases: tuple[Lease, ...] = ()
+    endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict)
+    quarantines: Mapping[str, Quarantine] = field(default_factory=dict)
+    """By GPU UUID."""
+    agenda: tuple[AgendaEntry, ...] = ()
+    timings: Mapping[str, Timings] = field(default_factory=dict)
+    """By endpoint name; read only."""

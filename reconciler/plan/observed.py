@@ -1,0 +1,162 @@
+"""`Observed`: what the box showed, with a time on each part. The planner's second argument.
+
+`None` and the state `unknown` mean *could not be seen*, never *not there*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reconciler.clock import Instant
+
+SubjectKind = Literal["endpoint", "workload"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Subject:
+    """Whom an incarnation belongs to: an endpoint, or the workload of an overlay."""
+
+    kind: SubjectKind
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process that NVML names on one GPU."""
+
+    pid: int
+    memory_bytes: int | None
+    """None: NVML does not say (N/A); never 0 for that."""
+    owner: Subject | None
+    """None: foreign, never to be signalled."""
+    user: str | None
+    command: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as NVML shows it."""
+
+    index: int
+    uuid: str
+    name: str
+    state: Literal["ok", "unknown", "lost"]
+    total_bytes: int
+    """The last total seen; survives `unknown` and `lost`."""
+    used_bytes: int | None
+    processes: tuple[GpuProcess, ...] | None
+    detail: str
+    """Why it is unknown or lost, or a health gate (pending row remap, retired pages); else empty."""
+    healthy: bool
+    """False: pending row remap or retirement; nothing new is placed on it."""
+    at: Instant
+    """When this was read."""
+    numa_node: int | None = None
+
+
+Phase = Literal["intent", "running", "exited", "vanished", "unknown"]
+"""
+intent:   recorded, and its lock is held (or not yet taken): the shim has not reported a process yet
+running:  the leader is alive, its identity verified
+exited:   the leader is gone and its exit was recorded
+vanished: the leader is gone, or never started, without an exit record; its exit code is unknown for ever
+unknown:  the leader's identity could not be verified (unreadable /proc or record); never acted upon
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StopProgress:
+    """How far a stop has come; recorded durably so that a new daemon signals nobody twice."""
+
+    requested: Instant
+    drained: bool
+    """Draining ended: nothing in flight, or its time was up."""
+    signalled: Instant | None
+    """When the leader got its stop signal; None: not yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """One start of one endpoint or workload, from its records and the process table."""
+
+    id: str
+    subject: Subject
+    process_hash: str
+    """The `process_hash` (endpoint) or `placement_hash` (workload) it was started for."""
+    gpus: tuple[str, ...]
+    """UUIDs it was given."""
+    memory_bytes: tuple[int, ...]
+    """Planned bytes on each of `gpus`, in the same order."""
+    exclusive: bool
+    """It claimed whole GPUs."""
+    port: int | None
+    started: Instant
+    """Time of the intent."""
+    phase: Phase
+    pid: int | None
+    """The leader's pid once known."""
+    strays: tuple[int, ...] | None
+    """Living members other than the leader (verified ours); None: could not be seen."""
+    exit_code: int | None
+    """0..255, or −signal; None while alive, or unknown (`vanished`)."""
+    exited: Instant | None
+    stop: StopProgress | None = None
+    attempt: int = 0
+    """Workloads: 0 for the first try, 1 for the first retry…"""
+
+    @property
+    def alive(self) -> bool:
+        """Something of it may still run: it holds its GPUs, port and lock."""
+        return self.phase in ("intent", "running", "unknown") or self.strays is None or bool(self.strays)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What an endpoint's HTTP port last said, for one incarnation."""
+
+    incarnation: str
+    at: Instant
+    ready: bool | None
+    """None: not asked yet, or the question could not be put."""
+    misses: int
+    """Misses in a row up to now."""
+    failing_since: Instant | None
+    ready_since: Instant | None
+    busy: int | None = None
+    """Requests running + waiting; None: the engine does not say."""
+    sleeping: bool | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PortHolder:
+    """A process other than ours that listens on a port we need."""
+
+    port: int
+    pid: int | None
+    """None: someone listens, but who could not be seen."""
+    command: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One look at the box."""
+
+    at: Instant
+    boot_id: str
+    gpus: tuple[Gpu, ...]
+    """In NVML order. GPUs seen before and missing now are listed as `lost`."""
+    incarnations: tuple[Incarnation, ...]
+    """Living ones, and ended ones until their end is in the ledger; sorted by subject, then start."""
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    """By incarnation id."""
+    ports: Mapping[int, PortHolder] = field(default_factory=dict)
+    """Foreign listeners on ports that endpoints without a living incarnation want."""
+    gpus_known: bool = True
+    """False: the driver did not answer and `gpus` says nothing."""
+    gpus_detail: str = ""

@@ -1,0 +1,249 @@
+"""`Spec`: the set points and overlays, resolved.
+
+Every default is applied, every name (priority, profile, unit) looked up, every path absolute. What depends on the box
+(a pin's GPU, a fraction's bytes) stays symbolic and is resolved by the planner against the observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reconciler.errors import Problem
+
+SetPoint = Literal["running", "standby", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Source:
+    """Where something was written: the cause of a decision ends here."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+# ---------------------------------------------------------------- claims on GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPins:
+    """Exactly these GPUs, by index in NVML order or by UUID."""
+
+    refs: tuple[int | str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many GPUs are claimed."""
+        return len(self.refs)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCount:
+    """Any GPUs, this many, all or none."""
+
+    count: int
+
+
+GpuClaim = GpuPins | GpuCount
+
+
+@dataclass(frozen=True, slots=True)
+class WholeGpu:
+    """The whole GPU, exclusively: its total less the node's reserve."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFraction:
+    """This part (0 < fraction <= 1) of each GPU's total memory."""
+
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBytes:
+    """This many bytes on each GPU."""
+
+    bytes: int
+
+
+MemoryClaim = WholeGpu | MemoryFraction | MemoryBytes
+
+
+# ---------------------------------------------------------------- endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How an endpoint is asked whether it is ready."""
+
+    path: str = "/health"
+    interval_s: float = 5.0
+    timeout_s: float = 10.0
+    failures: int = 3
+    """Misses in a row before a ready endpoint counts as unhealthy."""
+    startup_s: float = 900.0
+    """Deadline for the first readiness; no liveness kill before it."""
+    unhealthy_for_s: float = 60.0
+    """Unhealthy for this long leads to a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How a process is asked to end."""
+
+    signal: str = "SIGTERM"
+    drain_s: float = 15.0
+    grace_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Back-off between restarts and the budget after which an endpoint is failed."""
+
+    initial_s: float = 1.0
+    max_s: float = 300.0
+    reset_after_s: float = 600.0
+    max_restarts: int = 5
+    window_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """How an endpoint gives way: `stop`, or `sleep` at an engine's sleep level."""
+
+    method: Literal["stop", "sleep"] = "stop"
+    level: Literal[1, 2] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSpec:
+    """A model server of the baseline, or a temporary one of an overlay."""
+
+    name: str
+    model: str | None
+    engine: str
+    """Name of an engine profile (`spec.engines`)."""
+    executable: str | None
+    """None: the profile's own, looked up on PATH."""
+    capabilities: tuple[str, ...]
+    gpus: GpuClaim
+    memory: MemoryClaim
+    port: int | None
+    priority: int
+    state: SetPoint
+    preemptible: bool
+    movable: bool
+    evict: Evict
+    args: tuple[str, ...]
+    command: tuple[str, ...] | None
+    """The whole command of `engine: custom`; {port} {model} {gpus} {memory} are filled in at start."""
+    env: Mapping[str, str]
+    env_file: str | None
+    """Absolute path; values never shown. Read by the shim's starter, not kept here."""
+    cwd: str
+    health: Health
+    stop: Stop
+    restart: Restart
+    process_hash: str
+    """Covers exactly the fields whose change needs a new process (and the digest of `env_file`'s content);
+    not priority, capabilities, state, consent, health, stop, restart or evict, and not *which* GPUs are claimed,
+    only how many and how much memory."""
+    source: Source
+
+
+# ---------------------------------------------------------------- overlays
+
+
+@dataclass(frozen=True, slots=True)
+class Makespan:
+    """When an overlay runs, and for how long."""
+
+    start: float | None
+    """Epoch seconds; None: as soon as the file is seen (or by `schedule`)."""
+    duration_s: float | None
+    """Expected; None only with a deadline."""
+    grace_s: float
+    on_overrun: Literal["continue", "stop"]
+    deadline: float | None
+    """Epoch seconds; hard."""
+    schedule: str | None
+    timezone: str | None
+    starting_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A command run to completion."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    env_file: str | None
+    cwd: str
+    retries: int
+    preemptible: bool
+    stop: Stop
+
+
+@dataclass(frozen=True, slots=True)
+class OverlaySpec:
+    """One file that changes the desired state for a while. Its name is the file's stem."""
+
+    name: str
+    priority: int
+    allow_baseline_eviction: bool
+    makespan: Makespan
+    gpus: GpuClaim | None
+    """None: the overlay itself needs no GPU (it only sets or requires)."""
+    memory: MemoryClaim
+    requires: tuple[str, ...]
+    workload: Workload | None
+    endpoints: Mapping[str, EndpointSpec]
+    """`set`, resolved: the patched or temporary endpoints, complete."""
+    on_edit: Literal["wait", "replace"]
+    placement_hash: str
+    """Covers what a running overlay cannot change in place: gpus, memory, workload, set, requires."""
+    source: Source
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the files say of the box itself."""
+
+    name: str
+    gpus: tuple[int | str, ...] | None
+    """Indices or UUIDs that may be used; None: all."""
+    reserve_bytes: int = 1 << 30
+    """Memory on each GPU never planned; foreign use below it costs nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Brakes against thrashing."""
+
+    max_evictions_per_hour: int = 3
+    min_ready_s: float = 120.0
+    resync_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Everything people wrote, resolved; the planner's first argument."""
+
+    node: Node
+    policy: Policy
+    floors: Mapping[str, int]
+    """Capability → least number of ready providers that no preemption may break (`min_available`)."""
+    endpoints: Mapping[str, EndpointSpec]
+    overlays: Mapping[str, OverlaySpec]
+    digest: str
+    """Hash of the meaning (not of comments or order); equal digest, equal spec."""
+    problems: tuple[Problem, ...] = field(default=())
+    """Rejected overlay files; they change nothing."""
