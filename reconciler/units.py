@@ -1,4 +1,4 @@
-"""Bytes and durations: parsing what people write, printing what people read. Conversion happens here and nowhere else."""
+"""Bytes and durations: parsing what people write, printing what people read. Conversion happens here alone."""
 
 from __future__ import annotations
 

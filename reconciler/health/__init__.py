@@ -1,1 +1,1 @@
-"""What is wrong that nobody planned: Observed × Agenda → incidents. Pure, like the planner."""
+"""What is wrong that nobody planned: Observed and Agenda → incidents. Pure, like the planner."""

@@ -32,7 +32,7 @@ class Cause:
     detail: str = ""
 
     def __str__(self) -> str:
-        parts = [self.kind]
+        parts: list[str] = [self.kind]
         if self.overlay:
             parts.append(self.overlay)
         if self.detail:

@@ -103,7 +103,7 @@ class Incarnation:
     strays: tuple[int, ...] | None
     """Living members other than the leader (verified ours); None: could not be seen."""
     exit_code: int | None
-    """0..255, or −signal; None while alive, or unknown (`vanished`)."""
+    """0..255, or -signal; None while alive, or unknown (`vanished`)."""
     exited: Instant | None
     stop: StopProgress | None = None
     attempt: int = 0

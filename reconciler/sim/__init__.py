@@ -1,1 +1,1 @@
-"""A simulated node behind the same ports: a driver object under the real pynvml, and engines that are real processes."""
+"""A simulated node behind the same ports: a driver object under the real pynvml, engines that are real processes."""
