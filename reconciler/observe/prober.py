@@ -1,0 +1,264 @@
+"""Asking every endpoint again and again, each at its own pace, on a few threads; and keeping what they last said.
+
+One thread sleeps until the next question is due; up to `MAX_WORKERS` others put the questions, so that endpoints that
+hang until their timeout do not delay the rest. An endpoint is never asked by two at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from reconciler.clock import Clock, Instant
+from reconciler.observe.probe import Answer, Connection, OwnsListener, ProbeTarget
+from reconciler.plan.observed import Probe
+
+LOG = logging.getLogger(__name__)
+
+MAX_WORKERS = 16
+"""Threads exist only while that many questions are out at once: one or two on a healthy box."""
+FIRST_PACE_S = 0.05
+"""Pace at the beginning of a start: engines that load nothing are ready in 0.2 s."""
+SLOWEST_START_PACE_S = 1.0
+START_PACE_GROWTH = 0.05
+"""While starting the pace is this part of the time waited so far: readiness is seen at most 5 % late."""
+DRAIN_PACE_S = 0.25
+"""Pace while draining: the end of the last request is what a stop waits for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Watch:
+    """One endpoint being asked. Its fields change under the prober's lock, its connection only with `asking` set."""
+
+    target: ProbeTarget
+    since: Instant
+    due: float
+    asking: bool = False
+    dropped: bool = False
+    again: bool = False
+    """Asked for once more while a question was out."""
+    probe: Probe | None = None
+    connection: Connection | None = None
+    ticket: int = field(default=0)
+    """Counts the heap entries made for it; only the newest is valid."""
+
+
+class Prober:
+    """Keeps asking the endpoints it was told to watch.
+
+    `on_change` is called, on some thread of its own, when an answer differs materially: the first one, ready or not
+    ready any more, misses reaching the target's limit, nothing in flight any more. `owns` guards against an answer from
+    somebody else's server on the port.
+    """
+
+    def __init__(self, clock: Clock, on_change: Callable[[], None], *, owns: OwnsListener | None = None) -> None:
+        self._clock = clock
+        self._on_change = on_change
+        self._owns = owns
+        self._lock = threading.Condition()
+        self._watches: dict[str, _Watch] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        self._tickets = 0
+        self._work: queue.SimpleQueue[_Watch | None] = queue.SimpleQueue()
+        self._workers = 0
+        self._idle = 0  # workers without a question; below zero: questions without a worker
+        self._scheduler: threading.Thread | None = None
+        self._closed = False
+
+    def watch(self, targets: Mapping[str, ProbeTarget]) -> None:
+        """Ask exactly these from now on, by incarnation id; what is new at once, what is no longer named never again.
+
+        Only incarnations verified to be alive belong here: a port outlives its process and may become another's.
+        """
+        dropped: list[_Watch] = []
+        with self._lock:
+            now = self._clock.now()
+            for incarnation in [i for i in self._watches if i not in targets]:
+                gone = self._watches.pop(incarnation)
+                gone.dropped = True
+                if not gone.asking:  # else its worker drops the connection
+                    dropped.append(gone)
+            for incarnation, target in targets.items():
+                known = self._watches.get(incarnation)
+                if known is None:
+                    self._schedule(incarnation, self._watches.setdefault(incarnation, _Watch(target, now, now.mono)))
+                elif known.target != target:
+                    known.target = target
+                    if not known.asking:  # else it is scheduled by the new target when the answer is there
+                        known.due = min(known.due, now.mono + self._pace(known, now))
+                        self._schedule(incarnation, known)
+            if self._watches and self._scheduler is None and not self._closed:
+                self._scheduler = threading.Thread(target=self._run_schedule, name="prober", daemon=True)
+                self._scheduler.start()
+        for watch in dropped:
+            _disconnect(watch)
+
+    def probe_now(self, incarnations: Collection[str]) -> None:
+        """Ask these without waiting for their turn; unknown ids are ignored."""
+        with self._lock:
+            now = self._clock.now().mono
+            for incarnation in incarnations:
+                watch = self._watches.get(incarnation)
+                if watch is None:
+                    continue
+                if watch.asking:
+                    watch.again = True
+                else:
+                    watch.due = now
+                    self._schedule(incarnation, watch)
+
+    def results(self) -> dict[str, Probe]:
+        """What each watched endpoint last said, by incarnation id; those not asked yet are left out."""
+        with self._lock:
+            return {i: watch.probe for i, watch in self._watches.items() if watch.probe is not None}
+
+    def close(self) -> None:
+        """Stop asking. Questions that are out end by their own timeouts; nobody waits for them."""
+        self.watch({})
+        with self._lock:
+            self._closed = True
+            for _ in range(self._workers):
+                self._work.put(None)
+            self._lock.notify()
+
+    # ------------------------------------------------------------ pace
+
+    def _pace(self, watch: _Watch, now: Instant) -> float:
+        """Seconds until the next question."""
+        interval_s = watch.target.interval_s
+        if watch.target.busy:
+            return min(interval_s, DRAIN_PACE_S)
+        never_ready = watch.target.starting and (watch.probe is None or watch.probe.ready_since is None)
+        if never_ready:
+            waited = START_PACE_GROWTH * now.since(watch.since)
+            return min(interval_s, max(FIRST_PACE_S, min(waited, SLOWEST_START_PACE_S)))
+        return interval_s
+
+    def _schedule(self, incarnation: str, watch: _Watch) -> None:
+        self._tickets += 1
+        watch.ticket = self._tickets
+        heapq.heappush(self._heap, (watch.due, watch.ticket, incarnation))
+        if self._heap[0][1] == watch.ticket:
+            self._lock.notify()  # it is the next one now: the scheduler sleeps too long
+
+    # ------------------------------------------------------------ threads
+
+    def _run_schedule(self) -> None:
+        with self._lock:
+            while not self._closed:
+                wait_s = self._heap[0][0] - self._clock.now().mono if self._heap else None
+                if wait_s is None or wait_s > 0:
+                    self._lock.wait(wait_s)
+                    continue
+                _, ticket, incarnation = heapq.heappop(self._heap)
+                watch = self._watches.get(incarnation)
+                if watch is None or watch.ticket != ticket or watch.asking:
+                    continue  # an older entry of one that was scheduled anew, or forgotten
+                watch.asking = True
+                if self._idle <= 0 and self._workers < MAX_WORKERS:
+                    self._workers += 1
+                    threading.Thread(target=self._run_worker, name="probe", daemon=True).start()
+                else:
+                    self._idle -= 1
+                self._work.put(watch)
+
+    def _run_worker(self) -> None:
+        while (watch := self._work.get()) is not None:
+            target = watch.target
+            try:
+                if watch.connection is None:
+                    watch.connection = Connection(target, self._clock)
+                answer = watch.connection.ask(target, self._owner_check(watch))
+            except Exception as error:
+                # a defect of ours must neither end the thread nor be taken for an answer of the endpoint
+                LOG.exception("probe of %s failed", target.incarnation)
+                answer = Answer(ready=None, busy=None, detail=f"could not ask: {error!r}")
+            if self._keep(watch, target, answer):
+                self._on_change()
+
+    def _owner_check(self, watch: _Watch) -> OwnsListener | None:
+        """The check of the listener, for an answer that would make it ready: while it stays so, no other can listen."""
+        return None if watch.probe is not None and watch.probe.ready else self._owns
+
+    def _keep(self, watch: _Watch, target: ProbeTarget, answer: Answer) -> bool:
+        """Keep the answer and schedule the next question; whether it is a material change."""
+        with self._lock:
+            self._idle += 1
+            watch.asking = False
+            now = self._clock.now()
+            before = watch.probe
+            watch.probe = after = next_probe(before, target, answer, now)
+            if not watch.dropped:
+                watch.due = now.mono if watch.again else now.mono + self._pace(watch, now)
+                watch.again = False
+                self._schedule(target.incarnation, watch)
+                return is_material(before, after, target.failures)
+        _disconnect(watch)
+        return False
+
+
+def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, now: Instant) -> Probe:
+    """What is known of an endpoint after one more answer.
+
+    1. Could not be asked → `ready` None for now, the counts as they were.
+    2. Ready → no misses; `ready_since` is when it became ready.
+    3. Not ready → one miss more; `ready_since` stays until the misses reach the target's limit, so that one slow answer
+       on a busy box is not an end of readiness.
+    """
+    before = before or Probe(target.incarnation, now, ready=None, misses=0, failing_since=None, ready_since=None)
+    told = replace(before, at=now, ready=answer.ready, busy=answer.busy, detail=answer.detail)
+    if answer.ready is None:  # 1
+        return told
+    if answer.ready:  # 2
+        return replace(told, misses=0, failing_since=None, ready_since=before.ready_since or now)
+    misses = before.misses + 1  # 3
+    ready_since = before.ready_since if misses < target.failures else None
+    return replace(told, misses=misses, failing_since=before.failing_since or now, ready_since=ready_since)
+
+
+def is_material(before: Probe | None, after: Probe, failures: int) -> bool:
+    """Whether somebody should look: first answer, ready flipped, misses at the limit, nothing in flight any more."""
+    if before is None or before.ready != after.ready:
+        return True
+    return after.misses == failures or (after.busy == 0 and before.busy != 0)
+
+
+def probe_once(
+    targets: Mapping[str, ProbeTarget], *, deadline_s: float, clock: Clock, owns: OwnsListener | None = None
+) -> dict[str, Probe]:
+    """Ask each target once, all at the same time; one that has not answered by the deadline is a miss.
+
+    For commands that look once and go: nothing is kept, so `misses` is 0 or 1.
+    """
+    results: queue.SimpleQueue[Probe] = queue.SimpleQueue()
+
+    def ask(target: ProbeTarget) -> None:
+        connection = Connection(target, clock)
+        try:
+            results.put(next_probe(None, target, connection.ask(target, owns), clock.now()))
+        finally:
+            connection.close()
+
+    until = clock.now().plus(deadline_s)
+    for target in targets.values():
+        hurried = replace(target, timeout_s=min(target.timeout_s, deadline_s))
+        threading.Thread(target=ask, args=(hurried,), name="probe", daemon=True).start()
+    found: dict[str, Probe] = {}
+    while len(found) < len(targets):
+        try:
+            probe = results.get(timeout=max(0.0, until.mono - clock.now().mono))
+        except queue.Empty:
+            break
+        found[probe.incarnation] = probe
+    late = Answer(ready=False, busy=None, detail=f"no answer within {deadline_s:g} s")
+    return {i: found.get(i) or next_probe(None, target, late, clock.now()) for i, target in targets.items()}
+
+
+def _disconnect(watch: _Watch) -> None:
+    connection, watch.connection = watch.connection, None
+    if connection is not None:
+        connection.close()
