@@ -1,0 +1,220 @@
+"""What `--simulate` is given, read into a `SimNode`: `4x80GiB`, `8xH100`, or a YAML file.
+
+gpus:                     # required
+  - {name: RTX4090, count: 6}
+  - {name: Odd Card, memory: 20GiB, reserved: 300MiB, numa: 1}
+time_scale: 0.05          # default 1.0: a 40 s load takes 40 s
+release_delay: 300ms      # real time, not scaled
+driver_version: "580.95.05"
+seed: node                # other seed, other UUIDs
+models:                   # where the name alone tells too little
+  Qwen/Qwen3-1.7B: {load: 45s, weights: 3.4GiB}
+
+Only `gpus` is needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from reconciler.errors import Problem, SpecError, UsageError
+from reconciler.sim.node import DEFAULT_DRIVER_VERSION, DEFAULT_RELEASE_DELAY_S, ModelFigures, SimGpu, SimNode
+from reconciler.units import GIB, format_size, parse_duration, parse_size
+
+SHORT_FORM_TIME_SCALE = 0.02
+"""`--simulate 4x80GiB` is for trying things out: a 40 s model load takes under a second."""
+MAX_GPUS = 256
+
+KNOWN_GPUS = {
+    "B200": ("NVIDIA B200", 180), "GB200": ("NVIDIA GB200", 186), "H200": ("NVIDIA H200", 141),
+    "H100": ("NVIDIA H100 80GB HBM3", 80), "H20": ("NVIDIA H20", 96), "A100": ("NVIDIA A100-SXM4-80GB", 80),
+    "A100-40": ("NVIDIA A100-SXM4-40GB", 40), "L40S": ("NVIDIA L40S", 48), "L40": ("NVIDIA L40", 48),
+    "A40": ("NVIDIA A40", 48), "A10": ("NVIDIA A10", 24), "L4": ("NVIDIA L4", 24), "T4": ("Tesla T4", 16),
+    "V100": ("Tesla V100-SXM2-32GB", 32), "A6000": ("NVIDIA RTX A6000", 48),
+    "PRO6000": ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 96),
+    "RTX5090": ("NVIDIA GeForce RTX 5090", 32), "RTX4090": ("NVIDIA GeForce RTX 4090", 24),
+    "RTX3090": ("NVIDIA GeForce RTX 3090", 24), "RTX4080": ("NVIDIA GeForce RTX 4080", 16),
+}  # fmt: skip
+"""Well-known GPUs: the name NVML gives, and GiB of memory (the figure on the box, a little above the usable one)."""
+
+_SHORT = re.compile(r"(\d+)\s*[xX]\s*(\S.*)")
+_HELP = "write 4x80GiB, 8xH100, or the path of a YAML file that describes a node"
+_T = TypeVar("_T")
+
+
+def parse_node(text: str) -> SimNode:
+    """The node that `--simulate TEXT` asks for.
+
+    Raises:
+        UsageError: `text` is no short form and names no file, or counts or sizes in it make no sense.
+        SpecError: the file it names is wrong; every problem in it is listed.
+    """
+    short = _SHORT.fullmatch(text.strip())
+    # a file that happens to be called 4x80GiB is reached as ./4x80GiB
+    if short is None:
+        path = Path(text).expanduser()
+        if path.suffix in {".yaml", ".yml"} or path.is_file():
+            return read_node(path)
+        raise UsageError(f"{text!r} does not describe a node", hint=_HELP)
+    count = int(short[1])
+    if not 1 <= count <= MAX_GPUS:
+        raise UsageError(f"{text!r}: a node has 1 to {MAX_GPUS} GPUs", hint=_HELP)
+    gpu = known_gpu(short[2])
+    if gpu is None:
+        try:
+            size = parse_size(short[2])
+        except ValueError as error:
+            raise UsageError(f"{text!r}: {error}", hint=_suggest(short[2])) from error
+        if size < GIB:
+            raise UsageError(f"{text!r}: a GPU has at least 1GiB", hint=_HELP)
+        gpu = SimGpu(f"Simulated {format_size(size)} GPU", size)
+    return SimNode((gpu,) * count, time_scale=SHORT_FORM_TIME_SCALE)
+
+
+def known_gpu(name: str) -> SimGpu | None:
+    """A well-known GPU by its short name, in any case, with or without `RTX`; None when it is not in the table."""
+    plain = re.sub(r"[\s_]", "", name).upper().removeprefix("NVIDIA").removeprefix("GEFORCE")
+    found = KNOWN_GPUS.get(plain) or KNOWN_GPUS.get("RTX" + plain)
+    return SimGpu(found[0], found[1] * GIB) if found else None
+
+
+def read_node(path: Path) -> SimNode:
+    """The node described by a YAML file.
+
+    Raises:
+        UsageError: it cannot be read.
+        SpecError: what it says is wrong; every problem is listed.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UsageError(f"{path}: cannot be read: {reason}", hint=_HELP) from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        raise SpecError((Problem(str(path), *where, f"not YAML: {error.problem}"),)) from error
+    return _Reader(str(path)).node(root)
+
+
+class _Reader:
+    """Walks the composed YAML so that every problem has a line; collects them all before it gives up."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.problems: list[Problem] = []
+
+    def node(self, root: yaml.Node | None) -> SimNode:
+        top = self.fields(root, ("gpus", "time_scale", "release_delay", "driver_version", "seed", "models"))
+        gpus: list[SimGpu] = []
+        for entry in self.items(top.get("gpus")):
+            gpus.extend(self.gpu(entry))
+        if not self.problems and not 1 <= len(gpus) <= MAX_GPUS:
+            self.note(
+                top.get("gpus", root),
+                f"a node has 1 to {MAX_GPUS} GPUs, this one {len(gpus)}",
+                "gpus: [{name: H100, count: 8}]",
+            )
+        scale = self.value(top.get("time_scale"), _positive, 1.0)
+        delay = self.value(top.get("release_delay"), parse_duration, DEFAULT_RELEASE_DELAY_S)
+        driver = self.value(top.get("driver_version"), str, DEFAULT_DRIVER_VERSION)
+        seed = self.value(top.get("seed"), str, "node")
+        models = {name: self.model(entry) for name, entry in self.pairs(top.get("models"))}
+        if self.problems:
+            raise SpecError(tuple(sorted(self.problems)))
+        return SimNode(tuple(gpus), scale, delay, driver, seed, models)
+
+    def gpu(self, entry: yaml.Node) -> list[SimGpu]:
+        named = self.fields(entry, ("name", "memory", "count", "numa", "reserved"))
+        name = self.value(named.get("name"), str, "")
+        known = known_gpu(name) if name else None
+        memory = self.value(named.get("memory"), parse_size, known.memory_bytes if known else 0)
+        if not memory and "memory" not in named:
+            self.note(entry, f"the memory of GPU {name!r} is not known", _suggest(name) + "; or give `memory: 24GiB`")
+        reserved = self.value(named.get("reserved"), parse_size, 0)
+        if memory and reserved >= memory:
+            self.note(entry, "more memory is reserved than there is", None)
+        numa = self.value(named.get("numa"), _whole, None)
+        count = self.value(named.get("count"), _whole, 1)
+        full_name = known.name if known else name or f"Simulated {format_size(memory)} GPU"
+        return [SimGpu(full_name, memory, reserved, numa)] * min(count or 0, MAX_GPUS + 1)
+
+    def model(self, entry: yaml.Node) -> ModelFigures:
+        named = self.fields(entry, ("load", "weights"))
+        return ModelFigures(
+            self.value(named.get("load"), parse_duration, None), self.value(named.get("weights"), parse_size, None)
+        )
+
+    def fields(self, entry: yaml.Node | None, allowed: tuple[str, ...]) -> dict[str, yaml.Node]:
+        found: dict[str, yaml.Node] = {}
+        for key, value in self.pairs(entry):
+            if key not in allowed:
+                near = difflib.get_close_matches(key, allowed, 1)
+                self.note(
+                    value,
+                    f"unknown key {key!r}",
+                    f"did you mean {near[0]!r}?" if near else "keys: " + ", ".join(allowed),
+                )
+            elif key in found:
+                self.note(value, f"{key!r} is given twice", None)
+            else:
+                found[key] = value
+        return found
+
+    def pairs(self, entry: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
+        if isinstance(entry, yaml.MappingNode):
+            for key, value in entry.value:
+                yield str(key.value), value
+        elif entry is not None:
+            self.note(entry, "a mapping (`key: value`) belongs here", None)
+
+    def items(self, entry: yaml.Node | None) -> list[yaml.Node]:
+        if isinstance(entry, yaml.SequenceNode):
+            return list(entry.value)
+        if entry is not None:
+            self.note(entry, "a list belongs here", "gpus: [{name: H100, count: 8}]")
+        return []
+
+    def value(self, entry: yaml.Node | None, read: Callable[[str], Any], default: _T) -> _T:
+        """`read` of a scalar, or `default` when it is absent or wrong (then it is noted)."""
+        if entry is None:
+            return default
+        try:
+            if not isinstance(entry, yaml.ScalarNode):
+                _refuse("one value belongs here")
+            result: _T = read(entry.value)
+        except ValueError as error:
+            self.note(entry, str(error), None)
+            return default
+        return result
+
+    def note(self, entry: yaml.Node | None, message: str, hint: str | None) -> None:
+        mark = entry.start_mark if entry is not None else None
+        where = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        self.problems.append(Problem(self.file, *where, message, hint))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _positive(text: str) -> float:
+    value = float(text) if re.fullmatch(r"\d*\.?\d+", text) else 0.0
+    return value if value > 0 else _refuse(f"{text!r} is not a number above 0")
+
+
+def _whole(text: str) -> int:
+    return int(text) if re.fullmatch(r"\d{1,4}", text) else _refuse(f"{text!r} is not a whole number")
+
+
+def _suggest(name: str) -> str:
+    near = difflib.get_close_matches(name.upper(), KNOWN_GPUS, 1)
+    return f"did you mean {near[0]}?" if near else "known GPUs: " + ", ".join(KNOWN_GPUS)
