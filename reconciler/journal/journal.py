@@ -1,0 +1,197 @@
+"""`Journal`: the one writer's hold on what must survive. Reading is `reader`'s part, which this extends."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from reconciler.clock import Clock, Instant
+from reconciler.errors import StateError
+from reconciler.health.incident import Incident
+from reconciler.journal import database
+from reconciler.journal.codec import DecodeError, encode, encode_data
+from reconciler.journal.database import Notice
+from reconciler.journal.reader import JournalReader, Texts, storable
+from reconciler.journal.timings import KEPT_PER_KEY, Measure
+from reconciler.plan.actions import Event
+from reconciler.plan.ledger import Ledger
+
+EVENTS_KEPT = 100_000
+"""About 20 MiB; a busy box writes some thousand a day, so this is weeks."""
+PRUNE_EVERY = 1_000
+"""Events between two prunings: the excess stays at one percent, and 999 of 1000 commits delete nothing."""
+RESOLVED_KEPT = 1_000
+"""Resolved incidents kept for `incidents --all`."""
+
+_Key = tuple[str, str]
+"""Kind and name of a record."""
+
+
+class Journal(JournalReader):
+    """The journal in the hands of its one writer, on the thread that opened it."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path, clock: Clock, ledger: Ledger, notice: Notice | None
+    ) -> None:
+        super().__init__(connection, path)
+        self._clock = clock
+        self._ledger = ledger
+        self._unpruned = PRUNE_EVERY  # the first append prunes: an earlier daemon may have been killed before it did
+        self.notice = notice
+        """Set when the journal that was found had to be put aside; it also is an event of kind `JournalReplaced`."""
+
+    @classmethod
+    def open(cls, path: Path, clock: Clock) -> Self:
+        """Open as the writer and begin a new generation. The caller holds the writer's lock.
+
+        A file that is damaged, newer, or holds records that cannot be read is put aside; `notice` then says so.
+
+        Raises:
+            StateError: the directory or file cannot be written, is full, or is held by another writer.
+        """
+        connection, notice = database.open_writer(path)
+        try:
+            reader = JournalReader(connection, path)
+            try:
+                ledger = reader.ledger()
+                reader.incidents(include_resolved=True)
+            except StateError as error:
+                if not isinstance(error.__cause__, DecodeError):
+                    raise
+                connection.close()
+                connection, notice = database.replace(path, error.message)
+                ledger = Ledger()
+            journal = cls(connection, path, clock, ledger, notice)
+            journal._begin()
+        except BaseException:
+            connection.close()
+            raise
+        return journal
+
+    def ledger(self) -> Ledger:
+        """The last committed ledger, its `timings` empty. Read from the file once, at opening."""
+        return self._ledger
+
+    def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant) -> None:
+        """Make a decision durable: the ledger and the events that tell of it, together or not at all.
+
+        Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` is
+        left out: it is predicted from measurements, not decided.
+
+        Raises:
+            StateError: it could not be written; the journal and `ledger()` are as before.
+        """
+        ledger = replace(ledger, timings={})
+        before, after = _rows(self._ledger), _rows(ledger)
+        written = [(*key, value) for key, value in after.items() if key not in before or before[key] != value]
+        deleted = before.keys() - after.keys()
+        if not (written or deleted or events) and ledger.boot_id == self._ledger.boot_id:
+            return
+        rows = [(kind, name, encode(value)) for kind, name, value in written]
+        with database.transaction(self._connection, self.path) as connection:
+            connection.executemany("DELETE FROM records WHERE kind = ? AND name = ?", sorted(deleted))
+            connection.executemany("INSERT OR REPLACE INTO records (kind, name, body) VALUES (?, ?, ?)", rows)
+            if ledger.boot_id != self._ledger.boot_id:
+                self._set_meta("boot_id", ledger.boot_id)
+            self._insert_events(events, now.wall, {})
+        self._ledger = ledger
+
+    def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
+        """Record what was done or seen, apart from a decision; `data` (JSON values) goes with each of the events.
+
+        Returns:
+            The id of the last event.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        if events:
+            with database.transaction(self._connection, self.path):
+                self._insert_events(events, now.wall, data or {})
+        return self.last_event_id()
+
+    def save_incidents(self, incidents: Iterable[Incident]) -> None:
+        """Store incidents by id. Those not named stay as they are; the oldest resolved ones beyond a bound go.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        rows = {incident.id: (incident.resolved_at, encode(incident)) for incident in incidents}
+        known = dict(self._select("SELECT id, body FROM incidents"))
+        changed = [(name, at, body) for name, (at, body) in rows.items() if known.get(name) != body]
+        if not changed:
+            return
+        with database.transaction(self._connection, self.path) as connection:
+            connection.executemany("INSERT OR REPLACE INTO incidents (id, resolved_at, body) VALUES (?, ?, ?)", changed)
+            connection.execute(
+                "DELETE FROM incidents WHERE resolved_at IS NOT NULL AND id NOT IN"
+                " (SELECT id FROM incidents WHERE resolved_at IS NOT NULL ORDER BY resolved_at DESC, id LIMIT ?)",
+                (RESOLVED_KEPT,),
+            )
+
+    def save_texts(self, files: Mapping[str, str], digest: str) -> None:
+        """Keep the texts of an accepted spec (path → text) and its digest, in the place of the last ones.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        if self.texts() == Texts(files, digest):
+            return
+        with database.transaction(self._connection, self.path) as connection:
+            connection.execute("DELETE FROM texts")
+            connection.executemany("INSERT INTO texts (path, body) VALUES (?, ?)", sorted(files.items()))
+            self._set_meta("texts_digest", digest)
+
+    def record_timing(self, subject: str, what: Measure, seconds: float) -> None:
+        """Remember that `what` took `subject` (an endpoint or workload) this long.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        with database.transaction(self._connection, self.path) as connection:
+            connection.execute(
+                "INSERT INTO timings (subject, what, seconds) VALUES (?, ?, ?)", (subject, what, seconds)
+            )
+            connection.execute(
+                "DELETE FROM timings WHERE subject = :subject AND what = :what AND id NOT IN (SELECT id FROM timings"
+                " WHERE subject = :subject AND what = :what ORDER BY id DESC LIMIT :kept)",
+                {"subject": subject, "what": what, "kept": KEPT_PER_KEY},
+            )
+
+    def _begin(self) -> None:
+        generation = self.generation() + 1
+        with database.transaction(self._connection, self.path):
+            self._set_meta("generation", str(generation))
+            if self.notice is not None:
+                event = Event("JournalReplaced", "journal", self.notice.message, self.notice.reason)
+                self._insert_events([event], self._clock.now().wall, {"kept_as": str(self.notice.kept_as)})
+
+    def _insert_events(self, events: Sequence[Event], wall: float, data: Mapping[str, object]) -> None:
+        text = encode_data(data) if data else None
+        self._connection.executemany(
+            "INSERT INTO events (wall, kind, subject, message, cause, data) VALUES (?, ?, ?, ?, ?, ?)",
+            [(wall, e.kind, storable(e.subject), storable(e.message), storable(e.cause), text) for e in events],
+        )
+        self._unpruned += len(events)
+        if self._unpruned >= PRUNE_EVERY:
+            self._connection.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (EVENTS_KEPT,))
+            self._unpruned = 0
+
+    def _set_meta(self, key: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+
+def _rows(ledger: Ledger) -> dict[_Key, object]:
+    """The records of a ledger. What is ordered is named by its place, zero-padded, so that names sort in order."""
+    return {(kind, name): value for kind, values in _tables(ledger) for name, value in values}
+
+
+def _tables(ledger: Ledger) -> Iterator[tuple[str, Iterable[tuple[str, object]]]]:
+    yield "overlay", ledger.overlays.items()
+    yield "endpoint", ledger.endpoints.items()
+    yield "quarantine", ledger.quarantines.items()
+    yield "lease", ((f"{place:06d}", lease) for place, lease in enumerate(ledger.leases))
+    yield "agenda", ((f"{place:06d}", entry) for place, entry in enumerate(ledger.agenda))

@@ -1,0 +1,204 @@
+"""Reading the journal: what every face may do, with or without a daemon at work."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
+
+from reconciler.errors import StateError
+from reconciler.health.incident import Incident
+from reconciler.journal import database
+from reconciler.journal.codec import DecodeError, decode
+from reconciler.journal.timings import Measure
+from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Lease, Ledger, OverlayRecord, Quarantine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEvent:
+    """One thing that was decided, done or seen, as the journal keeps it."""
+
+    id: int
+    """Grows by one or more with each event; never used twice."""
+    wall: float
+    """Epoch seconds."""
+    kind: str
+    subject: str
+    message: str
+    cause: str
+    data: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The last accepted files, so that a broken edit does not outlive a restart of the daemon."""
+
+    files: Mapping[str, str]
+    """Path → text."""
+    digest: str
+    """The digest of the spec that they meant."""
+
+
+class JournalReader:
+    """The journal as it stands. Every answer is one consistent state, a writer at work or not."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self.path = path
+
+    @staticmethod
+    def open_readonly(path: Path) -> JournalReader:
+        """Open for reading alone; a missing journal reads as an empty one.
+
+        What was missing stays missing to this reader: who watches opens anew for each look (under a millisecond).
+
+        Raises:
+            StateError: not readable by this user, damaged, or of an unknown schema.
+        """
+        return JournalReader(database.open_reader(path), path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ledger(self) -> Ledger:
+        """The last committed ledger, its `timings` empty: they are predicted from `timings()` by the caller.
+
+        Raises:
+            StateError: a record that this program cannot read.
+        """
+        with database.snapshot(self._connection, self.path):
+            return Ledger(
+                boot_id=self._meta("boot_id", ""),
+                overlays=dict(self._records("overlay", OverlayRecord)),
+                leases=tuple(lease for _, lease in self._records("lease", Lease)),
+                endpoints=dict(self._records("endpoint", EndpointRecord)),
+                quarantines=dict(self._records("quarantine", Quarantine)),
+                agenda=self._agenda(),
+            )
+
+    def agenda(self) -> tuple[AgendaEntry, ...]:
+        """The agenda of the last committed ledger.
+
+        Raises:
+            StateError: a record that this program cannot read.
+        """
+        with database.snapshot(self._connection, self.path):
+            return self._agenda()
+
+    def events(
+        self,
+        *,
+        after_id: int = 0,
+        subject: str | None = None,
+        kind: str | None = None,
+        limit: int | None = None,
+        newest: bool = False,
+    ) -> tuple[JournalEvent, ...]:
+        """Events in the order in which they happened: the first `limit` after `after_id`, or with `newest` the last."""
+        wanted = ["id > :after_id"]
+        if subject is not None:
+            wanted.append("subject = :subject")
+        if kind is not None:
+            wanted.append("kind = :kind")
+        query = (
+            "SELECT id, wall, kind, subject, message, cause, data FROM events"  # noqa: S608 - of the two literals above
+            f" WHERE {' AND '.join(wanted)} ORDER BY id {'DESC' if newest else 'ASC'} LIMIT :limit"
+        )
+        values = {
+            "after_id": after_id,
+            "subject": subject and storable(subject),
+            "kind": kind,
+            "limit": -1 if limit is None else limit,
+        }
+        found = [
+            JournalEvent(number, wall, kind_, subject_, message, cause, json.loads(data or "{}"))
+            for number, wall, kind_, subject_, message, cause, data in self._select(query, values)
+        ]
+        return tuple(reversed(found) if newest else found)
+
+    def last_event_id(self) -> int:
+        """The id of the newest event; 0 before the first."""
+        return int(next(self._select("SELECT coalesce(max(id), 0) FROM events"))[0])
+
+    def incidents(self, *, include_resolved: bool = False) -> tuple[Incident, ...]:
+        """Unresolved incidents, or all that are kept, by the time of opening.
+
+        Raises:
+            StateError: a record that this program cannot read.
+        """
+        which = "" if include_resolved else " WHERE resolved_at IS NULL"
+        rows = self._select(f"SELECT id, body FROM incidents{which}")  # noqa: S608 - of the literals above
+        found = [self._decode(Incident, f"incident {name}", body) for name, body in rows]
+        return tuple(sorted(found, key=lambda incident: (incident.opened, incident.id)))
+
+    def texts(self) -> Texts | None:
+        """The texts in force; None before the first were accepted."""
+        with database.snapshot(self._connection, self.path):
+            digest = self._meta("texts_digest", "")
+            files = dict(self._connection.execute("SELECT path, body FROM texts ORDER BY path"))
+        return Texts(files, digest) if digest else None
+
+    def timings(self) -> Mapping[tuple[str, Measure], tuple[float, ...]]:
+        """Measured seconds by (endpoint or workload, measure), oldest first, at most the last 50 of each."""
+        found: dict[tuple[str, Measure], list[float]] = {}
+        for subject, what, seconds in self._select("SELECT subject, what, seconds FROM timings ORDER BY id"):
+            found.setdefault((subject, cast("Measure", what)), []).append(seconds)
+        return {key: tuple(samples) for key, samples in found.items()}
+
+    def generation(self) -> int:
+        """How many daemons have opened this journal; 0 before the first."""
+        with database.errors_explained(self.path, "read"):
+            return int(self._meta("generation", "0"))
+
+    def _agenda(self) -> tuple[AgendaEntry, ...]:
+        return tuple(entry for _, entry in self._records("agenda", AgendaEntry))
+
+    def _records(self, kind: str, of: type[T]) -> Iterator[tuple[str, T]]:
+        for name, body in self._connection.execute(
+            "SELECT name, body FROM records WHERE kind = ? ORDER BY name", (kind,)
+        ):
+            yield name, self._decode(of, f"{kind} {name}", body)
+
+    def _decode(self, of: type[T], what: str, body: str) -> T:
+        try:
+            return decode(of, body)
+        except DecodeError as error:
+            raise StateError(
+                f"{self.path}: {what}: {error}",
+                hint="start the daemon: it puts a journal that it cannot read aside and begins a fresh one",
+            ) from error
+
+    def _meta(self, key: str, default: str) -> str:
+        row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else str(row[0])
+
+    def _select(self, query: str, values: Mapping[str, object] | None = None) -> Iterator[tuple[Any, ...]]:
+        with database.errors_explained(self.path, "read"):
+            return iter(self._connection.execute(query, values or {}).fetchall())
+
+
+def read_agenda(path: Path) -> tuple[AgendaEntry, ...]:
+    """The agenda in the journal at `path`, in milliseconds: what a tracker asks that has no daemon to ask.
+
+    Raises:
+        StateError: as `JournalReader.open_readonly`.
+    """
+    with JournalReader.open_readonly(path) as reader:
+        return reader.agenda()
+
+
+def storable(text: str) -> str:
+    """Text that SQLite can hold: bytes that were no UTF-8 (a foreign command line) become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
