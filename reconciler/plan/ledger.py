@@ -76,7 +76,7 @@ class Exit:
     at: Instant
     exit_code: int | None
     planned: bool
-    """We had asked for it."""
+    """We had asked for it, and not because it was unhealthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,9 @@ class EndpointRecord:
     """What is remembered of one endpoint between ticks and over restarts of the daemon."""
 
     name: str
+    state: EndpointState = "stopped"
+    """The state last decided upon; a change of it is an event."""
+    state_since: Instant | None = None
     exits: tuple[Exit, ...] = ()
     """The last few, oldest first."""
     streak: int = 0

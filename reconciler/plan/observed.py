@@ -157,6 +157,8 @@ class Observed:
     """By incarnation id."""
     ports: Mapping[int, PortHolder] = field(default_factory=dict)
     """Foreign listeners on ports that endpoints without a living incarnation want."""
+    clock_jumped: bool = False
+    """The wall clock jumped by more than 60 s since the last look; what it alone demands waits for one more look."""
     gpus_known: bool = True
     """False: the driver did not answer and `gpus` says nothing."""
     gpus_detail: str = ""

@@ -208,6 +208,8 @@ class OverlaySpec:
     placement_hash: str
     """Covers what a running overlay cannot change in place: gpus, memory, workload, set, requires."""
     source: Source
+    change_pending: bool = False
+    """The file was edited in a way that waits for the end of the present run (`on_edit: wait`)."""
 
 
 # ---------------------------------------------------------------- the whole

@@ -1,0 +1,180 @@
+"""Which waiting overlays begin now, where, and in whose place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from reconciler.plan.actions import Blocked, Cause
+from reconciler.plan.draft import OVERRIDING, Draft
+from reconciler.plan.ledger import Lease
+from reconciler.plan.observed import Subject
+from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
+from reconciler.plan.placement import Need, Placement
+from reconciler.plan.preemption import Consents, Refusal
+from reconciler.plan.seating import need_of, seat
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+
+
+def admit_all(draft: Draft) -> None:
+    """Admit every waiting overlay that fits, the most important first; say of the others why they wait.
+
+    After each admission everybody is seated anew: leases taken here bind those that come after.
+    """
+    seat(draft)
+    waiting = [s for s in draft.steps.values() if s.record.state == "pending" and s.spec is not None]
+    for step in sorted(waiting, key=lambda s: (-s.record.priority, s.record.window_start, s.record.name)):
+        assert step.spec is not None  # noqa: S101 - narrowed by the filter above
+        if draft.now.wall < step.record.window_start:
+            subject, begin = Subject("workload", step.record.name), step.record.window_start
+            draft.block(Blocked(subject, "NotYet", "its window has not begun", (), begin, transient=True))
+        elif not draft.situation.observed.clock_jumped or step.record.window_start <= step.record.since.wall:
+            _admit(draft, step, step.spec)
+
+
+def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
+    """Admit one overlay, or block it with the reason.
+
+    The outcomes:
+        1. a pin names a GPU that this node does not have            → NoSuchGpu
+        2. it sets aside an endpoint that is not preemptible         → NotPreemptible
+        3. nothing can provide what it requires                      → NoProvider
+        4. some choice of providers, places and victims is lawful    → leases, the least choice
+        5. none is                                                   → the rule or the lack that stands in the way
+    """
+    subject = Subject("workload", overlay.name)
+    own = _own_needs(draft, overlay)
+    if own is None:
+        message = "it is pinned to a GPU that this node does not have"
+        draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))  # 1
+        return
+    vacated = frozenset(n for n in overlay.endpoints if draft.standings[n].current is not None)
+    firm = sorted(
+        n for n in vacated if n in draft.wanted and not draft.wanted[n].preemptible and _would_stop(draft, overlay, n)
+    )
+    if firm:
+        message = f"it sets aside {', '.join(firm)}, which is not preemptible"
+        draft.block(Blocked(subject, "NotPreemptible", message, ("set preemptible: true on it",)))  # 2
+        return
+    board = draft.board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
+    live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
+    stopping = frozenset(n for n in vacated if _would_stop(draft, overlay, n))
+    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, stopping)
+    best: tuple[Placement, list[Need]] | None = None
+    refusal: Refusal | None = None
+    for providers in _provider_choices(draft, overlay):
+        needs = [*own, *providers]
+        placement = consents.seek(needs, board)
+        if placement is None:
+            refusal = refusal or consents.explain(needs, board)
+        elif best is None or placement.cost < best[0].cost:
+            best = placement, needs
+    if best is not None:
+        _take(draft, step, overlay, *best, stopping)  # 4
+        return
+    if refusal is None:
+        message = f"nothing offers {', '.join(overlay.requires)}"
+        draft.block(Blocked(subject, "NoProvider", message, ("start or add a provider",)))  # 3
+        return
+    draft.block(
+        Blocked(subject, refusal.reason, refusal.message, refusal.alternatives, _earliest(draft), refusal.transient)
+    )  # 5
+
+
+def _would_stop(draft: Draft, overlay: OverlaySpec, name: str) -> bool:
+    """Whether what the overlay sets for an endpoint ends the process that runs now."""
+    current, new = draft.standings[name].current, overlay.endpoints[name]
+    if current is None:
+        return False
+    same = new.process_hash == current.process_hash and draft.situation.satisfies(new.gpus, current.gpus)
+    return new.state != "running" or not same
+
+
+def _own_needs(draft: Draft, overlay: OverlaySpec) -> list[Need] | None:
+    """The overlay's own GPUs and those of the endpoints it sets; None when a pin does not exist."""
+    needs: list[Need | None] = []
+    if overlay.gpus is not None:
+        needs.append(need_of(draft.situation, Subject("workload", overlay.name), overlay.gpus, overlay.memory))
+    needs.extend(_endpoint_need(draft, e) for e in _running(overlay))
+    found = [n for n in needs if n is not None]
+    return found if len(found) == len(needs) else None
+
+
+def _running(overlay: OverlaySpec) -> list[EndpointSpec]:
+    return [e for _, e in sorted(overlay.endpoints.items()) if e.state == "running"]
+
+
+def _endpoint_need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
+    current = draft.standings[endpoint.name].current
+    prefer = current.gpus if current is not None else draft.records[endpoint.name].last_gpus
+    return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
+
+
+def _provider_choices(draft: Draft, overlay: OverlaySpec) -> Iterator[list[Need]]:
+    """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs."""
+    options: list[list[Need]] = []
+    for capability in overlay.requires:
+        after = {**draft.wanted, **{e.name: e for e in _running(overlay)}}
+        for name in set(overlay.endpoints) - {e.name for e in _running(overlay)}:
+            after.pop(name, None)
+        healthy = [n for n, e in after.items() if capability in e.capabilities and draft.records[n].failed is None]
+        if healthy:
+            continue
+        base = draft.situation.spec.endpoints.values()
+        standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in after]
+        needs = [_endpoint_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
+        options.append([n for n in needs if n is not None])
+    for choice in product(*options):
+        unique = {n.subject: n for n in choice}
+        yield [unique[s] for s in sorted(unique)]
+
+
+def _take(
+    draft: Draft,
+    step: OverlayStep,
+    overlay: OverlaySpec,
+    placement: Placement,
+    needs: list[Need],
+    vacated: frozenset[str],
+) -> None:
+    """Record the admission: leases, victims, and who will have to come back."""
+    now, name = draft.now, overlay.name
+    cause = Cause("overlay", overlay.source, name)
+    for need in needs:
+        for gpu in placement.gpus[need.subject]:
+            lease = Lease(name, need.subject, gpu, need.memory_bytes[gpu], need.exclusive, now)
+            draft.leases.append(lease)
+    evicted = sorted({k.partition("/")[2] for k in placement.victims if k.startswith("endpoint/")} | vacated)
+    seized = sorted(k.partition("/")[2] for k in placement.victims if k.startswith("overlay/"))
+    for victim in evicted:
+        remembered = draft.records[victim]
+        ran = draft.standings[victim].current is not None
+        times = (*remembered.evictions, now.wall) if ran else remembered.evictions
+        draft.records[victim] = replace(remembered, evicted_by=name, evictions=times)
+        draft.standings[victim] = replace(draft.standings[victim], record=draft.records[victim])
+        draft.say("evicted", victim, f"gives way to {name}", Cause("evict", overlay.source, name))
+    for victim in seized:
+        lower = draft.steps[victim]
+        draft.move(victim, finish(lower.record, None, now, f"displaced by {name}"))
+        draft.say("displaced", victim, f"gives way to {name}", cause)
+    gpus = placement.gpus.get(Subject("workload", name), ())
+    record = replace(
+        enter(step.record, "evicting", now), gpus=gpus, evicted=tuple(evicted), seized=tuple(seized), outcome=None
+    )
+    draft.move(name, record)
+    draft.say(
+        "admitted", name, f"leases taken on {len({x.gpu for x in draft.leases if x.overlay == name})} GPUs", cause
+    )
+    draft.want()
+    seat(draft)
+
+
+def _earliest(draft: Draft) -> float | None:
+    """When the next live overlay is predicted to end: the first moment at which the answer may differ."""
+    ends = [
+        predicted_end(s.record, s.spec.makespan, draft.now.wall)
+        for s in draft.steps.values()
+        if s.spec is not None and s.live
+    ]
+    return min(ends, default=None)

@@ -1,0 +1,150 @@
+"""`Draft`: a decision while it is being made. Nothing outside one call of `plan()` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from reconciler.clock import Instant
+from reconciler.plan.actions import Blocked, Cause, Event
+from reconciler.plan.endpoints import Standing, stand
+from reconciler.plan.ledger import EndpointRecord, Lease, OverlayRecord, Quarantine
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.overlays import OverlayStep, advance
+from reconciler.plan.placement import Board
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import EndpointSpec
+
+OVERRIDING = ("admitted", "evicting", "starting", "active", "overrun")
+"""States in which an overlay's `set` and `requires` are in force."""
+HOLDING = (*OVERRIDING, "completing")
+"""States in which an overlay keeps its leases, and those it displaced stay displaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """An incarnation that has to go."""
+
+    incarnation: Incarnation
+    reason: str
+    cause: Cause
+    overlay: str | None = None
+    """The overlay it gives way to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A subject that is to be started on these GPUs."""
+
+    subject: Subject
+    gpus: tuple[str, ...]
+    memory_bytes: tuple[int, ...]
+    exclusive: bool
+    process_hash: str
+    reason: str
+    cause: Cause
+    overlay: str | None = None
+    not_before: Instant | None = None
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class Draft:
+    """Everything decided so far for one moment."""
+
+    situation: Situation
+    steps: dict[str, OverlayStep] = field(default_factory=dict)
+    leases: list[Lease] = field(default_factory=list)
+    standings: dict[str, Standing] = field(default_factory=dict)
+    records: dict[str, EndpointRecord] = field(default_factory=dict)
+    wanted: dict[str, EndpointSpec] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    """Wanted endpoint → the overlay that overrides or demands it."""
+    quarantines: dict[str, Quarantine] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    # what seating produces; made anew each time it runs
+    board: Board = field(default_factory=lambda: Board({}, {}))
+    leaving: dict[str, Leaving] = field(default_factory=dict)
+    """By incarnation id."""
+    arriving: dict[Subject, Arriving] = field(default_factory=dict)
+    blocked: dict[Subject, Blocked] = field(default_factory=dict)
+    wakes: list[Instant] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, situation: Situation) -> Draft:
+        """Take in the facts: every overlay advanced, every endpoint judged."""
+        draft = cls(situation)
+        names = set(situation.spec.overlays) | set(situation.ledger.overlays)
+        for name in sorted(names):
+            step = advance(situation, name)
+            if step is not None:
+                draft.steps[name] = step
+                if step.wake is not None:
+                    draft.wakes.append(step.wake)
+        draft.leases = [x for x in situation.ledger.leases if x.overlay in draft.steps and draft.steps[x.overlay].live]
+        draft.quarantines = dict(situation.ledger.quarantines)
+        draft.want()
+        for name in situation.endpoint_names():
+            standing = stand(situation, name, draft.wanted.get(name) or situation.spec.endpoints.get(name))
+            draft.standings[name] = standing
+            draft.records[name] = standing.record
+            if standing.wake is not None:
+                draft.wakes.append(standing.wake)
+        return draft
+
+    @property
+    def now(self) -> Instant:
+        """The moment of the decision."""
+        return self.situation.now
+
+    def want(self) -> None:
+        """Which endpoints are wanted now: the baseline, as overridden by overlays in force, the highest last."""
+        base = self.situation.spec.endpoints
+        self.wanted = {n: e for n, e in base.items() if e.state == "running"}
+        self.owners = {}
+        in_force = [s for s in self.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+        for step in sorted(in_force, key=lambda s: (s.record.priority, s.record.name)):
+            assert step.spec is not None  # noqa: S101 - narrowed by the filter above
+            for name, endpoint in step.spec.endpoints.items():
+                self.wanted.pop(name, None)
+                self.owners[name] = step.record.name
+                if endpoint.state == "running":
+                    self.wanted[name] = endpoint
+        for lease in self.leases:
+            name, step = lease.subject.name, self.steps[lease.overlay]
+            if lease.subject.kind != "endpoint" or step.record.state not in OVERRIDING:
+                continue
+            if name not in self.wanted and name in base:  # a standby provider that the overlay requires
+                self.wanted[name] = base[name]
+                self.owners[name] = lease.overlay
+
+    def move(self, name: str, record: OverlayRecord) -> None:
+        """Put an overlay into its next state, and say so."""
+        self.steps[name] = replace(self.steps[name], record=record)
+
+    def leased(self, subject: Subject) -> tuple[Lease, ...]:
+        """The leases held for one subject, in NVML order."""
+        order = {uuid: i for i, uuid in enumerate(self.situation.gpus)}
+        mine = [x for x in self.leases if x.subject == subject]
+        return tuple(sorted(mine, key=lambda x: order.get(x.gpu, len(order))))
+
+    def evicted_from(self, name: str) -> dict[str, set[str]]:
+        """The overlays that displaced this endpoint and still hold, each with the GPUs it holds."""
+        return {
+            step.record.name: {x.gpu for x in self.leases if x.overlay == step.record.name}
+            for step in self.steps.values()
+            if name in step.record.evicted and step.record.state in HOLDING
+        }
+
+    def block(self, blocked: Blocked) -> None:
+        """Name what cannot happen now; the first reason given for a subject stays."""
+        self.blocked.setdefault(blocked.subject, blocked)
+
+    def say(self, kind: str, subject: str, message: str, cause: Cause | str) -> None:
+        """Add an event."""
+        self.events.append(Event(kind, subject, message, str(cause)))
+
+    def drop_leases(self, overlay: str, subjects: Iterable[Subject] | None = None) -> None:
+        """Release an overlay's leases: all of them, or those of some subjects."""
+        gone = None if subjects is None else set(subjects)
+        self.leases = [x for x in self.leases if x.overlay != overlay or (gone is not None and x.subject not in gone)]

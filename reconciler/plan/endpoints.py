@@ -1,0 +1,171 @@
+"""How one endpoint stands: its state, and what its latest ends and answers add to its record."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from reconciler.clock import Instant
+from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import EndpointSpec, Health, Restart
+
+KEPT_EXITS = 20
+EVICTION_WINDOW_S = 3600.0
+NO_JITTER_BELOW_S = 1.0
+JITTER = 0.1
+"""Part of a back-off by which it is spread, so that endpoints that died together do not return together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One endpoint as observed, before anything is decided about it."""
+
+    name: str
+    state: EndpointState
+    reason: str
+    current: Incarnation | None
+    """The incarnation that counts: the living one (the oldest, should there be several), else None."""
+    record: EndpointRecord
+    must_restart: str | None
+    """It runs, but not well enough to be left running: why."""
+    wake: Instant | None
+    """When this judgement changes by the passing of time alone."""
+
+
+def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Standing:
+    """Judge one endpoint.
+
+    The state is the first that holds of:
+        1. unknown    an incarnation whose identity could not be verified
+        2. stopping   a stop is under way, or only strays of it are left
+        3. sleeping   its engine says so
+        4. healthy    it answers, or answered before and has not missed often enough yet
+        5. starting   not ready yet, within its start-up deadline
+        6. unhealthy  past that deadline, or too many misses in a row
+        7. failed     given up until the spec changes or `reset`
+        8. stopped    nothing runs; whether that is `pending` is decided by who wants it
+    """
+    living = situation.living(Subject("endpoint", name))
+    current = living[0] if living else None
+    health = endpoint.health if endpoint else Health()
+    record = _absorb_exits(situation, situation.record(name), endpoint)
+    if current is not None:
+        record = _absorb_answer(situation, record, current)
+    state, reason, must_restart, wake = _judge(situation, record, current, health)
+    if state == "unhealthy":
+        record = replace(record, unhealthy_since=record.unhealthy_since or situation.now)
+    elif state in ("healthy", "sleeping"):
+        record = replace(record, unhealthy_since=None)
+    if state == "unhealthy" and must_restart is None and record.unhealthy_since is not None:
+        due = record.unhealthy_since.plus(health.unhealthy_for_s)
+        if situation.now.mono >= due.mono:
+            must_restart = f"unhealthy for {health.unhealthy_for_s:g} s: {reason}"
+        else:
+            wake = due
+    return Standing(name, state, reason, current, record, must_restart, wake)
+
+
+def _judge(
+    situation: Situation, record: EndpointRecord, current: Incarnation | None, health: Health
+) -> tuple[EndpointState, str, str | None, Instant | None]:
+    if current is None:
+        return ("failed", record.failed, None, None) if record.failed else ("stopped", "", None, None)
+    if current.phase == "unknown" or current.strays is None:
+        return "unknown", "its process could not be verified", None, None  # 1
+    if current.stop is not None:
+        return "stopping", "", None, None  # 2
+    if current.phase in ("exited", "vanished"):
+        return "stopping", "its leader is gone; processes it left behind still run", None, None  # 2
+    probe = situation.probe(current)
+    if probe is not None and probe.sleeping:
+        return "sleeping", "", None, None  # 3
+    if record.ready_incarnation == current.id:
+        if probe is None or probe.misses < health.failures:
+            return "healthy", "", None, None  # 4
+        return "unhealthy", probe.detail, None, None  # 6
+    deadline = current.started.plus(health.startup_s)
+    if situation.now.mono < deadline.mono:
+        return "starting", probe.detail if probe else "", None, deadline  # 5
+    return "unhealthy", "not ready", f"not ready within {health.startup_s:g} s", None  # 6
+
+
+def _absorb_answer(situation: Situation, record: EndpointRecord, current: Incarnation) -> EndpointRecord:
+    """Remember the first readiness of this incarnation, and forgive the past once it lasted."""
+    probe = situation.probe(current)
+    portless = current.port is None and current.phase == "running"
+    if record.ready_incarnation != current.id and (portless or (probe is not None and probe.ready)):
+        record = replace(
+            record,
+            ready_incarnation=current.id,
+            ready_since=situation.now,
+            last_gpus=current.gpus,
+        )
+    return record
+
+
+def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: EndpointSpec | None) -> EndpointRecord:
+    """Count every end not counted before, once; forget a failure that an edit or a calm time has outdated."""
+    restart = endpoint.restart if endpoint else Restart()
+    known = {e.incarnation for e in record.exits}
+    for ended in situation.incarnations(Subject("endpoint", record.name)):
+        if ended.phase not in ("exited", "vanished") or ended.id in known:
+            continue
+        at = ended.exited or situation.now
+        calm = record.ready_incarnation == ended.id and (
+            record.ready_since is not None and at.since(record.ready_since) >= restart.reset_after_s
+        )
+        planned = ended.stop is not None and record.unhealthy_since is None
+        streak = record.streak if planned else (1 if calm else record.streak + 1)
+        end = Exit(ended.id, at, ended.exit_code, planned)
+        record = replace(
+            record, exits=(*record.exits, end)[-KEPT_EXITS:], streak=streak, ready_since=None, unhealthy_since=None
+        )
+        recent = [e for e in record.exits if not e.planned and at.since(e.at) <= restart.window_s]
+        if not planned and len(recent) > restart.max_restarts:
+            record = replace(
+                record,
+                failed=f"{len(recent)} ends within {restart.window_s:g} s; the last with {describe_exit(end)}",
+                failed_hash=endpoint.process_hash if endpoint else None,
+            )
+    if record.failed and endpoint is not None and endpoint.process_hash != record.failed_hash:
+        forgiven = tuple(replace(e, planned=True) for e in record.exits)  # kept, so that none is counted again
+        record = replace(record, failed=None, failed_hash=None, streak=0, exits=forgiven)
+    recent_evictions = tuple(t for t in record.evictions if situation.now.wall - t < EVICTION_WINDOW_S)
+    return replace(record, evictions=recent_evictions) if recent_evictions != record.evictions else record
+
+
+def describe_exit(end: Exit) -> str:
+    """An exit in words."""
+    if end.exit_code is None:
+        return "an unknown exit code"
+    return f"signal {-end.exit_code}" if end.exit_code < 0 else f"exit code {end.exit_code}"
+
+
+def earliest_restart(record: EndpointRecord, restart: Restart) -> Instant | None:
+    """When an endpoint that ended by itself may be started again; None: at once.
+
+    The first restart is immediate; while failures repeat the wait doubles from `initial` to `max`, spread by
+    a jitter that depends on the ended incarnation alone, so that the same input gives the same plan.
+    """
+    unplanned = [e for e in record.exits if not e.planned]
+    if record.streak < 2 or not unplanned:
+        return None
+    last = unplanned[-1]
+    delay = min(restart.max_s, restart.initial_s * 2.0 ** min(record.streak - 2, 30))
+    spread = int.from_bytes(hashlib.sha256(last.incarnation.encode()).digest()[:4]) / 2**32
+    return last.at.plus(delay * (1.0 + JITTER * (2 * spread - 1)))
+
+
+def cooling_down(
+    record: EndpointRecord, now: Instant, *, max_evictions_per_hour: int, min_ready_s: float
+) -> str | None:
+    """Why this endpoint must not be evicted right now, if it was evicted too often or too lately."""
+    if len(record.evictions) >= max_evictions_per_hour:
+        return f"evicted {len(record.evictions)} times within the hour (limit {max_evictions_per_hour})"
+    if record.evictions and record.evicted_by is None:
+        ready_for = now.since(record.ready_since) if record.ready_since else 0.0
+        if ready_for < min_ready_s:
+            return f"ready for {max(0.0, ready_for):.0f} s since its last eviction (at least {min_ready_s:g} s)"
+    return None

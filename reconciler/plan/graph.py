@@ -1,0 +1,341 @@
+"""The action graph: in which order what was decided may happen, and when each step is predicted.
+
+Nothing starts on a GPU before everything that leaves it is gone and its memory is seen free. On one GPU one engine
+loads at a time, and nothing stops beside one that loads: engines measure free memory while they load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from reconciler.clock import Instant
+from reconciler.plan.actions import Action, Cause, Op
+from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, predicted_end
+from reconciler.plan.placement import Hold, Tenant, place
+from reconciler.plan.progress import arrival
+from reconciler.plan.seating import need_of
+from reconciler.spec.engines import PROFILES
+from reconciler.spec.spec import EndpointSpec, Stop
+
+MEMORY_RETURN_S = 1.5
+"""Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
+KILL_SLACK_S = 10.0
+"""How long a whole tree may take to vanish after SIGKILL before the attempt counts as failed."""
+SPAWN_S = 0.1
+SPAWN_TIMEOUT_S = 30.0
+UNKNOWN_RUN_S = 86400.0
+
+
+@dataclass(slots=True)
+class Graph:
+    """Actions under construction; ids are ordinal and every need precedes its dependant."""
+
+    draft: Draft
+    actions: list[Action] = field(default_factory=list)
+    _vacated_by: dict[str, int] = field(default_factory=dict)
+    """Incarnation id → the action after which its GPUs, port and lock are free."""
+    _loaded_by: dict[Subject, int] = field(default_factory=dict)
+    """Subject → the action after which it is loaded."""
+    _loading_on: dict[str, list[tuple[Subject, int]]] = field(default_factory=dict)
+    """GPU → who loads there, and the action after which that is over."""
+    _ended_by: dict[str, int] = field(default_factory=dict)
+    """Overlay → the action after which it is over and its memory free."""
+
+    def build(self) -> tuple[Action, ...]:
+        """The whole graph of the draft."""
+        self._loading()
+        for incarnation in self.draft.situation.observed.incarnations:
+            self._departure(incarnation)
+        for item in sorted(self.draft.arriving.values(), key=self._arrival_order):
+            if item.subject.kind == "endpoint":
+                self._endpoint_start(item)
+        for step in self.draft.steps.values():
+            if step.spec is not None and step.record.state in OVERRIDING:
+                self._overlay_run(step)
+        self._restorations()
+        return tuple(self.actions)
+
+    def _add(
+        self,
+        op: Op,
+        subject: Subject,
+        gpus: tuple[str, ...],
+        needs: Iterable[int],
+        *,
+        reason: str,
+        cause: Cause,
+        timeout_s: float,
+        predicted_s: float,
+        not_before: float = 0.0,
+        held: bool = False,
+        template: Arriving | None = None,
+        incarnation: str | None = None,
+    ) -> int:
+        required = tuple(sorted(set(needs)))
+        begin = max([self.draft.now.wall, not_before, *(self.actions[n - 1].expected[1] for n in required)])
+        action = Action(
+            id=len(self.actions) + 1,
+            needs=required,
+            op=op,
+            subject=subject,
+            gpus=gpus,
+            reason=reason,
+            cause=cause,
+            timeout_s=timeout_s,
+            expected=(begin, begin + max(0.0, predicted_s)),
+            ready=not required and not held,
+            incarnation=incarnation,
+        )
+        if template is not None:
+            action = replace(
+                action,
+                memory_bytes=template.memory_bytes,
+                exclusive=template.exclusive,
+                process_hash=template.process_hash,
+                attempt=template.attempt,
+                overlay=template.overlay,
+            )
+        self.actions.append(action)
+        return action.id
+
+    # ------------------------------------------------------------ what is under way
+
+    def _loading(self) -> None:
+        draft = self.draft
+        for name, standing in draft.standings.items():
+            current = standing.current
+            if standing.state != "starting" or current is None or current.id in draft.leaving:
+                continue
+            endpoint = draft.wanted.get(name)
+            startup = endpoint.health.startup_s if endpoint else 0.0
+            left = startup - draft.now.since(current.started)
+            load = draft.situation.timings(endpoint).load_s if endpoint else 0.0
+            cause = Cause("setpoint", endpoint.source if endpoint else None)
+            action = self._add(
+                "wait_ready", current.subject, current.gpus, (), reason="it loads", cause=cause,
+                timeout_s=max(0.0, left), predicted_s=load - draft.now.since(current.started), incarnation=current.id,
+            )  # fmt: skip
+            self._note_loading(current.subject, current.gpus, action)
+
+    def _note_loading(self, subject: Subject, gpus: tuple[str, ...], action: int) -> None:
+        self._loaded_by[subject] = action
+        for gpu in gpus:
+            self._loading_on.setdefault(gpu, []).append((subject, action))
+
+    def _after_loading(self, subject: Subject, gpus: tuple[str, ...]) -> list[int]:
+        return [a for gpu in gpus for who, a in self._loading_on.get(gpu, []) if who != subject]
+
+    # ------------------------------------------------------------ leaving
+
+    def _departure(self, incarnation: Incarnation) -> None:
+        """Everything until this incarnation's GPUs are seen free, if it leaves or has left."""
+        draft = self.draft
+        leaving = draft.leaving.get(incarnation.id)
+        if incarnation.subject.kind == "workload":
+            step = draft.steps.get(incarnation.subject.name)
+            overlay = step.spec if step else None
+            stop_reason = step.stop_workload if step else "its overlay is unknown"
+            if incarnation.alive and stop_reason is not None:
+                cause = Cause("cancel", overlay.source if overlay else None, incarnation.subject.name)
+                leaving = Leaving(incarnation, stop_reason, cause)
+        if leaving is None:
+            if not incarnation.alive and not draft.situation.memory_returned(incarnation):
+                self._memory(incarnation, (), "its memory is not seen free yet", Cause("cleanup"))
+            return
+        if incarnation.phase == "unknown":
+            return
+        needs = self._after_loading(incarnation.subject, incarnation.gpus)
+        gone = self._ending(incarnation, leaving, needs)
+        if incarnation.gpus:
+            self._memory(incarnation, (gone,), leaving.reason, leaving.cause)
+        else:
+            self._vacated_by[incarnation.id] = gone
+
+    def _ending(self, incarnation: Incarnation, leaving: Leaving, needs: list[int]) -> int:
+        subject, draft = incarnation.subject, self.draft
+        stop = stop_settings(draft, subject)
+        if incarnation.phase in ("exited", "vanished"):
+            return self._add(
+                "kill", subject, incarnation.gpus, (), reason=leaving.reason, cause=leaving.cause,
+                timeout_s=KILL_SLACK_S, predicted_s=0.1, incarnation=incarnation.id,
+            )  # fmt: skip
+        drained_until = draining(draft, incarnation, stop)
+        if drained_until is not None:
+            left = drained_until.since(draft.now)
+            drain = self._add(
+                "drain", subject, incarnation.gpus, needs, reason=leaving.reason, cause=leaving.cause,
+                timeout_s=stop.drain_s, predicted_s=min(left, stop.drain_s), incarnation=incarnation.id,
+            )  # fmt: skip
+            needs = [drain]
+            if incarnation.stop is not None:
+                draft.wakes.append(drained_until)
+        endpoint = draft.situation.spec.endpoints.get(subject.name) if subject.kind == "endpoint" else None
+        predicted = draft.situation.timings(endpoint).stop_s if endpoint else 1.0
+        return self._add(
+            "stop" if subject.kind == "endpoint" else "stop_workload", subject, incarnation.gpus, needs,
+            reason=leaving.reason, cause=leaving.cause, timeout_s=stop.grace_s + KILL_SLACK_S, predicted_s=predicted,
+            incarnation=incarnation.id,
+        )  # fmt: skip
+
+    def _memory(self, incarnation: Incarnation, needs: tuple[int, ...], reason: str, cause: Cause) -> None:
+        self._vacated_by[incarnation.id] = self._add(
+            "wait_memory", incarnation.subject, incarnation.gpus, needs, reason=reason, cause=cause,
+            timeout_s=MEMORY_TIMEOUT_S, predicted_s=MEMORY_RETURN_S, incarnation=incarnation.id,
+        )  # fmt: skip
+
+    def _after_departures(self, subject: Subject, gpus: tuple[str, ...], port: int | None) -> list[int]:
+        """What must be gone first: whoever leaves these GPUs, this port, or is the subject's own predecessor."""
+        return [
+            self._vacated_by[i.id]
+            for i in self.draft.situation.observed.incarnations
+            if i.id in self._vacated_by
+            and (i.subject == subject or set(i.gpus) & set(gpus) or (port is not None and i.port == port))
+        ]
+
+    # ------------------------------------------------------------ arriving
+
+    def _arrival_order(self, item: Arriving) -> tuple[bool, int, str]:
+        """Overlays' own first, then by priority: the order in which engines load that share a GPU."""
+        endpoint = self.draft.wanted.get(item.subject.name)
+        return (item.overlay is None, -(endpoint.priority if endpoint else 0), item.subject.name)
+
+    def _endpoint_start(self, item: Arriving, after: Iterable[int] = ()) -> int:
+        draft = self.draft
+        endpoint = draft.wanted.get(item.subject.name) or draft.situation.spec.endpoints[item.subject.name]
+        needs = [
+            *after,
+            *self._after_departures(item.subject, item.gpus, endpoint.port),
+            *self._after_loading(item.subject, item.gpus),
+        ]
+        not_before = 0.0 if item.not_before is None else draft.now.wall + item.not_before.since(draft.now)
+        start = self._add(
+            "start", item.subject, item.gpus, needs, reason=item.reason, cause=item.cause, timeout_s=SPAWN_TIMEOUT_S,
+            predicted_s=SPAWN_S, not_before=not_before, held=item.not_before is not None, template=item,
+        )  # fmt: skip
+        ready = self._add(
+            "wait_ready", item.subject, item.gpus, (start,), reason=item.reason, cause=item.cause,
+            timeout_s=endpoint.health.startup_s, predicted_s=draft.situation.timings(endpoint).load_s,
+        )  # fmt: skip
+        self._note_loading(item.subject, item.gpus, ready)
+        return ready
+
+    def _overlay_run(self, step: OverlayStep) -> None:
+        """The workload's start, once its GPUs are free and what it requires is ready, and its end."""
+        draft, overlay, record = self.draft, step.spec, step.record
+        assert overlay is not None  # noqa: S101 - the caller filters
+        subject = Subject("workload", record.name)
+        cause = Cause("overlay", overlay.source, record.name)
+        leases = [x for x in draft.leases if x.overlay == record.name]
+        gpus = tuple(x.gpu for x in draft.leased(subject))
+        required = [
+            action
+            for who, action in self._loaded_by.items()
+            if who.name in draft.wanted and set(overlay.requires) & set(draft.wanted[who.name].capabilities)
+        ]
+        needs: list[int] = []
+        if overlay.workload is not None and record.state in ("admitted", "evicting", "starting"):
+            if not draft.situation.living(subject):
+                item = draft.arriving.get(subject)
+                needs = [*self._after_departures(subject, gpus, None), *self._after_loading(subject, gpus), *required]
+                start = self._add(
+                    "start_workload", subject, gpus, needs, reason=f"the work of overlay {record.name}", cause=cause,
+                    timeout_s=SPAWN_TIMEOUT_S, predicted_s=SPAWN_S, held=item is None,
+                    template=item or arrival(draft, step, overlay),
+                )  # fmt: skip
+                needs = [start]
+        elif record.state in ("admitted", "evicting", "starting"):
+            for gpu in sorted({x.gpu for x in leases}):
+                needs.extend(self._after_departures(subject, (gpu,), None))
+            needs.extend(required)
+        span = overlay.makespan.duration_s
+        if span is None:
+            span = max(0.0, (overlay.makespan.deadline or draft.now.wall + UNKNOWN_RUN_S) - draft.now.wall)
+        if record.active_since is not None:
+            span = predicted_end(record, overlay.makespan, draft.now.wall) - draft.now.wall
+        end = self._add(
+            "wait_end", subject, gpus, needs, reason=f"overlay {record.name} holds its GPUs", cause=cause,
+            timeout_s=span + overlay.makespan.grace_s, predicted_s=span,
+        )  # fmt: skip
+        if leases:
+            end = self._add(
+                "wait_memory", subject, tuple(sorted({x.gpu for x in leases})), (end,), reason="its memory comes back",
+                cause=cause, timeout_s=MEMORY_TIMEOUT_S, predicted_s=MEMORY_RETURN_S,
+            )  # fmt: skip
+        self._ended_by[record.name] = end
+
+    def _restorations(self) -> None:
+        """The predicted way back of everything an overlay displaced."""
+        draft = self.draft
+        board = draft.board.without(frozenset(f"overlay/{n}" for n in self._ended_by))
+        baseline = draft.situation.spec.endpoints
+        for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
+            holders = [o for o in draft.evicted_from(name) if o in self._ended_by]
+            subject = Subject("endpoint", name)
+            if not holders or endpoint.state != "running" or (subject in draft.arriving and name not in draft.owners):
+                continue
+            current, record = draft.standings[name].current, draft.records[name]
+            prefer = current.gpus if current is not None else record.last_gpus
+            need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
+            placement = place([need], board, may_displace=lambda _: False) if need else None
+            if need is None or placement is None:
+                continue
+            gpus = placement.gpus[subject]
+            sizes = tuple(need.memory_bytes[g] for g in gpus)
+            holds = {g: Hold(s, need.exclusive) for g, s in zip(gpus, sizes, strict=True)}
+            board.add(Tenant(f"endpoint/{name}", endpoint.priority, holds))
+            self._restore(endpoint, gpus, sizes, holders, exclusive=need.exclusive)
+
+    def _restore(
+        self,
+        endpoint: EndpointSpec,
+        gpus: tuple[str, ...],
+        sizes: tuple[int, ...],
+        holders: list[str],
+        *,
+        exclusive: bool,
+    ) -> None:
+        subject = Subject("endpoint", endpoint.name)
+        names = ", ".join(sorted(holders))
+        item = Arriving(
+            subject, gpus, sizes, exclusive, endpoint.process_hash, f"{names} no longer needs its place",
+            Cause("restore", endpoint.source, holders[0]),
+        )  # fmt: skip
+        # Whoever else's overlay still holds one of these GPUs has to end first, too: no prefix may oversubscribe.
+        held = {x.overlay for x in self.draft.leases if x.gpu in gpus and x.overlay in self._ended_by}
+        self._endpoint_start(item, [self._ended_by[o] for o in {*holders, *held}])
+
+
+def stop_settings(draft: Draft, subject: Subject) -> Stop:
+    """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
+    if subject.kind == "endpoint":
+        endpoint = draft.wanted.get(subject.name) or draft.situation.spec.endpoints.get(subject.name)
+        return endpoint.stop if endpoint else Stop()
+    overlay = draft.situation.spec.overlays.get(subject.name)
+    return overlay.workload.stop if overlay and overlay.workload else Stop()
+
+
+def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:
+    """Until when this incarnation is given time to finish its requests; None when there is nothing to wait for.
+
+    Draining is over when its time is up, when the engine reports no request in flight since the stop was asked for,
+    or when it cannot report any (not ready, no metric): waiting for an answer that cannot come helps nobody.
+    """
+    if incarnation.subject.kind == "workload" or stop.drain_s <= 0:
+        return None
+    progress, probe = incarnation.stop, draft.situation.probe(incarnation)
+    if progress is not None and (progress.drained or progress.signalled is not None):
+        return None
+    record = draft.records[incarnation.subject.name]
+    known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
+    if known is None or not PROFILES[known.engine].busy_metrics or record.ready_incarnation != incarnation.id:
+        return None
+    since = progress.requested if progress else draft.now
+    until = since.plus(stop.drain_s)
+    if progress is not None:
+        answered = probe is not None and probe.at.mono > progress.requested.mono
+        if draft.now.mono >= until.mono or (answered and probe is not None and not probe.busy):
+            return None
+    return until

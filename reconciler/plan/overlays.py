@@ -1,0 +1,217 @@
+"""The life of one overlay: which state the observed facts and the time put it in. Admission is not decided here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from reconciler.clock import Instant
+from reconciler.plan.ledger import LIVE, TERMINAL, OverlayRecord, OverlayState
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import Makespan, OverlaySpec
+
+MEMORY_TIMEOUT_S = 60.0
+"""Memory usually comes back within 1.5 s of the last process's end; what is still held after a minute is not coming."""
+RECORD_KEPT_S = 86400.0
+"""How long the outcome of an overlay stays in view after its file is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayStep:
+    """One overlay after the facts were taken in."""
+
+    record: OverlayRecord
+    spec: OverlaySpec | None
+    """None: its file is gone."""
+    workload: Incarnation | None
+    """The incarnation of the present attempt: living, or ended and not yet archived."""
+    stop_workload: str | None
+    """The workload must end, and why."""
+    wake: Instant | None
+
+    @property
+    def live(self) -> bool:
+        """It holds leases or waits for its victims' return."""
+        return self.record.state in LIVE
+
+
+def next_window(makespan: Makespan, after: float) -> float:
+    """Epoch seconds of the next start later than `after`; `after` itself where nothing says when."""
+    if makespan.schedule is not None:
+        from cronsim import CronSim  # noqa: PLC0415 - only schedules need it, and the command line starts without it
+
+        zone = ZoneInfo(makespan.timezone or "UTC")
+        return next(CronSim(makespan.schedule, datetime.fromtimestamp(after, zone))).astimezone(UTC).timestamp()
+    return makespan.start if makespan.start is not None else after
+
+
+def hard_end(record: OverlayRecord, makespan: Makespan) -> float | None:
+    """Epoch seconds at which the overlay is ended whatever it does; None: it may overrun for ever."""
+    ends = [] if makespan.deadline is None else [makespan.deadline]
+    if record.active_since is not None and makespan.duration_s is not None and makespan.on_overrun == "stop":
+        ends.append(record.active_since.wall + makespan.duration_s + makespan.grace_s)
+    return min(ends, default=None)
+
+
+def predicted_end(record: OverlayRecord, makespan: Makespan, now: float) -> float:
+    """Epoch seconds at which the overlay is expected to end; never in the past."""
+    start = record.active_since.wall if record.active_since else max(now, record.window_start)
+    if makespan.duration_s is not None:
+        end = start + makespan.duration_s
+        return max(now, min(end, makespan.deadline) if makespan.deadline is not None else end)
+    return max(now, makespan.deadline or now)
+
+
+def enter(record: OverlayRecord, state: OverlayState, now: Instant, reason: str = "") -> OverlayRecord:
+    """The record in its next state."""
+    return replace(record, state=state, since=now, reason=reason)
+
+
+def finish(
+    record: OverlayRecord, outcome: Literal["done", "failed", "cancelled", "expired"] | None, now: Instant, reason: str
+) -> OverlayRecord:
+    """Begin the way back: workload gone, memory free, leases released, baseline restored. Outcome None: run again."""
+    return replace(enter(record, "completing", now, reason), outcome=outcome)
+
+
+def open_record(spec: OverlaySpec, now: Instant) -> OverlayRecord:
+    """The first record of an overlay just seen, or of its next run."""
+    return OverlayRecord(
+        name=spec.name,
+        state="pending",
+        since=now,
+        window_start=next_window(spec.makespan, now.wall),
+        placement_hash=spec.placement_hash,
+        priority=spec.priority,
+        source=spec.source,
+    )
+
+
+def advance(situation: Situation, name: str) -> OverlayStep | None:
+    """Take in what happened to one overlay since the last tick; None: nothing is known of it any more."""
+    spec = situation.spec.overlays.get(name)
+    record = situation.ledger.overlays.get(name)
+    now = situation.now
+    if record is None:
+        if spec is None:
+            return None
+        record = open_record(spec, now)
+    elif spec is None and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
+        return None
+    elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
+        record = open_record(spec, now)
+    if spec is not None:
+        record = replace(record, priority=spec.priority, source=spec.source)
+    runs = situation.incarnations(Subject("workload", name))
+    workload = runs[-1] if runs else None
+    record = _withdrawn(record, spec, now)
+    if spec is not None:
+        record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
+        record = _ran(record, spec, workload, situation)
+    stop = None
+    if workload is not None and workload.alive and record.state in ("completing", "restoring", *TERMINAL):
+        stop = record.reason or "its overlay is over"
+    return OverlayStep(record, spec, workload, stop, _wake(record, spec))
+
+
+def _asks_again(record: OverlayRecord, spec: OverlaySpec, now: Instant) -> bool:
+    """A finished overlay runs again when its file asks for other work, another start, or has a schedule."""
+    if spec.makespan.schedule is not None:
+        return True
+    start = spec.makespan.start
+    moved = start is not None and start != record.window_start and start > now.wall
+    return spec.placement_hash != record.placement_hash or moved
+
+
+def _withdrawn(record: OverlayRecord, spec: OverlaySpec | None, now: Instant) -> OverlayRecord:
+    """The file is gone, or was replaced by other work."""
+    if record.state in TERMINAL or record.state in ("completing", "restoring"):
+        return record
+    if spec is None:
+        if record.state == "pending":
+            return enter(record, "cancelled", now, "its file was removed before it began")
+        return finish(record, "cancelled", now, "its file was removed")
+    if record.placement_hash == spec.placement_hash:
+        return record
+    if record.state == "pending":
+        return replace(open_record(spec, now), since=record.since)
+    return finish(record, None, now, "its file was replaced by other work (on_edit: replace)")
+
+
+def _timed(record: OverlayRecord, spec: OverlaySpec, now: Instant, *, jumped: bool) -> OverlayRecord:
+    """What the time alone brings about. A jump of the wall clock is confirmed by one more look first."""
+    makespan = spec.makespan
+    past_deadline = makespan.deadline is not None and now.wall >= makespan.deadline and not jumped
+    if record.state == "pending":
+        if makespan.schedule is None and makespan.start is not None:
+            record = replace(record, window_start=makespan.start)
+        late = now.wall - record.window_start
+        if past_deadline:
+            return enter(record, "expired", now, "its deadline passed before it could begin")
+        if makespan.schedule is not None and late > makespan.starting_deadline_s and not jumped:
+            reason = f"could not begin within {makespan.starting_deadline_s:g} s of its window"
+            return enter(record, "expired", now, reason)
+        return record
+    if record.state not in ("admitted", "evicting", "starting", "active", "overrun"):
+        return record
+    if past_deadline:
+        done = spec.workload is None and record.active_since is not None
+        return finish(record, "done" if done else "failed", now, "" if done else "its deadline passed")
+    if record.active_since is None or makespan.duration_s is None:
+        return record
+    elapsed = now.since(record.active_since)
+    if spec.workload is None:
+        return finish(record, "done", now, "") if elapsed >= makespan.duration_s else record
+    if elapsed < makespan.duration_s + makespan.grace_s:
+        return enter(record, "active", now) if record.state == "overrun" else record
+    if makespan.on_overrun == "stop":
+        return finish(record, "failed", now, "it overran its makespan (on_overrun: stop)")
+    if record.state == "overrun":
+        return record
+    return enter(record, "overrun", now, "past its duration and grace; the work that began completes")
+
+
+def _ran(record: OverlayRecord, spec: OverlaySpec, workload: Incarnation | None, situation: Situation) -> OverlayRecord:
+    """What the workload's process did."""
+    now = situation.now
+    begun = record.state in ("starting", "active", "overrun")
+    if spec.workload is None or workload is None or not begun or workload.attempt != record.attempt:
+        return record
+    if workload.phase == "running" and record.active_since is None:
+        return replace(enter(record, "active", now), active_since=workload.started)
+    if workload.phase not in ("exited", "vanished") or workload.strays is None:
+        return record
+    # Its leader ended. What it left running belongs to the job and is ended with it, in `completing`.
+    record = replace(record, exit_code=workload.exit_code, active_since=record.active_since or workload.started)
+    if workload.exit_code == 0:
+        return finish(record, "done", now, "")
+    how = "its exit code is unknown" if workload.exit_code is None else f"exit code {workload.exit_code}"
+    if record.attempt < spec.workload.retries:
+        again = replace(record, attempt=record.attempt + 1, active_since=None, exit_code=None)
+        return enter(again, "starting", now, f"attempt {record.attempt + 1} failed ({how})")
+    return finish(record, "failed", now, f"the workload failed: {how}")
+
+
+def _wake(record: OverlayRecord, spec: OverlaySpec | None) -> Instant | None:
+    """When the time alone changes this overlay's state next."""
+    if spec is None or record.state in TERMINAL:
+        return None
+    makespan, since = spec.makespan, record.since
+    wakes: list[Instant] = []
+
+    def at_wall(wall: float) -> None:
+        wakes.append(since.plus(wall - since.wall))
+
+    if record.state == "pending":
+        at_wall(record.window_start)
+        if makespan.schedule is not None:
+            at_wall(record.window_start + makespan.starting_deadline_s)
+    if makespan.deadline is not None:
+        at_wall(makespan.deadline)
+    if record.active_since is not None and makespan.duration_s is not None and record.state in ("active", "overrun"):
+        grace = makespan.grace_s if spec.workload is not None else 0.0
+        wakes.append(record.active_since.plus(makespan.duration_s + grace))
+    return min(wakes, key=lambda w: w.mono, default=None)

@@ -1,0 +1,332 @@
+"""`plan()`: the whole decision, from four values to one.
+
+The order is fixed: take in the facts, seat everybody, let overlays move on and admit waiting ones until nothing moves,
+then derive what to do from what was decided. Nothing here knows the box, a clock or a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from reconciler.clock import Instant
+from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Plan, Symbol
+from reconciler.plan.admission import admit_all
+from reconciler.plan.agenda import forecast_entries, keep_agenda
+from reconciler.plan.draft import Draft
+from reconciler.plan.graph import Graph
+from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
+from reconciler.plan.observed import Incarnation, Observed, Subject
+from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import Spec
+
+MAX_ROUNDS = 100
+"""Each round moves an overlay at least one state on, and there are four states to pass in one decision."""
+
+
+def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
+    """What to do about the difference between what should be and what is.
+
+    Args:
+        spec: the set points and overlays in force
+        observed: one look at the box, not older than `now`
+        ledger: what was decided before; leases, records, agenda
+        now: the moment of the decision, on both clocks
+
+    Returns:
+        The plan, whose `ledger` has to be made durable before any of its actions runs.
+    """
+    situation = Situation(spec, observed, _same_boot(ledger, observed, now), now)
+    draft = Draft.of(situation)
+    quarantine_overdue(draft)
+    for _ in range(MAX_ROUNDS):
+        draft.want()
+        before = {name: step.record for name, step in draft.steps.items()}
+        admit_all(draft)
+        progress(draft)
+        if before == {name: step.record for name, step in draft.steps.items()}:
+            break
+    for step in draft.steps.values():
+        if step.record.state == "starting":
+            arrange_workload(draft, step)
+    actions = Graph(draft).build()
+    views = {name: _view(draft, name, actions) for name in draft.standings}
+    _restate(draft, views)
+    _say_moves(draft)
+    agenda = keep_agenda(draft, actions)
+    records = _records(draft)
+    after = Ledger(
+        boot_id=observed.boot_id,
+        overlays={name: step.record for name, step in sorted(draft.steps.items())},
+        leases=tuple(sorted(draft.leases, key=lambda x: (x.overlay, x.subject, x.gpu))),
+        endpoints=records,
+        quarantines=dict(sorted(draft.quarantines.items())),
+        agenda=agenda,
+        timings=ledger.timings,
+    )
+    blocked = tuple(sorted(draft.blocked.values(), key=lambda b: b.subject))
+    evictions = sum(len(s.record.evicted) for s in draft.steps.values() if s.record.since == now)
+    return Plan(
+        spec_hash=spec.digest,
+        observed_fingerprint=fingerprint(observed, situation),
+        now=now,
+        converged=_converged(actions),
+        drift=_drift(draft, views),
+        changes=_changes(draft, actions, blocked),
+        actions=actions,
+        blocked=blocked,
+        budgets=_budgets(draft),
+        objective={
+            "victims": float(evictions),
+            "lost_readiness_s": sum(
+                draft.situation.timings(spec.endpoints[n]).load_s
+                for s in draft.steps.values()
+                if s.record.since == now
+                for n in s.record.evicted
+                if n in spec.endpoints
+            ),
+        },
+        proof="each overlay's victims and places are the least of all choices (exhaustive search)",
+        agenda=forecast_entries(agenda, actions),
+        ledger=after,
+        events=tuple(draft.events),
+        endpoints=views,
+        next_wake=min((w for w in draft.wakes if w.mono > now.mono), key=lambda w: w.mono, default=None),
+        archive=_archive(draft),
+    )
+
+
+def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
+    """The ledger with its monotonic times carried over a reboot, by the wall clock."""
+    if ledger.boot_id in ("", observed.boot_id):
+        return ledger
+
+    def carried(instant: Instant | None) -> Instant | None:
+        return None if instant is None else Instant(instant.wall, now.mono - max(0.0, now.wall - instant.wall))
+
+    def certain(instant: Instant) -> Instant:
+        return carried(instant) or now
+
+    return replace(
+        ledger,
+        overlays={
+            n: replace(r, since=certain(r.since), active_since=carried(r.active_since))
+            for n, r in ledger.overlays.items()
+        },
+        leases=tuple(replace(x, since=certain(x.since)) for x in ledger.leases),
+        endpoints={
+            n: replace(
+                r,
+                state_since=carried(r.state_since),
+                ready_since=carried(r.ready_since),
+                unhealthy_since=carried(r.unhealthy_since),
+                renew_before=None,
+                exits=tuple(replace(e, at=certain(e.at)) for e in r.exits),
+            )
+            for n, r in ledger.endpoints.items()
+        },
+        quarantines={n: replace(q, since=certain(q.since)) for n, q in ledger.quarantines.items()},
+    )
+
+
+def fingerprint(observed: Observed, situation: Situation) -> str:
+    """Hash of the observed facts that a decision reads; utilisation, times and small changes of memory are none."""
+    step = 256 << 20
+    facts = (
+        observed.boot_id,
+        observed.gpus_known,
+        tuple((g.uuid, g.state, g.healthy, situation.rooms[g.uuid].foreign_bytes // step) for g in observed.gpus),
+        tuple((i.id, i.phase, i.strays, i.exit_code, i.stop is not None) for i in observed.incarnations),
+        tuple((k, p.ready, p.sleeping) for k, p in sorted(observed.probes.items())),
+        tuple((port, holder.pid) for port, holder in sorted(observed.ports.items())),
+        tuple((n, r.state, r.attempt) for n, r in sorted(situation.ledger.overlays.items())),
+        tuple((x.overlay, x.gpu) for x in situation.ledger.leases),
+        tuple(sorted(situation.ledger.quarantines)),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
+    """How one endpoint stands, in the words people see."""
+    standing, subject = draft.standings[name], Subject("endpoint", name)
+    blocked, arriving = draft.blocked.get(subject), draft.arriving.get(subject)
+    state: EndpointState = standing.state
+    wanted = name in draft.wanted
+    if state == "stopped" and wanted:
+        state = "failed" if draft.records[name].failed else "pending"
+    holders = sorted(draft.evicted_from(name))
+    reason = standing.reason
+    if standing.current is not None and standing.current.id in draft.leaving:
+        reason = draft.leaving[standing.current.id].reason
+    elif blocked is not None:
+        reason = f"{blocked.reason}: {blocked.message}"
+    elif state == "pending" and arriving is not None:
+        start = next((a for a in actions if a.subject == subject and a.op == "start"), None)
+        waits = start is not None and any(actions[n - 1].op == "wait_memory" for n in start.needs)
+        reason = "WaitingForVram: memory on its GPUs is not seen free yet" if waits else arriving.reason
+    gpus = standing.current.gpus if standing.current else (arriving.gpus if arriving else ())
+    known = draft.situation.spec.endpoints.get(name)
+    set_point = known.state if known else "stopped"
+    desired = "running" if wanted else ("displaced" if holders else set_point)
+    if wanted and holders and standing.current is None and arriving is None:
+        desired = "displaced"
+    incarnation = standing.current.id if standing.current else None
+    return EndpointView(name, state, desired, reason, incarnation, gpus)
+
+
+def _restate(draft: Draft, views: dict[str, EndpointView]) -> None:
+    """Note each endpoint's new state in its record, with an event for a change; forget evictions that are over."""
+    for name, view in views.items():
+        record = draft.records[name]
+        if view.state == "healthy" and record.evicted_by and not draft.evicted_from(name):
+            record = replace(record, evicted_by=None)
+        if view.state != record.state:
+            cause = _why(draft, name)
+            draft.say(view.state, name, view.reason or f"{record.state} -> {view.state}", cause)
+            record = replace(record, state=view.state, state_since=draft.now)
+        draft.records[name] = record
+
+
+def _why(draft: Draft, name: str) -> Cause:
+    standing = draft.standings[name]
+    if standing.current is not None and standing.current.id in draft.leaving:
+        return draft.leaving[standing.current.id].cause
+    arriving = draft.arriving.get(Subject("endpoint", name))
+    if arriving is not None:
+        return arriving.cause
+    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
+    return Cause("setpoint", endpoint.source if endpoint else None)
+
+
+def _say_moves(draft: Draft) -> None:
+    """One event for each overlay that is now in another state than before this decision."""
+    for name, step in sorted(draft.steps.items()):
+        before = draft.situation.ledger.overlays.get(name)
+        if before is None or before.state != step.record.state:
+            cause = Cause("overlay", step.record.source, name)
+            draft.say(step.record.state, name, step.record.reason or f"overlay {name} is {step.record.state}", cause)
+
+
+def _records(draft: Draft) -> dict[str, EndpointRecord]:
+    """Records of endpoints that are still spoken of; `renew_before` is forgotten once it is fulfilled."""
+    kept = {}
+    for name, record in sorted(draft.records.items()):
+        standing = draft.standings[name]
+        fulfilled = record.renew_before is not None and (
+            standing.state == "healthy"
+            and standing.current is not None
+            and standing.current.started.mono >= record.renew_before.mono
+        )
+        kept[name] = replace(record, renew_before=None) if fulfilled else record
+    return kept
+
+
+def _converged(actions: tuple[Action, ...]) -> bool:
+    """Whether all that is left is to wait for the ends of overlays, and what comes after them."""
+    behind: set[int] = set()
+    for action in actions:
+        begun = action.op == "wait_end" and not set(action.needs) - behind
+        if begun or set(action.needs) & behind:
+            behind.add(action.id)
+        else:
+            return False
+    return True
+
+
+def _drift(draft: Draft, views: dict[str, EndpointView]) -> tuple[Drift, ...]:
+    found = []
+    for name, view in sorted(views.items()):
+        wanted = name in draft.wanted
+        if wanted and view.state != "healthy":
+            found.append(Drift(Subject("endpoint", name), "running", view.state))
+        elif not wanted and draft.standings[name].current is not None:
+            found.append(Drift(Subject("endpoint", name), "stopped", view.state))
+    return tuple(found)
+
+
+def _changes(draft: Draft, actions: tuple[Action, ...], blocked: tuple[Blocked, ...]) -> tuple[Change, ...]:
+    """Per subject what happens to it, departures before arrivals, and what is blocked."""
+    behind: set[int] = set()
+    groups: dict[tuple[Subject, str], list[Action]] = {}
+    for action in actions:
+        if action.op == "wait_end" or behind & set(action.needs):
+            behind.add(action.id)
+        if action.op == "wait_end" or (action.op == "wait_memory" and action.id in behind):
+            continue
+        ending = action.op in ("drain", "stop", "kill", "sleep", "stop_workload", "wait_memory")
+        groups.setdefault((action.subject, "ends" if ending else "begins"), []).append(action)
+    back = {a.subject: a.expected[1] for a in actions if a.op == "wait_ready" and a.id in behind}
+    changes = []
+    for (subject, phase), group in groups.items():
+        first = group[0]
+        other = (subject, "begins") in groups if phase == "ends" else (subject, "ends") in groups
+        symbol = _symbol(first, phase, edited=other)
+        expected_back = back.get(subject) if phase == "ends" else None
+        changes.append(Change(subject, symbol, tuple(a.id for a in group), first.reason, first.cause, expected_back))
+    known = {c.subject for c in changes}
+    for item in blocked:
+        if item.subject not in known:
+            symbol = "?" if item.reason in ("GpuUnknown", "GpuOccupied") else "x"
+            cause = (
+                _why(draft, item.subject.name)
+                if item.subject.kind == "endpoint"
+                else Cause("overlay", overlay=item.subject.name)
+            )
+            changes.append(
+                Change(item.subject, symbol, (), f"{item.reason}: {item.message}", cause, item.earliest_start)
+            )
+    return tuple(changes)
+
+
+def _symbol(first: Action, phase: str, *, edited: bool) -> Symbol:
+    """The first rule that holds names the change."""
+    rules: tuple[tuple[bool, Symbol], ...] = (
+        (phase == "ends" and first.cause.kind == "evict", "!"),
+        (first.cause.kind == "restore", "<"),
+        (edited and first.cause.kind in ("edit", "overlay", "request", "drift"), "~"),
+        (phase == "ends", "-"),
+    )
+    return next((symbol for holds, symbol in rules if holds), "+")
+
+
+def _budgets(draft: Draft) -> tuple[str, ...]:
+    limit = draft.situation.spec.policy.max_evictions_per_hour
+    lines = []
+    for name, record in sorted(draft.records.items()):
+        if record.evictions:
+            lines.append(f"{name}: {len(record.evictions)} of {limit} evictions this hour")
+        endpoint = draft.wanted.get(name)
+        if endpoint is not None and record.streak:
+            lines.append(f"{name}: ended {record.streak} times in a row (at most {endpoint.restart.max_restarts})")
+    return tuple(lines)
+
+
+def _archive(draft: Draft) -> tuple[str, ...]:
+    """Ended incarnations that nothing needs to look at again: counted, and their memory back or given up on."""
+    done = []
+    for incarnation in draft.situation.observed.incarnations:
+        if incarnation.alive or not _counted(draft, incarnation):
+            continue
+        lost = [u for u in incarnation.gpus if u in draft.quarantines or _lost(draft, u)]
+        if draft.situation.memory_returned(incarnation) or len(lost) == len(incarnation.gpus):
+            done.append(incarnation.id)
+    return tuple(sorted(done))
+
+
+def _lost(draft: Draft, uuid: str) -> bool:
+    gpu = draft.situation.gpus.get(uuid)
+    return gpu is not None and gpu.state == "lost"
+
+
+def _counted(draft: Draft, incarnation: Incarnation) -> bool:
+    if incarnation.phase not in ("exited", "vanished"):
+        return False
+    name = incarnation.subject.name
+    if incarnation.subject.kind == "endpoint":
+        record = draft.records.get(name)
+        return record is None or any(e.incarnation == incarnation.id for e in record.exits)
+    step = draft.steps.get(name)
+    if step is None or incarnation.attempt < step.record.attempt:
+        return True
+    return step.record.state in ("completing", "restoring", *TERMINAL)

@@ -1,0 +1,219 @@
+"""Who may give way to whom, and why something that does not fit does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from reconciler.plan.endpoints import Standing, cooling_down
+from reconciler.plan.placement import Board, Need, Placement, Tenant, Victims, place
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.units import format_size
+
+RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "CoolDown", "GpuUnknown")
+"""Every rule that can keep a tenant in its place, in the order in which they are named to people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a set of needs finds no place."""
+
+    reason: str
+    message: str
+    alternatives: tuple[str, ...]
+    transient: bool
+
+
+@dataclass(frozen=True)  # no slots: `floors` is cached
+class Consents:
+    """The rules of displacement for one overlay, as questions about tenants."""
+
+    situation: Situation
+    overlay: OverlaySpec
+    endpoints: Mapping[str, EndpointSpec]
+    """Every endpoint wanted now, as it is wanted now."""
+    standings: Mapping[str, Standing]
+    overlays: Mapping[str, OverlaySpec]
+    """Live overlays: what they require stays, and lower ones may be displaced."""
+    vacated: frozenset[str] = frozenset()
+    """Endpoints that the overlay itself sets aside: they count as gone already."""
+
+    @cached_property
+    def floors(self) -> Mapping[str, int]:
+        """Least number of ready providers: the set points', and one of whatever a live overlay requires."""
+        floors = dict(self.situation.spec.floors)
+        for overlay in self.overlays.values():
+            for capability in overlay.requires:
+                floors[capability] = max(1, floors.get(capability, 0))
+        return floors
+
+    def broken_by(self, tenant: Tenant) -> frozenset[str]:
+        """The rules that displacing this tenant would break by itself."""
+        kind, _, name = tenant.key.partition("/")
+        if kind == "overlay":
+            other = self.overlays.get(name)
+            preemptible = other is not None and other.workload is not None and other.workload.preemptible
+            rules = {
+                "PriorityTooLow": tenant.priority >= self.overlay.priority,
+                "NotPreemptible": not preemptible,
+            }
+            return frozenset(rule for rule, holds in rules.items() if holds)
+        endpoint, policy = self.endpoints.get(name), self.situation.spec.policy
+        standing = self.standings[name]
+        if endpoint is None:  # it runs though nobody wants it, and cannot be read well enough to be stopped
+            return frozenset({"GpuUnknown"})
+        tired = standing.current and cooling_down(
+            standing.record,
+            self.situation.now,
+            max_evictions_per_hour=policy.max_evictions_per_hour,
+            min_ready_s=policy.min_ready_s,
+        )
+        rules = {
+            "NoConsent": not self.overlay.allow_baseline_eviction,
+            "PriorityTooLow": tenant.priority >= self.overlay.priority,
+            "NotPreemptible": not endpoint.preemptible,
+            "CoolDown": bool(tired),
+            "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tuple(tenant.holds)),
+        }
+        return frozenset(rule for rule, holds in rules.items() if holds)
+
+    def floors_hold(self, victims: Victims) -> bool:
+        """Whether every capability keeps its floor of ready providers once the victims are gone.
+
+        A floor that is broken already is no reason against a victim that was not ready anyway. Of what the overlay
+        itself requires, one provider has to stay that is wanted, ready or not.
+        """
+        gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+        for capability, floor in self.floors.items():
+            ready = self.ready_providers(capability)
+            if len(ready - gone) < min(floor, len(ready)):
+                return False
+        for capability in self.overlay.requires:
+            providers = {n for n, e in self.endpoints.items() if capability in e.capabilities}
+            if providers and not providers - gone:
+                return False
+        return True
+
+    def ready_providers(self, capability: str) -> set[str]:
+        """Names of the endpoints that offer a capability and answer now."""
+        return {
+            name
+            for name, endpoint in self.endpoints.items()
+            if capability in endpoint.capabilities and self.standings[name].state == "healthy"
+        }
+
+    def seek(self, needs: Sequence[Need], board: Board, *, waive: frozenset[str] = frozenset()) -> Placement | None:
+        """The best lawful placement; with `waive`, as if those rules did not exist."""
+        floors: Callable[[Victims], bool] = (lambda _: True) if "FloorWouldBreak" in waive else self.floors_hold
+        if not floors(frozenset()):
+            return None
+        free = place(needs, board, may_displace=lambda _: False)
+        if free is not None:
+            return free
+        return place(needs, board, may_displace=lambda t: self.broken_by(t) <= waive, may_displace_all=floors)
+
+    def explain(self, needs: Sequence[Need], board: Board) -> Refusal:
+        """Why `seek` found nothing: the first single rule whose absence would help, else what the box lacks.
+
+        In order:
+            1. one rule alone stands in the way: that rule, and the endpoints it protects
+            2. several do: the first of them, and all of them in the message
+            3. nothing of ours could make room: foreign memory, unusable GPUs, or simply too little of it
+        """
+        for rule in RULES:  # 1
+            placement = self.seek(needs, board, waive=frozenset({rule}))
+            if placement is not None:
+                return self._protected((rule,), placement)
+        placement = self.seek(needs, board, waive=frozenset(RULES))
+        if placement is not None:  # 2
+            broken = {r for key in placement.victims for r in self.broken_by(board.tenants[key])}
+            if not self.floors_hold(placement.victims):
+                broken.add("FloorWouldBreak")
+            return self._protected(tuple(r for r in RULES if r in broken), placement)
+        return lacking(self.situation, needs)  # 3
+
+    def _protected(self, rules: tuple[str, ...], placement: Placement) -> Refusal:
+        names = ", ".join(key.partition("/")[2] for key in sorted(placement.victims))
+        floors = {c: f for c, f in sorted(self.floors.items()) if f}
+        texts = {
+            "NoConsent": (
+                f"it would need the place of {names}, and the overlay does not allow eviction",
+                "set allow_baseline_eviction: true",
+            ),
+            "PriorityTooLow": (
+                f"{names}, in whose place it would run, has the same or a higher priority than {self.overlay.priority}",
+                "raise the overlay's priority above it",
+            ),
+            "NotPreemptible": (f"{names}, in whose place it would run, is not preemptible", f"wait for {names} to end"),
+            "FloorWouldBreak": (
+                (
+                    f"without {names} fewer ready providers than min_available would be left "
+                    f"({', '.join(f'{c}: {f}' for c, f in floors.items())})"
+                ),
+                "lower min_available, or add a provider",
+            ),
+            "CoolDown": (f"{names} was evicted too often or too lately", "wait; or `reconciler reset` it"),
+            "GpuUnknown": (f"the GPUs of {names} cannot be read at the moment", "see `reconciler doctor`"),
+        }
+        chosen = [texts[rule] for rule in rules]
+        return Refusal(
+            reason=rules[0],
+            message="; and ".join(message for message, _ in chosen),
+            alternatives=tuple(hint for _, hint in chosen),
+            transient=rules[0] in ("CoolDown", "GpuUnknown", "NotPreemptible"),
+        )
+
+
+def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
+    """What the box itself lacks for these needs, whoever gives way."""
+    names: list[str] = []
+    for need in needs:
+        rooms = [situation.rooms[g] for g in need.candidates if g in situation.rooms]
+        small = [r for r in rooms if r.unusable is None and r.capacity_bytes < need.memory_bytes[r.gpu.uuid]]
+        fitting = [r for r in rooms if r.unusable is None and r not in small]
+        occupied = [
+            r for r in small if r.gpu.total_bytes - situation.spec.node.reserve_bytes >= need.memory_bytes[r.gpu.uuid]
+        ]
+        broken = [r for r in rooms if r.unusable is not None]
+        if len(fitting) >= need.count:
+            continue
+        names.append(need.subject.name)
+        if occupied and len(fitting) + len(occupied) >= need.count:
+            return Refusal(
+                "GpuOccupied",
+                _occupants(situation, [r.gpu.uuid for r in occupied]),
+                ("end the foreign process, or choose other GPUs",),
+                transient=True,
+            )
+        if broken and len(fitting) + len(occupied) + len(broken) >= need.count:
+            first = broken[0]
+            return Refusal(
+                first.unusable or "GpuUnknown",
+                f"GPU {first.gpu.index} cannot be used: {first.gpu.detail or first.unusable}",
+                ("see `reconciler doctor`",),
+                transient=first.unusable == "GpuUnknown",
+            )
+        biggest = max((r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms), default=0)
+        least = min(need.memory_bytes.values(), default=0)
+        if rooms and least > biggest:
+            message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(biggest)}"
+            return Refusal("InsufficientMemory", message, ("ask for less memory",), transient=False)
+        message = f"it wants {need.count} GPUs, and {len(rooms)} of this node may serve it"
+        return Refusal("InsufficientGpus", message, ("ask for fewer GPUs",), transient=False)
+    taken = ", ".join(names) or ", ".join(n.subject.name for n in needs)
+    return Refusal("InsufficientGpus", f"no GPUs are left for {taken}", ("wait, or stop something",), transient=True)
+
+
+def _occupants(situation: Situation, gpus: Sequence[str]) -> str:
+    parts = []
+    for uuid in gpus:
+        gpu = situation.gpus[uuid]
+        foreign = [p for p in gpu.processes or () if p.owner is None]
+        who = (
+            ", ".join(f"pid {p.pid}" + (f" ({p.user}: {p.command})" if p.command else "") for p in foreign)
+            or "memory that no process is named for"
+        )
+        parts.append(f"GPU {gpu.index}: {format_size(situation.rooms[uuid].foreign_bytes)} held by {who}")
+    return "; ".join(parts)

@@ -1,0 +1,195 @@
+"""How admitted overlays move on: from evicting to active, and from completing back to the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from reconciler.plan.actions import Blocked, Cause
+from reconciler.plan.draft import Arriving, Draft
+from reconciler.plan.ledger import TERMINAL, Lease, Quarantine
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, enter, finish, open_record
+from reconciler.spec.spec import OverlaySpec
+
+
+def leavers(draft: Draft, leases: list[Lease]) -> list[Incarnation]:
+    """Who still has to leave these GPUs: incarnations that must go, and ended ones whose memory is not seen free."""
+    gpus = {x.gpu for x in leases}
+    found = [x.incarnation for x in draft.leaving.values() if gpus & set(x.incarnation.gpus)]
+    found += [i for i in draft.situation.observed.incarnations if _lingers(draft, i) and gpus & set(i.gpus)]
+    return found
+
+
+def _lingers(draft: Draft, incarnation: Incarnation) -> bool:
+    return not incarnation.alive and not draft.situation.memory_returned(incarnation)
+
+
+def quarantine_overdue(draft: Draft) -> None:
+    """Quarantine every GPU whose memory an ended process of ours has kept for too long."""
+    situation = draft.situation
+    for incarnation in situation.observed.incarnations:
+        if incarnation.alive or incarnation.exited is None or situation.memory_returned(incarnation):
+            continue
+        due = incarnation.exited.plus(MEMORY_TIMEOUT_S)
+        if draft.now.mono < due.mono:
+            draft.wakes.append(due)
+            continue
+        for uuid in incarnation.gpus:
+            room = situation.rooms.get(uuid)
+            held = room is not None and room.unusable is None and room.lingering_bytes > situation.tolerance_bytes
+            if held and uuid not in draft.quarantines:
+                reason = f"memory of {incarnation.subject} not returned {MEMORY_TIMEOUT_S:g} s after it ended"
+                draft.quarantines[uuid] = Quarantine(uuid, draft.now, reason)
+                draft.say("quarantined", uuid, reason, Cause("drift"))
+
+
+def progress(draft: Draft) -> bool:
+    """Move every live overlay as far as the facts allow; True when one of them moved."""
+    moved = False
+    for name in list(draft.steps):
+        step = draft.steps[name]
+        match step.record.state:
+            case "admitted" | "evicting":
+                _evicting(draft, step)
+            case "starting":
+                _starting(draft, step)
+            case "completing":
+                _completing(draft, step)
+            case "restoring":
+                _restoring(draft, step)
+            case _:
+                continue
+        moved = moved or draft.steps[name] is not step
+    return moved
+
+
+def _evicting(draft: Draft, step: OverlayStep) -> None:
+    name, now = step.record.name, draft.now
+    leases = [x for x in draft.leases if x.overlay == name]
+    bad = sorted({x.gpu for x in leases if x.gpu in draft.quarantines})
+    if bad:
+        draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
+        return
+    if leavers(draft, leases):
+        return
+    short = [x for x in leases if not _has_room(draft, x)]
+    if not short:
+        draft.move(name, enter(step.record, "starting", now))
+        return
+    if any(draft.situation.rooms[x.gpu].unusable == "GpuUnknown" for x in short if x.gpu in draft.situation.rooms):
+        message = "a leased GPU cannot be read at the moment"
+        draft.block(Blocked(Subject("workload", name), "GpuUnknown", message, transient=True))
+        return
+    due = step.record.since.plus(MEMORY_TIMEOUT_S)
+    if now.mono >= due.mono:
+        draft.move(name, finish(step.record, "failed", now, "the memory it leased was taken by someone else"))
+        return
+    draft.wakes.append(due)
+    message = "memory on a leased GPU is in use by someone else"
+    draft.block(Blocked(Subject("workload", name), "GpuOccupied", message, transient=True))
+
+
+def _has_room(draft: Draft, lease: Lease) -> bool:
+    """Whether the leased memory is seen free now, next to those that stay."""
+    capacity = draft.board.capacity.get(lease.gpu)
+    if capacity is None:
+        return False
+    held = sum(t.holds[lease.gpu].memory_bytes for t in draft.board.on(lease.gpu))
+    return held <= capacity
+
+
+def _starting(draft: Draft, step: OverlayStep) -> None:
+    """Begin once what it requires is ready; without a workload that is all there is to begin."""
+    name, overlay = step.record.name, step.spec
+    if overlay is None:
+        return
+    missing = [c for c in overlay.requires if not _ready(draft, c)]
+    if missing:
+        message = f"waits for a ready provider of {', '.join(missing)}"
+        draft.block(Blocked(Subject("workload", name), "WaitingForCapability", message, transient=True))
+    elif overlay.workload is None:
+        draft.move(name, replace(enter(step.record, "active", draft.now), active_since=draft.now))
+
+
+def _ready(draft: Draft, capability: str) -> bool:
+    return any(
+        capability in e.capabilities and draft.standings[n].state == "healthy" and n not in _leaving(draft)
+        for n, e in draft.wanted.items()
+    )
+
+
+def _leaving(draft: Draft) -> set[str]:
+    return {x.incarnation.subject.name for x in draft.leaving.values()}
+
+
+def arrange_workload(draft: Draft, step: OverlayStep) -> None:
+    """Arrange the start of a workload whose overlay is `starting` and waits for nothing more."""
+    name, overlay = step.record.name, step.spec
+    subject = Subject("workload", name)
+    if overlay is None or overlay.workload is None or subject in draft.blocked:
+        return
+    if draft.situation.living(subject):
+        return
+    if any(i.attempt == step.record.attempt for i in draft.situation.incarnations(subject)):
+        return  # its end is taken in on the next look
+    draft.arriving[subject] = arrival(draft, step, overlay)
+
+
+def arrival(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> Arriving:
+    """The workload's start on its leased GPUs."""
+    subject = Subject("workload", overlay.name)
+    leases = draft.leased(subject)
+    return Arriving(
+        subject,
+        tuple(x.gpu for x in leases),
+        tuple(x.memory_bytes for x in leases),
+        any(x.exclusive for x in leases),
+        overlay.placement_hash,
+        f"the work of overlay {overlay.name}",
+        Cause("overlay", overlay.source, overlay.name),
+        overlay.name,
+        attempt=step.record.attempt,
+    )
+
+
+def _completing(draft: Draft, step: OverlayStep) -> None:
+    """Release the leases once nothing of the overlay's runs and its memory is seen free."""
+    name = step.record.name
+    leases = [x for x in draft.leases if x.overlay == name]
+    subjects = {x.subject for x in leases} | {Subject("workload", name)}
+    situation = draft.situation
+    for subject in subjects:
+        for incarnation in situation.incarnations(subject):
+            stays = subject.kind == "endpoint" and incarnation.alive and incarnation.id not in draft.leaving
+            if stays:
+                continue
+            stuck = {u for u in incarnation.gpus if u in draft.quarantines}
+            if incarnation.alive or (not situation.memory_returned(incarnation) and not stuck):
+                return
+    draft.drop_leases(name)
+    if step.record.outcome is None:
+        assert step.spec is not None  # noqa: S101 - an overlay without a file is cancelled, which is an outcome
+        again = replace(open_record(step.spec, draft.now), window_start=step.record.window_start)
+        draft.move(name, replace(again, reason=step.record.reason))
+    else:
+        draft.move(name, enter(step.record, "restoring", draft.now, step.record.reason))
+
+
+def _restoring(draft: Draft, step: OverlayStep) -> None:
+    if all(_is_back(draft, victim, step.record.name) for victim in step.record.evicted):
+        outcome = step.record.outcome or "done"
+        assert outcome in TERMINAL  # noqa: S101 - the four outcomes are the four terminal states
+        draft.move(step.record.name, enter(step.record, outcome, draft.now, step.record.reason))
+
+
+def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
+    """Whether a displaced endpoint needs no more waiting for.
+
+    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile.
+    """
+    standing = draft.standings.get(victim)
+    if standing is None or victim not in draft.wanted:
+        return True
+    if draft.records[victim].failed is not None or any(o != overlay for o in draft.evicted_from(victim)):
+        return True
+    return standing.state == "healthy" and standing.current is not None and standing.current.id not in draft.leaving

@@ -1,0 +1,294 @@
+"""Who has a place: leases first, then those that run, then those that are wanted and do not run yet.
+
+Seating never displaces anybody. What comes out is the board that admission decides on, who has to leave, who is to be
+started where, and who is wanted and finds no place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from reconciler.clock import Instant
+from reconciler.plan.actions import Blocked, Cause
+from reconciler.plan.draft import Arriving, Draft, Leaving
+from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.overlays import predicted_end
+from reconciler.plan.placement import Board, Hold, Need, Tenant, place
+from reconciler.plan.preemption import lacking
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
+
+
+def need_of(
+    situation: Situation, subject: Subject, gpus: GpuClaim, memory: MemoryClaim, prefer: tuple[str, ...] = ()
+) -> Need | None:
+    """A claim as a need on this node's GPUs; None when a pin names a GPU that does not exist here."""
+    match gpus:
+        case GpuPins():
+            pinned = situation.resolve_pins(gpus)
+            if pinned is None:
+                return None
+            candidates, count = pinned, len(pinned)
+        case GpuCount(count):
+            candidates = tuple(u for u in situation.gpus if u in situation.managed)
+    sizes = {uuid: situation.claim_bytes(memory, situation.gpus[uuid]) for uuid in candidates}
+    return Need(subject, candidates, count, sizes, isinstance(memory, WholeGpu), prefer)
+
+
+def seat(draft: Draft) -> None:
+    """Make board, leaving, arriving and blocked anew from the leases and records as they are now."""
+    situation = draft.situation
+    rooms = situation.rooms
+    usable = {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines}
+    draft.board = Board(usable, {u: r.gpu.numa_node for u, r in rooms.items()})
+    draft.leaving, draft.arriving, draft.blocked = {}, {}, {}
+    _seat_leases(draft)
+    homeless: list[EndpointSpec] = []
+    for name, standing in draft.standings.items():
+        endpoint = draft.wanted.get(name)
+        kept = _keep(draft, name, endpoint, standing)
+        if not kept and endpoint is not None and draft.records[name].failed is None:
+            homeless.append(endpoint)
+    pins: Counter[str] = Counter()
+    for endpoint in homeless:
+        if isinstance(endpoint.gpus, GpuPins):
+            pins.update(situation.resolve_pins(endpoint.gpus) or ())
+    draft.board.contested = pins
+    for endpoint in sorted(homeless, key=lambda e: (-e.priority, e.name)):
+        _settle(draft, endpoint, draft.standings[endpoint.name])
+
+
+def _seat_leases(draft: Draft) -> None:
+    for name in sorted({x.overlay for x in draft.leases}):
+        holds: dict[str, Hold] = {}
+        for lease in draft.leases:
+            if lease.overlay == name:
+                before = holds.get(lease.gpu, Hold(0, exclusive=False))
+                size = before.memory_bytes + lease.memory_bytes
+                holds[lease.gpu] = Hold(size, before.exclusive or lease.exclusive)
+        draft.board.add(Tenant(f"overlay/{name}", draft.steps[name].record.priority, holds))
+
+
+def _keep(draft: Draft, name: str, endpoint: EndpointSpec | None, standing: Standing) -> bool:
+    """Decide on what runs of one endpoint; True when something runs and keeps its place."""
+    situation, subject = draft.situation, Subject("endpoint", name)
+    for extra in situation.living(subject)[1:]:  # two at once: the older one counts, the other has no place
+        if standing.state != "unknown" and extra.phase != "unknown":
+            draft.leaving[extra.id] = Leaving(extra, "a second incarnation", Cause("cleanup"))
+    current = standing.current
+    if current is None:
+        return False
+    leaving = _must_leave(draft, name, endpoint, standing, current)
+    if leaving is not None and not situation.sees(current.gpus):
+        message = "its GPUs cannot be read at the moment; nothing is done to it"
+        draft.block(Blocked(subject, "GpuUnknown", message, transient=True))
+        leaving = None
+    if leaving is None:
+        _seat_incarnation(draft, name, current, endpoint)
+        return True
+    draft.leaving[current.id] = leaving
+    return False
+
+
+def _must_leave(
+    draft: Draft, name: str, endpoint: EndpointSpec | None, standing: Standing, current: Incarnation
+) -> Leaving | None:
+    """Why a running incarnation has to go, if it has to.
+
+    The first that holds:
+
+    1. unknown: it stays, whatever the files say
+    2. an overlay displaced it
+    3. nobody wants it (any more)
+    4. it does not serve: its leader is gone, unhealthy for too long, or never ready
+    5. a stop is under way already: it is seen through
+    6. a clean start was asked for
+    7. the files want another process, and that one has a place
+    """
+    situation = draft.situation
+    if standing.state == "unknown":
+        return None  # 1
+    for overlay, gpus in draft.evicted_from(name).items():
+        if gpus & set(current.gpus):
+            step = draft.steps[overlay]
+            cause = Cause("evict", step.record.source, overlay)
+            return Leaving(current, f"gives way to {overlay}", cause, overlay)  # 2
+    owner = draft.owners.get(name)
+    if endpoint is None:  # 3
+        if owner is not None:
+            return Leaving(
+                current, f"set aside by {owner}", Cause("overlay", draft.steps[owner].record.source, owner), owner
+            )
+        known = situation.spec.endpoints.get(name)
+        if known is None:
+            return Leaving(current, "no longer in the set points", Cause("removed"))
+        return Leaving(current, f"its set point is {known.state}", Cause("setpoint", known.source))
+    if current.phase in ("exited", "vanished"):
+        return Leaving(current, standing.reason, Cause("drift", endpoint.source, detail="leftovers"))  # 4
+    if standing.must_restart is not None:
+        return Leaving(current, standing.must_restart, Cause("drift", endpoint.source, detail="unhealthy"))  # 4
+    if current.stop is not None:
+        return Leaving(current, "a stop is under way", Cause("cleanup", endpoint.source))  # 5
+    renew = draft.records[name].renew_before
+    if renew is not None and current.started.mono < renew.mono:
+        return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 6
+    if current.process_hash == endpoint.process_hash and _placed_as_wanted(draft, endpoint, current):
+        return None
+    if not _fits_anew(draft, endpoint, current):
+        message = "its edit waits: the new version has no place yet, so the running one stays"
+        draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
+        return None
+    cause = Cause("overlay" if owner else "edit", endpoint.source, owner)
+    return Leaving(current, "its set points were edited", cause, owner)  # 7
+
+
+def _placed_as_wanted(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
+    leases = draft.leased(current.subject)
+    if leases:
+        return sorted(x.gpu for x in leases) == sorted(current.gpus)
+    return draft.situation.satisfies(endpoint.gpus, current.gpus)
+
+
+def _fits_anew(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
+    """Whether the edited version would have a place once the running one is gone: no stop in vain."""
+    if draft.leased(current.subject):
+        return True
+    need = need_of(draft.situation, current.subject, endpoint.gpus, endpoint.memory, current.gpus)
+    if need is None:
+        return False
+    others = draft.board.without(frozenset({_key(endpoint.name)}))
+    for name, standing in draft.standings.items():  # those not seated yet hold their places all the same
+        if name != endpoint.name and standing.current is not None and name in draft.wanted:
+            others.add(_tenant(draft, name, standing.current, draft.wanted[name]))
+    return place([need], others, may_displace=lambda _: False) is not None
+
+
+def _key(name: str) -> str:
+    return f"endpoint/{name}"
+
+
+def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: EndpointSpec | None) -> Tenant:
+    holds = {
+        gpu: Hold(size, incarnation.exclusive)
+        for gpu, size in zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
+    }
+    lost = 0.0
+    if endpoint is not None and draft.standings[name].state == "healthy":
+        times = draft.situation.timings(endpoint)
+        lost = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
+    return Tenant(_key(name), endpoint.priority if endpoint else 0, holds, lost)
+
+
+def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: EndpointSpec | None) -> None:
+    if not draft.leased(current.subject):
+        draft.board.add(_tenant(draft, name, current, endpoint))
+
+
+def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
+    """Find a place for a wanted endpoint that has none, and arrange its start."""
+    situation, subject = draft.situation, Subject("endpoint", endpoint.name)
+    record = draft.records[endpoint.name]
+    owner = draft.owners.get(endpoint.name)
+    leases = draft.leased(subject)
+    if leases:
+        gpus = tuple(x.gpu for x in leases)
+        sizes, exclusive = tuple(x.memory_bytes for x in leases), leases[0].exclusive
+    else:
+        need = need_of(situation, subject, endpoint.gpus, endpoint.memory, record.last_gpus)
+        if need is None:
+            message = "it is pinned to a GPU that this node does not have"
+            draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
+            return
+        held = set().union(*draft.evicted_from(endpoint.name).values())
+        free = replace(need, candidates=tuple(c for c in need.candidates if c not in held))
+        placement = place([free], draft.board, may_displace=lambda _: False)
+        if placement is None:
+            draft.block(_no_place(draft, need))
+            return
+        gpus = placement.gpus[subject]
+        sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
+        holds = {g: Hold(size, exclusive) for g, size in zip(gpus, sizes, strict=True)}
+        draft.board.add(Tenant(_key(endpoint.name), endpoint.priority, holds))
+    if _port_blocked(draft, endpoint):
+        return
+    restored = record.evicted_by
+    if owner is not None:
+        cause = Cause("overlay", draft.steps[owner].record.source, owner)
+    elif restored is not None:
+        cause = Cause("restore", endpoint.source, restored)
+    elif standing.current is not None and draft.leaving[standing.current.id].cause.kind in (
+        "edit",
+        "request",
+        "overlay",
+    ):
+        cause = draft.leaving[standing.current.id].cause
+    elif record.exits and not record.exits[-1].planned:
+        cause = Cause("drift", endpoint.source, detail="it ended by itself")
+    else:
+        cause = Cause("setpoint", endpoint.source)
+    not_before = earliest_restart(record, endpoint.restart)
+    if not_before is not None and not_before.mono <= draft.now.mono:
+        not_before = None
+    if not_before is not None:
+        draft.wakes.append(not_before)
+        wait = not_before.since(draft.now)
+        message = f"it ended {record.streak} times in a row; the next start is in {wait:.1f} s"
+        draft.block(
+            Blocked(
+                subject,
+                "CoolDown",
+                message,
+                ("reconciler reset " + endpoint.name,),
+                _wall(draft, not_before),
+                transient=True,
+            )
+        )
+    reason = {"restore": f"{restored} no longer needs its place", "drift": "it should run and does not"}.get(
+        cause.kind, "its set point is running"
+    )
+    draft.arriving[subject] = Arriving(
+        subject, gpus, sizes, exclusive, endpoint.process_hash, reason, cause, owner, not_before
+    )
+
+
+def _wall(draft: Draft, instant: Instant) -> float:
+    return draft.now.wall + instant.since(draft.now)
+
+
+def _port_blocked(draft: Draft, endpoint: EndpointSpec) -> bool:
+    subject = Subject("endpoint", endpoint.name)
+    holder = draft.situation.observed.ports.get(endpoint.port) if endpoint.port is not None else None
+    if holder is not None:
+        who = f"pid {holder.pid} ({holder.command})" if holder.pid is not None else "a process that cannot be seen"
+        message = f"port {endpoint.port} is in use by {who}"
+        draft.block(
+            Blocked(subject, "PortInUse", message, ("end that process, or choose another port",), transient=True)
+        )
+        return True
+    for other in draft.situation.observed.incarnations:
+        ours = other.alive and other.port == endpoint.port and other.subject != subject and endpoint.port is not None
+        if ours and other.id not in draft.leaving:
+            message = f"port {endpoint.port} is in use by {other.subject} (pid {other.pid})"
+            draft.block(Blocked(subject, "PortInUse", message, ("choose another port",), transient=True))
+            return True
+    return False
+
+
+def _no_place(draft: Draft, need: Need) -> Blocked:
+    """Why a wanted endpoint has no place: an overlay holds it, something stranger does, or the box lacks it."""
+    overlays = frozenset(k for k in draft.board.tenants if k.startswith("overlay/"))
+    if place([need], draft.board.without(overlays), may_displace=lambda _: False) is not None:
+        steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
+        here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
+        names = ", ".join(s.record.name for s in here)
+        ends = [predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in here if s.spec]
+        back = max(ends, default=None)
+        return Blocked(need.subject, "EvictedBy", f"its place is held by {names}", (), back, transient=True)
+    lack = lacking(draft.situation, [need])
+    if lack.transient and lack.reason == "InsufficientGpus":
+        rivals = sorted({t.key.partition("/")[2] for g in need.candidates for t in draft.board.on(g)})
+        message = f"its GPUs are held by {', '.join(rivals)}; endpoints do not displace each other"
+        return Blocked(need.subject, "InsufficientGpus", message, ("free a GPU, or lower its claim",), transient=False)
+    return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)

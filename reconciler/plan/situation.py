@@ -1,0 +1,216 @@
+"""`Situation`: the planner's three inputs, indexed, with every symbolic claim resolved against the GPUs seen.
+
+Nothing is decided here. Each question that several rules ask of the inputs is answered in this one place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from reconciler.clock import Instant
+from reconciler.plan.ledger import EndpointRecord, Ledger, Timings
+from reconciler.plan.observed import Gpu, Incarnation, Observed, Probe, Subject
+from reconciler.spec.engines import PROFILES
+from reconciler.spec.spec import (
+    EndpointSpec,
+    GpuClaim,
+    GpuCount,
+    GpuPins,
+    MemoryBytes,
+    MemoryClaim,
+    MemoryFraction,
+    Spec,
+    WholeGpu,
+)
+
+MEMORY_TOLERANCE = 512 << 20
+"""Used bytes nobody is named for, below which a GPU still counts as free: drivers and displays keep some hundred MiB.
+A larger `node.reserve` raises it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one GPU can hold once everything that is leaving has left."""
+
+    gpu: Gpu
+    capacity_bytes: int
+    """Total less the larger of the reserve and foreign use; 0 when nothing may be placed."""
+    foreign_bytes: int
+    lingering_bytes: int
+    """Memory of ended incarnations of ours that the driver has not given back yet."""
+    unusable: str | None
+    """Why nothing new is placed here: GpuUnknown, GpuLost, Quarantined, GpuUnhealthy, NotManaged; else None."""
+
+
+class Situation:
+    """Indexed inputs of one decision."""
+
+    def __init__(self, spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> None:
+        self.spec = spec
+        self.observed = observed
+        self.ledger = ledger
+        self.now = now
+        self.gpus: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in observed.gpus}
+        incarnations: dict[Subject, list[Incarnation]] = defaultdict(list)
+        for incarnation in observed.incarnations:
+            incarnations[incarnation.subject].append(incarnation)
+        self._incarnations = incarnations
+
+    # ------------------------------------------------------------ incarnations
+
+    def incarnations(self, subject: Subject) -> list[Incarnation]:
+        """All incarnations of `subject` not yet archived, oldest first."""
+        return self._incarnations.get(subject, [])
+
+    def living(self, subject: Subject) -> list[Incarnation]:
+        """Those that may still run something."""
+        return [i for i in self.incarnations(subject) if i.alive]
+
+    def probe(self, incarnation: Incarnation) -> Probe | None:
+        """The last answer of its HTTP port."""
+        return self.observed.probes.get(incarnation.id)
+
+    def endpoint_names(self) -> list[str]:
+        """Every endpoint that the files, the overlays, the records or the ledger speak of, sorted."""
+        names = set(self.spec.endpoints)
+        for overlay in self.spec.overlays.values():
+            names.update(overlay.endpoints)
+        names.update(s.name for s in self._incarnations if s.kind == "endpoint")
+        return sorted(names)
+
+    def record(self, name: str) -> EndpointRecord:
+        """What is remembered of an endpoint; an empty record for a new one."""
+        return self.ledger.endpoints.get(name) or EndpointRecord(name)
+
+    def timings(self, endpoint: EndpointSpec) -> Timings:
+        """Predicted load, drain and stop times: learnt, else the engine's defaults, within the endpoint's bounds."""
+        learnt = self.ledger.timings.get(endpoint.name)
+        if learnt is not None:
+            return learnt
+        defaults = PROFILES[endpoint.engine]
+        return Timings(
+            load_s=min(defaults.load_s, endpoint.health.startup_s),
+            drain_s=min(defaults.drain_s, endpoint.stop.drain_s),
+            stop_s=min(defaults.stop_s, endpoint.stop.grace_s),
+        )
+
+    # ------------------------------------------------------------ GPUs
+
+    @cached_property
+    def managed(self) -> frozenset[str]:
+        """UUIDs that `node.gpus` allows."""
+        allowed = self.spec.node.gpus
+        if allowed is None:
+            return frozenset(self.gpus)
+        return frozenset(g.uuid for g in self.observed.gpus if g.index in allowed or g.uuid in allowed)
+
+    def resolve_pins(self, pins: GpuPins) -> tuple[str, ...] | None:
+        """UUIDs of pinned GPUs; None when one of them does not exist on this node."""
+        by_index = {gpu.index: gpu.uuid for gpu in self.observed.gpus}
+        found = [
+            by_index.get(ref) if isinstance(ref, int) else (ref if ref in self.gpus else None) for ref in pins.refs
+        ]
+        return None if None in found else tuple(uuid for uuid in found if uuid is not None)
+
+    def satisfies(self, claim: GpuClaim, gpus: tuple[str, ...]) -> bool:
+        """Whether running on `gpus` is what `claim` asks for."""
+        match claim:
+            case GpuPins():
+                wanted = self.resolve_pins(claim)
+                return wanted is not None and sorted(wanted) == sorted(gpus)
+            case GpuCount(count):
+                return len(gpus) == count
+
+    def claim_bytes(self, memory: MemoryClaim, gpu: Gpu) -> int:
+        """Bytes claimed on one GPU; the whole GPU is its total less the reserve."""
+        match memory:
+            case WholeGpu():
+                return max(0, gpu.total_bytes - self.spec.node.reserve_bytes)
+            case MemoryFraction(fraction):
+                return int(gpu.total_bytes * fraction)
+            case MemoryBytes(size):
+                return size
+
+    @cached_property
+    def rooms(self) -> Mapping[str, Room]:
+        """Every GPU with what it can hold, by UUID, in NVML order."""
+        return {gpu.uuid: self._room(gpu) for gpu in self.observed.gpus}
+
+    def _room(self, gpu: Gpu) -> Room:
+        unusable = self._unusable(gpu)
+        if gpu.used_bytes is None:
+            return Room(gpu, 0, 0, 0, unusable or "GpuUnknown")
+        foreign, lingering = self._attribute(gpu, gpu.used_bytes)
+        reserve = self.spec.node.reserve_bytes
+        capacity = 0 if unusable else max(0, gpu.total_bytes - max(reserve, foreign))
+        return Room(gpu, capacity, foreign, lingering, unusable)
+
+    def _unusable(self, gpu: Gpu) -> str | None:
+        rules = (
+            (gpu.uuid not in self.managed, "NotManaged"),
+            (gpu.uuid in self.ledger.quarantines, "Quarantined"),
+            (gpu.state == "lost", "GpuLost"),
+            (gpu.state == "unknown" or not self.observed.gpus_known or gpu.processes is None, "GpuUnknown"),
+            (not gpu.healthy, "GpuUnhealthy"),
+        )
+        return next((reason for holds, reason in rules if holds), None)
+
+    def _attribute(self, gpu: Gpu, used: int) -> tuple[int, int]:
+        """Foreign and lingering bytes of one GPU.
+
+        What NVML names a process for is that process's. The nameless rest belongs, in this order, to living
+        incarnations of ours that NVML names no memory for (containers hide pids), to ended ones whose memory comes
+        back late, and to strangers.
+        """
+        processes = gpu.processes or ()
+        named = {p.owner for p in processes if p.owner and p.memory_bytes is not None}
+        rest = used - sum(p.memory_bytes or 0 for p in processes)
+        foreign = sum(p.memory_bytes or 0 for p in processes if p.owner is None)
+        lingering = 0
+        here = [i for i in self.observed.incarnations if gpu.uuid in i.gpus]
+        for incarnation in here:
+            if incarnation.alive and incarnation.subject not in named:
+                rest -= min(max(rest, 0), self._planned_on(incarnation, gpu.uuid))
+        for incarnation in here:
+            if not incarnation.alive:
+                share = min(max(rest, 0), self._planned_on(incarnation, gpu.uuid))
+                rest -= share
+                lingering += share
+        return foreign + max(rest, 0), lingering
+
+    @staticmethod
+    def _planned_on(incarnation: Incarnation, uuid: str) -> int:
+        return incarnation.memory_bytes[incarnation.gpus.index(uuid)]
+
+    @property
+    def tolerance_bytes(self) -> int:
+        """Nameless memory below which a GPU counts as free."""
+        return max(MEMORY_TOLERANCE, self.spec.node.reserve_bytes)
+
+    def memory_returned(self, incarnation: Incarnation) -> bool:
+        """Whether the memory of an ended incarnation is seen free on each of its GPUs.
+
+        A GPU that cannot be read answers no: unknown is not free.
+        """
+        for uuid in incarnation.gpus:
+            gpu = self.gpus.get(uuid)
+            if gpu is None or gpu.used_bytes is None or gpu.state != "ok" or gpu.at.mono < self._ended_at(incarnation):
+                return False
+            if any(p.owner == incarnation.subject for p in gpu.processes or ()) and not self.living(
+                incarnation.subject
+            ):
+                return False
+            if self.rooms[uuid].lingering_bytes > self.tolerance_bytes:
+                return False
+        return True
+
+    @staticmethod
+    def _ended_at(incarnation: Incarnation) -> float:
+        return incarnation.exited.mono if incarnation.exited else incarnation.started.mono
+
+    def sees(self, gpus: tuple[str, ...]) -> bool:
+        """Whether every one of these GPUs can be read now; without it nothing destructive happens on them."""
+        return all((gpu := self.gpus.get(uuid)) is not None and gpu.state == "ok" for uuid in gpus)
