@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from typing import Literal, TypeVar
 
@@ -133,14 +133,10 @@ class NvmlReader:
             known = known or RememberedGpu(uuid or f"unread-{failed.index}", failed.index, "GPU", 0)
             gone.append(_unseen(known, failed.state, failed.detail, now))
         gone += [_unseen(gpu, "lost", "the driver no longer lists it", now) for gpu in missing.values()]
-        if missing:
-            # the driver numbers the rest anew once one is gone; the old numbers stay, or a pin to index 2 would
-            # quietly come to mean another GPU
-            seen = {
-                u: replace(g, index=self._remembered[u].index) if u in self._remembered else g for u, g in seen.items()
-            }
         self._remembered |= {g.uuid: RememberedGpu(g.uuid, g.index, g.name, g.total_bytes) for g in seen.values()}
-        return tuple(sorted([*seen.values(), *gone], key=lambda gpu: (gpu.index, gpu.uuid)))
+        # `index` is the driver's present number, as CUDA will count them; a GPU that it no longer lists keeps its last
+        # one, which may by then be another's, and stands behind it
+        return tuple(sorted([*seen.values(), *gone], key=lambda gpu: (gpu.index, gpu.state != "ok", gpu.uuid)))
 
     def _unknown(self, error: DriverError, now: Instant) -> GpuReadings:
         gpus = tuple(_unseen(gpu, "unknown", error.message, now) for gpu in self.remembered)

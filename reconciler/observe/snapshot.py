@@ -1,0 +1,165 @@
+"""One look at the box: GPUs, incarnations, probes and ports in one `Observed`, each part with its own time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from reconciler.clock import Clock, Instant
+from reconciler.identity import boot_id
+from reconciler.observe.gpus import NvmlReader
+from reconciler.observe.nvml import CACHED, ReadOptions
+from reconciler.observe.probe import ProbeTarget
+from reconciler.observe.process import ProcessReader
+from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe
+from reconciler.spec.engines import PROFILES
+from reconciler.spec.spec import EndpointSpec, Spec
+
+CLOCK_JUMP_S = 60.0
+"""The wall clock may move this far against the monotonic one between two looks (semantics: Time)."""
+
+
+class Probes(Protocol):
+    """Who knows what the endpoints last said: a `Prober`, or nobody."""
+
+    def watch(self, targets: Mapping[str, ProbeTarget]) -> None:
+        """Ask exactly these from now on."""
+        ...
+
+    def results(self) -> Mapping[str, Probe]:
+        """What they last said, by incarnation id."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ObserveOptions:
+    """How to look."""
+
+    gpus: ReadOptions = CACHED
+    """Fresher while someone waits for memory."""
+    ready_before: Collection[str] = ()
+    """Incarnations that were ready once (from the ledger): asked at the usual pace after the daemon's restart, too."""
+    draining: Collection[str] = ()
+    """Incarnations whose requests in flight are to be counted."""
+
+
+USUAL = ObserveOptions()
+
+
+class Observer:
+    """Puts the readers together. One thread at a time."""
+
+    def __init__(self, nvml: NvmlReader, processes: ProcessReader, prober: Probes, clock: Clock) -> None:
+        self._nvml = nvml
+        self._processes = processes
+        self._prober = prober
+        self._clock = clock
+        self._last: Instant | None = None
+
+    def observe(self, spec: Spec, options: ObserveOptions = USUAL) -> Observed:
+        """What the box shows now. The prober is told whom to ask from now on; its answers are the last ones.
+
+        1. Incarnations first: an owner can only be named once its incarnation is known.
+        2. GPUs next, so that a process that came in between is foreign for one look at worst.
+        3. Probes and ports. A port that could not be looked at is held by somebody unknown.
+
+        Raises:
+            StateError: the records of incarnations cannot be listed.
+        """
+        incarnations = self._processes.read()  # 1
+        readings = self._nvml.read(options.gpus)  # 2
+        gpus = tuple(self._named(gpu) for gpu in readings.gpus)
+        targets = probe_targets(spec, incarnations, options)  # 3
+        self._prober.watch(targets)
+        probes = {**self._prober.results(), **portless(spec, incarnations, self._clock.now())}
+        return Observed(
+            at=(now := self._clock.now()),
+            boot_id=boot_id(),
+            gpus=gpus,
+            incarnations=incarnations,
+            probes={i.id: probes[i.id] for i in incarnations if i.id in probes},
+            ports=self._ports(spec, incarnations),
+            clock_jumped=self._has_jumped(now),
+            gpus_known=readings.known,
+            gpus_detail=readings.detail,
+        )
+
+    def _named(self, gpu: Gpu) -> Gpu:
+        if not gpu.processes:
+            return gpu
+        return replace(gpu, processes=tuple(self._with_owner(process) for process in gpu.processes))
+
+    def _with_owner(self, process: GpuProcess) -> GpuProcess:
+        known = self._processes.describe(process.pid)
+        return replace(process, owner=known.owner, user=known.user, command=known.command)
+
+    def _ports(self, spec: Spec, incarnations: Iterable[Incarnation]) -> Mapping[int, PortHolder]:
+        ports = wanted_ports(spec, incarnations)
+        try:
+            return self._processes.foreign_listeners(ports)
+        except OSError:
+            return {port: PortHolder(port, None, None) for port in sorted(ports)}
+
+    def _has_jumped(self, now: Instant) -> bool:
+        last, self._last = self._last, now
+        return last is not None and abs((now.wall - last.wall) - now.since(last)) > CLOCK_JUMP_S
+
+
+def all_endpoints(spec: Spec) -> Iterator[EndpointSpec]:
+    """Endpoints of the baseline, then those that overlays patch or add."""
+    yield from spec.endpoints.values()
+    for overlay in spec.overlays.values():
+        yield from overlay.endpoints.values()
+
+
+def wanted_ports(spec: Spec, incarnations: Iterable[Incarnation]) -> frozenset[int]:
+    """Ports that an endpoint wants and no living incarnation of ours was given."""
+    wanted = {endpoint.port for endpoint in all_endpoints(spec) if endpoint.port is not None}
+    return frozenset(wanted - {i.port for i in incarnations if i.alive})
+
+
+def probe_targets(
+    spec: Spec, incarnations: Iterable[Incarnation], options: ObserveOptions = USUAL
+) -> dict[str, ProbeTarget]:
+    """Whom to ask, by incarnation id: endpoints that run, verified, on a port. The port is the incarnation's own.
+
+    An endpoint that an overlay patches is asked as the version that this incarnation was started for; one that nobody
+    knows any more (it is about to be stopped) as a generic server.
+    """
+    targets: dict[str, ProbeTarget] = {}
+    for incarnation in incarnations:
+        if incarnation.phase != "running" or incarnation.subject.kind != "endpoint" or incarnation.port is None:
+            continue
+        endpoint = endpoint_of(spec, incarnation)
+        if endpoint is None:
+            continue
+        profile = PROFILES.get(endpoint.engine)
+        targets[incarnation.id] = ProbeTarget(
+            incarnation=incarnation.id,
+            port=incarnation.port,
+            health_path=endpoint.health.path,
+            busy_metrics=profile.busy_metrics if profile else (),
+            interval_s=endpoint.health.interval_s,
+            timeout_s=endpoint.health.timeout_s,
+            failures=endpoint.health.failures,
+            starting=incarnation.id not in options.ready_before,
+            busy=incarnation.id in options.draining,
+        )
+    return targets
+
+
+def portless(spec: Spec, incarnations: Iterable[Incarnation], now: Instant) -> dict[str, Probe]:
+    """Probes of endpoints that nobody can ask, for want of a port: ready as long as they live."""
+    return {
+        i.id: Probe(i.id, now, ready=True, misses=0, failing_since=None, ready_since=i.started)
+        for i in incarnations
+        if i.phase == "running" and i.subject.kind == "endpoint" and i.port is None
+    }
+
+
+def endpoint_of(spec: Spec, incarnation: Incarnation) -> EndpointSpec | None:
+    """The endpoint that an incarnation is one of: the version it was started for, else the baseline's, else any."""
+    versions = [endpoint for endpoint in all_endpoints(spec) if endpoint.name == incarnation.subject.name]
+    exact = (endpoint for endpoint in versions if endpoint.process_hash == incarnation.process_hash)
+    return next(exact, versions[0] if versions else None)
