@@ -24,7 +24,7 @@ from typing import Any
 
 from reconciler.errors import StateError
 
-ENGINES = {"vllm": "engine.py"}
+ENGINES = {"vllm": "engine/__main__.py"}
 """Executables put into `bin`, and the file of this package that each one runs. A new engine is a new row."""
 
 DEFAULT_RELEASE_DELAY_S = 0.3
@@ -90,7 +90,7 @@ def prepare(sim_dir: Path, node: SimNode) -> None:
             _private_folder(sim_dir / "dying" / str(index))
         _private_folder(sim_dir / "bin")
         for name, source in ENGINES.items():
-            _write(sim_dir / "bin" / name, _wrapper(sim_dir, Path(__file__).with_name(source)), 0o755)
+            _write(sim_dir / "bin" / name, _wrapper(sim_dir, Path(__file__).parent / source), 0o755)
         # last: whoever finds node.json finds the rest too
         _write(sim_dir / "node.json", wanted, 0o600)
     except OSError as error:
