@@ -1,0 +1,329 @@
+"""The records of each incarnation: small JSON files that outlive every daemon and every crash.
+
+    run/<id>/intent.json   by the daemon, durable before anything is spawned
+    run/<id>/run.json      by the shim, durable before the leader's program runs
+    run/<id>/exit.json     by the shim, when the leader ends
+    run/<id>/stop.json     by the daemon, durable before the signal; the only one ever written again
+
+Each is replaced whole (temporary file, fsync, rename, fsync of the folder). So intent without run and with the lock
+free means *never started*, exactly. The shim (`act/shim.py`) writes its two without importing this module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from reconciler.clock import Instant
+from reconciler.journal.codec import DecodeError, decode, encode
+from reconciler.journal.layout import StateDir, is_locked
+from reconciler.plan.observed import Subject, SubjectKind
+
+__all__ = [
+    "Exit", "Intent", "Records", "Run", "StopRecord", "Unreadable",
+    "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "write_exit", "write_intent",
+    "write_stop",
+]  # fmt: skip
+
+KEPT_PER_SUBJECT = 20
+"""Past incarnations kept with their logs: enough to see a pattern of crashes, little enough to need no janitor."""
+
+T = TypeVar("T")
+_LARGEST_RECORD = 1 << 20
+_LONGEST_NAME = 150
+"""Bytes of a subject's name in a file name; the file systems' limit is 255."""
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What was about to be started; the decision, before the deed."""
+
+    id: str
+    kind: SubjectKind
+    name: str
+    process_hash: str
+    gpus: tuple[str, ...]
+    """UUIDs."""
+    memory_bytes: tuple[int, ...]
+    """On each of `gpus`, in the same order."""
+    exclusive: bool
+    port: int | None
+    attempt: int
+    argv: tuple[str, ...]
+    """For people; environment and secrets are never recorded."""
+    log: str
+    """Absolute path of the leader's output."""
+    started: Instant
+    boot_id: str
+
+    @property
+    def subject(self) -> Subject:
+        """Whom it belongs to."""
+        return Subject(self.kind, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Who the leader and its shim are; ticks are clock ticks after boot."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    session_id: int
+    shim_pid: int
+    shim_start_ticks: int
+    pid_namespace: int
+    """Inode of the namespace in which the pids mean something."""
+    at: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the leader ended."""
+
+    exit_code: int
+    """0..255, or -signal; 127 or 126 with `error` when its program could not be run."""
+    at: Instant
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopRecord:
+    """How far its stop has come."""
+
+    requested: Instant
+    drained: bool
+    signalled: Instant | None
+    """When the one stop signal was decided (recorded just before it was sent)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record that is there, but torn, alien or not readable: unknown, never absent."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Everything recorded of one incarnation; None: no such record."""
+
+    id: str
+    path: Path
+    intent: Intent | Unreadable | None
+    run: Run | Unreadable | None
+    exit: Exit | Unreadable | None
+    stop: StopRecord | Unreadable | None
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Why parts of it are unknown; empty when all could be read."""
+        parts = (self.intent, self.run, self.exit, self.stop)
+        return tuple(part.reason for part in parts if isinstance(part, Unreadable))
+
+
+# ---------------------------------------------------------------- paths
+
+
+def lock_path(state: StateDir, kind: SubjectKind, name: str) -> Path:
+    """The lock that the one incarnation of this subject holds, through its shim, until its last descendant ended."""
+    return state.locks / f"{_file_name(kind, name)}.lock"
+
+
+def log_path(state: StateDir, kind: SubjectKind, name: str, incarnation: str) -> Path:
+    """Where the output of this incarnation's leader goes."""
+    return state.logs / f"{_file_name(kind, name)}.{incarnation}.log"
+
+
+def _file_name(kind: SubjectKind, name: str) -> str:
+    """An injective file name: names are the users', file names are ours."""
+    quoted = quote(name, safe="")  # the prefix keeps "." and ".." harmless
+    if len(quoted) > _LONGEST_NAME:
+        quoted = quoted[:_LONGEST_NAME] + "~" + sha256(name.encode()).hexdigest()[:16]
+    return f"{kind}-{quoted}"
+
+
+def list_ids(state: StateDir) -> tuple[str, ...]:
+    """Incarnations with records in `run/`, sorted.
+
+    Raises:
+        OSError: the folder is there but cannot be read; unknown.
+    """
+    return _folders(state.run)
+
+
+def list_ended(state: StateDir) -> tuple[str, ...]:
+    """Incarnations put away in `ended/`, sorted.
+
+    Raises:
+        OSError: the folder is there but cannot be read; unknown.
+    """
+    return _folders(state.ended)
+
+
+def _folders(path: Path) -> tuple[str, ...]:
+    try:
+        with os.scandir(path) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return ()
+    return tuple(sorted(names))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_intent(state: StateDir, intent: Intent) -> Path:
+    """Record what is about to be started; the new folder, durable on return.
+
+    Raises:
+        FileExistsError: this id has records already.
+        OSError: it could not be made durable; nothing must be started.
+    """
+    target = state.run / intent.id
+    if target.exists():
+        raise FileExistsError(f"{target} exists")
+    # the folder appears with its intent in it, or not at all
+    staging = state.run / f".{intent.id}.new"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(mode=0o700)
+    staging.chmod(0o700)
+    _write(staging, "intent.json", encode(intent))
+    staging.rename(target)
+    _sync(state.run)
+    return target
+
+
+def write_stop(state: StateDir, incarnation: str, record: StopRecord) -> None:
+    """Record how far the stop has come, durably; replaces an earlier one.
+
+    Raises:
+        OSError: it is not durable; nothing must be signalled.
+    """
+    _write(state.run / incarnation, "stop.json", encode(record))
+
+
+def write_exit(state: StateDir, incarnation: str, record: Exit) -> None:
+    """Record an end that no shim can record, because there was none.
+
+    Raises:
+        FileExistsError: its end is recorded already.
+        OSError: it is not durable.
+    """
+    if (state.run / incarnation / "exit.json").exists():
+        raise FileExistsError(f"exit of {incarnation} is recorded already")
+    _write(state.run / incarnation, "exit.json", encode(record))
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    temporary = folder / f".{name}.tmp"
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        os.fchmod(fd, 0o600)
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(fd)
+    temporary.rename(folder / name)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Records:
+    """The records in `path` (`run/<id>` or `ended/<id>`). Never raises: what cannot be read is `Unreadable`."""
+    return Records(
+        id=path.name,
+        path=path,
+        intent=_read_intent(path),
+        run=_read_run(path),
+        exit=_read(path / "exit.json", Exit),
+        stop=_read(path / "stop.json", StopRecord),
+    )
+
+
+def _read_run(folder: Path) -> Run | Unreadable | None:
+    """The run record, if its numbers can be pids (0 and -1 would mean whole groups to kill(2))."""
+    run = _read(folder / "run.json", Run)
+    if isinstance(run, Run) and min(run.pid, run.shim_pid, run.session_id) <= 1:
+        return Unreadable(f"{folder / 'run.json'}: pid {run.pid}, shim {run.shim_pid}, session {run.session_id}")
+    return run
+
+
+def _read_intent(folder: Path) -> Intent | Unreadable | None:
+    """The intent, if it is this folder's own."""
+    intent = _read(folder / "intent.json", Intent)
+    if isinstance(intent, Intent):
+        if intent.id != folder.name:
+            return Unreadable(f"{folder}: its intent is that of {intent.id}")
+        if len(intent.gpus) != len(intent.memory_bytes):
+            return Unreadable(f"{folder}: {len(intent.gpus)} GPUs but {len(intent.memory_bytes)} amounts of memory")
+    return intent
+
+
+def _read(path: Path, kind: type[T]) -> T | Unreadable | None:
+    try:
+        return decode(kind, _read_own(path))
+    except FileNotFoundError:
+        return None
+    except (DecodeError, OSError) as error:
+        return Unreadable(f"{path}: {error}")
+
+
+def _read_own(path: Path) -> bytes:
+    """The content of a regular file of this user (or of root): nobody else can put a record in our mouth."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid not in (os.geteuid(), 0):
+            raise PermissionError(f"not a file of ours (mode {info.st_mode:o}, uid {info.st_uid})")
+        return file.read(_LARGEST_RECORD)
+
+
+# ---------------------------------------------------------------- putting away
+
+
+def archive(state: StateDir, incarnation: str, *, keep: int = KEPT_PER_SUBJECT) -> None:
+    """Move an ended incarnation's records to `ended/`; of its subject's past ones, only the last `keep` stay.
+
+    The logs of those that go, go with them. Doing it twice does no harm.
+
+    Raises:
+        OSError: it could not be moved.
+    """
+    with suppress(FileNotFoundError):
+        (state.run / incarnation).rename(state.ended / incarnation)
+        _sync(state.ended)
+        _sync(state.run)
+    of_subject: dict[Subject | None, list[tuple[float, str, str | None]]] = {}
+    for name in list_ended(state):
+        path = state.ended / name
+        intent = _read_intent(path)
+        if isinstance(intent, Intent):
+            of_subject.setdefault(intent.subject, []).append((intent.started.wall, name, intent.log))
+        else:
+            with suppress(OSError):
+                of_subject.setdefault(None, []).append((path.stat().st_mtime, name, None))
+    for past in of_subject.values():
+        for _, name, log in sorted(past, key=lambda entry: entry[:2])[: max(0, len(past) - keep)]:
+            shutil.rmtree(state.ended / name, ignore_errors=True)
+            if log is not None and Path(log).parent == state.logs:
+                Path(log).unlink(missing_ok=True)

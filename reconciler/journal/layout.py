@@ -1,0 +1,312 @@
+"""The state directory: which file lies where, who may read it, and who is its one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from reconciler.clock import SystemClock
+from reconciler.errors import DaemonRunning, StateError
+
+_FOLDERS = ("locks", "run", "ended", "logs", "sim")
+_PRIVATE_DIR = 0o700
+_PRIVATE_FILE = 0o600
+
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.01
+"""Readers test a lock by taking it, shared, for microseconds; an owner-to-be that meets one tries again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Where everything durable lies. `path` is made absolute."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(os.path.abspath(self.path)))  # noqa: PTH100 - resolve() would follow links
+
+    @property
+    def journal(self) -> Path:
+        """The SQLite database."""
+        return self.path / "journal.sqlite"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Held by the one writer."""
+        return self.path / "daemon.lock"
+
+    @property
+    def control_socket(self) -> Path:
+        """Where a running daemon takes requests."""
+        return self.path / "control.sock"
+
+    @property
+    def locks(self) -> Path:
+        """One lock file per subject, held by the shim of its incarnation."""
+        return self.path / "locks"
+
+    @property
+    def run(self) -> Path:
+        """One folder per incarnation that may live."""
+        return self.path / "run"
+
+    @property
+    def ended(self) -> Path:
+        """Folders of past incarnations."""
+        return self.path / "ended"
+
+    @property
+    def logs(self) -> Path:
+        """What leaders wrote to stdout and stderr."""
+        return self.path / "logs"
+
+    @property
+    def sim(self) -> Path:
+        """The simulated node's memory ledger."""
+        return self.path / "sim"
+
+    def ensure(self) -> None:
+        """Create what is missing, 0700 whatever the umask.
+
+        A directory that was there before and holds other things is used as it is, if nobody else may write to it.
+
+        Raises:
+            StateError: it cannot be used; the message says which path and why.
+        """
+        _ensure_parents(self.path.parent)
+        _ensure_root(self.path)
+        for name in _FOLDERS:
+            _ensure_private(self.path / name)
+
+
+def _ensure_parents(path: Path) -> None:
+    try:
+        path.mkdir(mode=_PRIVATE_DIR, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _ensure_root(path: Path) -> None:
+    """The state directory itself, which a person may have made, perhaps for more than this."""
+    if _make(path):
+        return
+    info = _inspect(path)
+    try:
+        names = set(os.listdir(path))  # noqa: PTH208
+    except OSError as error:
+        raise _unusable(path, error) from error
+    if not names or "run" in names:
+        _tighten(path, info)
+    elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StateError(
+            f"{path}: others may write to the state directory (mode {stat.S_IMODE(info.st_mode):04o})",
+            hint=f"chmod 700 {path}, or name another with --state-dir",
+        )
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        raise StateError(f"{path}: the state directory is not writable", hint="name another with --state-dir")
+
+
+def _ensure_private(path: Path) -> None:
+    if not _make(path):
+        _tighten(path, _inspect(path))
+
+
+def _make(path: Path) -> bool:
+    """Create one private directory; False when something is there already."""
+    try:
+        path.mkdir(mode=_PRIVATE_DIR)
+        path.chmod(_PRIVATE_DIR)  # a umask can only take bits away; it may have taken ours
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _unusable(path, error) from error
+    return True
+
+
+def _inspect(path: Path) -> os.stat_result:
+    """What lies at `path`, which must be a real directory of this user."""
+    try:
+        info = path.lstat()
+    except OSError as error:
+        raise _unusable(path, error) from error
+    if stat.S_ISLNK(info.st_mode):
+        raise StateError(
+            f"{path} is a symbolic link where a directory is expected",
+            hint="name the directory itself with --state-dir",
+        )
+    if not stat.S_ISDIR(info.st_mode):
+        raise StateError(f"{path} is not a directory", hint="move it away, or name another with --state-dir")
+    if info.st_uid != os.geteuid():
+        raise StateError(
+            f"{path} belongs to uid {info.st_uid}, this program runs as uid {os.geteuid()}",
+            hint="run as that user, or name another directory with --state-dir",
+        )
+    return info
+
+
+def _tighten(path: Path, info: os.stat_result) -> None:
+    if stat.S_IMODE(info.st_mode) != _PRIVATE_DIR:
+        try:
+            path.chmod(_PRIVATE_DIR)
+        except OSError as error:
+            raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> StateError:
+    return StateError(
+        f"{path}: cannot be used as state directory: {error.strerror or error}",
+        hint="name another with --state-dir or RECONCILER_STATE_DIR",
+    )
+
+
+# ---------------------------------------------------------------- locks
+
+
+def take_lock(path: Path) -> int | None:
+    """Take `path` exclusively (flock); the descriptor that holds it, or None when someone else does.
+
+    The lock lasts until every copy of the descriptor is closed. It is not inherited unless passed on by name.
+
+    Raises:
+        OSError: the lock file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _PRIVATE_FILE)
+    try:
+        os.fchmod(fd, _PRIVATE_FILE)
+        for attempt in range(_LOCK_TRIES):
+            if attempt:
+                time.sleep(_LOCK_PAUSE_S)
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether someone holds `path` exclusively; a missing file is held by nobody.
+
+    Raises:
+        OSError: unknown.
+    """
+    with _opened(path) as fd:
+        return fd is not None and _is_held(fd)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_held(fd: int) -> bool:
+    """Tested with a shared lock: any number of readers test at once, and an owner never notices."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
+# ---------------------------------------------------------------- the one writer
+
+
+@dataclass(frozen=True, slots=True)
+class WriterInfo:
+    """The daemon that holds a state directory."""
+
+    pid: int | None
+    """None: it holds the lock but has not said who it is."""
+    since: float | None
+    """Epoch seconds."""
+
+
+class WriterLock:
+    """The right to act and to write, until released or until this process ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def release(self) -> None:
+        """Give the state directory back; doing it twice does no harm."""
+        if self._fd is not None:
+            with suppress(OSError):
+                os.ftruncate(self._fd, 0)
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def acquire_writer(state: StateDir) -> WriterLock:
+    """Become the one writer of `state`.
+
+    Raises:
+        DaemonRunning: another process is.
+        StateError: the lock file cannot be used.
+    """
+    try:
+        fd = take_lock(state.daemon_lock)
+    except OSError as error:
+        raise _unusable(state.daemon_lock, error) from error
+    if fd is None:
+        info = writer(state)
+        pid = info.pid if info else None
+        raise DaemonRunning(
+            f"{state.path}: a daemon already runs on this state directory" + (f" (pid {pid})" if pid else ""),
+            pid=pid,
+            hint="`reconciler status` shows what it does; stop it first, or name another --state-dir",
+        )
+    text = json.dumps({"pid": os.getpid(), "since": SystemClock().now().wall}) + "\n"
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, text.encode(), 0)
+    except OSError as error:
+        os.close(fd)
+        raise _unusable(state.daemon_lock, error) from error
+    return WriterLock(fd)
+
+
+def writer(state: StateDir) -> WriterInfo | None:
+    """The daemon that holds `state` now; None when nobody does.
+
+    Raises:
+        StateError: the lock file cannot be read; unknown.
+    """
+    try:
+        with _opened(state.daemon_lock) as fd:
+            if fd is None or not _is_held(fd):
+                return None
+            text = os.pread(fd, 4096, 0)
+    except OSError as error:
+        raise _unusable(state.daemon_lock, error) from error
+    with suppress(ValueError, TypeError, KeyError):
+        content = json.loads(text)
+        return WriterInfo(int(content["pid"]), float(content["since"]))
+    return WriterInfo(None, None)
