@@ -64,7 +64,7 @@ class IncarnationReader:
         strays = self._strays(records, memory, phase)
         return _incarnation(records, phase, strays), records
 
-    def _phase(self, records: Records, memory: _Memory) -> tuple[Phase, Records]:  # noqa: PLR0911 - numbered outcomes
+    def _phase(self, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         """The phase, and the records it was decided on (read again where the decision hung on it).
 
         1. A record is unreadable, or its pids mean nothing in our pid namespace → unknown.
@@ -136,9 +136,7 @@ class IncarnationReader:
                 return "unknown", records
             time.sleep(_EXIT_RECORD_PAUSE_S)  # synchronous room: nobody else's turn is taken
 
-    def _strays(  # noqa: PLR0911 - numbered outcomes
-        self, records: Records, memory: _Memory, phase: Phase
-    ) -> tuple[int, ...] | None:
+    def _strays(self, records: Records, memory: _Memory, phase: Phase) -> tuple[int, ...] | None:
         """Living members besides the leader, once it is gone; while it runs its family is no stray.
 
         1. Nobody to look for: never started, of another boot, or seen to be over → none of them.

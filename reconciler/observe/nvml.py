@@ -183,13 +183,16 @@ class NvmlDriver:
         try:
             self.calling = f"nvmlDeviceGetHandleByIndex({index})"
             handle = nv.nvmlDeviceGetHandleByIndex(index)
+            self.calling = f"nvmlDeviceGetUUID({index})"
             uuid = nv.nvmlDeviceGetUUID(handle)
             return self._read(index, uuid, handle, options)
         except nv.NVMLError as error:
             if error.value in whole_driver:
                 raise
-            # 999 and the rest say that the call failed, not that the GPU is gone: only GPU_IS_LOST says that
-            lost = error.value == nv.NVML_ERROR_GPU_IS_LOST
+            # a hole in the indices is NOT_FOUND for a listed index. 999 and the rest say that a call failed, and
+            # nothing of the GPU
+            hole = error.value == nv.NVML_ERROR_NOT_FOUND and "HandleByIndex" in self.calling
+            lost = hole or error.value == nv.NVML_ERROR_GPU_IS_LOST
             return UnreadGpu(index, uuid, "lost" if lost else "unknown", f"{self.calling}: {error} ({error.value})")
 
     def _read(self, index: int, uuid: str, handle: Any, options: ReadOptions) -> Gpu:
@@ -275,11 +278,18 @@ class NvmlDriver:
         return ""
 
     def _numa_node(self, handle: Any) -> int | None:
-        """The host memory node next to it, if it is next to exactly one (nvmlDeviceGetMemoryAffinity, a bit set)."""
+        """The host memory node next to it, where that is one.
+
+        nvmlDeviceGetMemoryAffinity gives a bit set of nodes. nvmlDeviceGetNumaNodeId is for boards whose own memory is
+        a node (Grace), and the second choice.
+        """
         nv = self._nv
         words = self._trait(nv.nvmlDeviceGetMemoryAffinity, handle, 16, nv.NVML_AFFINITY_SCOPE_NODE)
         nodes = [64 * i + bit for i, word in enumerate(words or ()) for bit in range(64) if word >> bit & 1]
-        return nodes[0] if len(nodes) == 1 else None
+        if len(nodes) == 1:
+            return nodes[0]
+        node = self._trait(nv.nvmlDeviceGetNumaNodeId, handle)
+        return node if isinstance(node, int) and node >= 0 else None
 
     def _trait(self, function: Callable[..., Any], *arguments: object) -> Any:
         """As `_optional`, and also None where it is forbidden: no trait is worth calling a GPU unknown for."""

@@ -7,6 +7,7 @@ question on a kept connection instead of 0.27.
 from __future__ import annotations
 
 import errno
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from reconciler.clock import Clock
 
 HEALTH_LIMIT_BYTES = 64 << 10
-METRICS_LIMIT_BYTES = 16 << 20
+PAGE_LIMIT_BYTES = 16 << 20
 """vLLM's page is some 100 KiB; a page that never ends must not fill the memory."""
 
 OwnsListener = Callable[[str, int], bool | None]
@@ -37,7 +38,10 @@ class ProbeTarget:
     starting: bool
     """It was never ready: a refused connection is what to expect, and readiness is waited for."""
     busy: bool = False
-    """Ask for the metrics too (while draining)."""
+    """Count the requests in flight too (while draining)."""
+    metrics_path: str = "/metrics"
+    sleeping_path: str | None = None
+    """Where to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
     host: str = "127.0.0.1"
     """Only loopback by default: engines have calls without authentication."""
 
@@ -48,8 +52,11 @@ class Answer:
 
     ready: bool | None
     """None: the question could not be put (no socket left); it says nothing of the endpoint."""
-    busy: int | None
-    detail: str
+    busy: int | None = None
+    sleeping: bool | None = None
+    detail: str = ""
+    counted: bool = True
+    """False: `busy` says nothing, because nobody asked or the page did not come; True with None: there is no figure."""
 
 
 class Connection:
@@ -67,7 +74,7 @@ class Connection:
         self._base = f"http://{target.host}:{target.port}"
 
     def ask(self, target: ProbeTarget, owns: OwnsListener | None = None) -> Answer:
-        """Whether `target` is ready; how many requests it has, if `target.busy`.
+        """Whether `target` is ready, whether it sleeps, and how many requests it has, if `target.busy`.
 
         1. 200 on the health path → ready. 2. Any other status, a refusal, a timeout → not ready.
         3. `owns` says that the listener is somebody else's → not ready, whatever was answered: of two servers started
@@ -76,26 +83,41 @@ class Connection:
         """
         try:
             status, _ = self._get(target, target.health_path, HEALTH_LIMIT_BYTES)
-            if status != 200:
-                return Answer(ready=False, busy=None, detail=f"{target.health_path} answered {status}")  # 2
-            if owns is not None and owns(target.incarnation, target.port) is False:
-                return Answer(ready=False, busy=None, detail=f"another process listens on port {target.port}")  # 3
-            return Answer(ready=True, busy=self._busy(target) if target.busy else None, detail="")  # 1
         except (self._httpx.TransportError, OSError) as error:
             if (number := _errno(error)) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL):
-                return Answer(ready=None, busy=None, detail=f"could not ask: {errno.errorcode[number]}")  # 4
-            return Answer(ready=False, busy=None, detail=_describe(error, target))  # 2
+                return Answer(ready=None, detail=f"could not ask: {errno.errorcode[number]}", counted=False)  # 4
+            return Answer(ready=False, detail=_describe(error, target))  # 2
+        if status != 200:
+            return Answer(ready=False, detail=f"{target.health_path} answered {status}")  # 2
+        if owns is not None and owns(target.incarnation, target.port) is False:
+            return Answer(ready=False, detail=f"another process listens on port {target.port}")  # 3
+        page = self._page(target, target.metrics_path) if target.busy and target.busy_metrics else None
+        return Answer(  # 1
+            ready=True,
+            busy=sum_metrics(page, target.busy_metrics) if page is not None else None,
+            sleeping=self._sleeping(target),
+            counted=target.busy and (page is not None or not target.busy_metrics),
+        )
 
     def close(self) -> None:
         """Drop the connection."""
         self._transport.close()
 
-    def _busy(self, target: ProbeTarget) -> int | None:
+    def _sleeping(self, target: ProbeTarget) -> bool | None:
+        page = self._page(target, target.sleeping_path) if target.sleeping_path else None
         try:
-            status, page = self._get(target, "/metrics", METRICS_LIMIT_BYTES)
+            said = json.loads(page)["is_sleeping"] if page else None
+        except (ValueError, TypeError, KeyError):
+            return None
+        return said if isinstance(said, bool) else None
+
+    def _page(self, target: ProbeTarget, path: str) -> bytes | None:
+        """What a healthy target has to say besides; None when it does not answer: it has just said that it is well."""
+        try:
+            status, page = self._get(target, path, PAGE_LIMIT_BYTES)
         except (self._httpx.TransportError, OSError):
-            return None  # it has just said that it is healthy; that it is too busy to count says nothing else
-        return sum_metrics(page, target.busy_metrics) if status == 200 else None
+            return None
+        return page if status == 200 else None
 
     def _get(self, target: ProbeTarget, path: str, limit_bytes: int) -> tuple[int, bytes]:
         """Status and body; a body above the limit or past the deadline counts as a timeout."""

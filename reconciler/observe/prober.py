@@ -42,6 +42,8 @@ class _Watch:
     again: bool = False
     """Asked for once more while a question was out."""
     probe: Probe | None = None
+    counted: bool = False
+    """The last answer told the requests in flight, or that there is no figure."""
     connection: Connection | None = None
     ticket: int = field(default=0)
     """Counts the heap entries made for it; only the newest is valid."""
@@ -87,6 +89,7 @@ class Prober:
                 if known is None:
                     self._schedule(incarnation, self._watches.setdefault(incarnation, _Watch(target, now, now.mono)))
                 elif known.target != target:
+                    known.counted &= known.target.busy  # a count of an earlier drain is no count of this one
                     known.target = target
                     if not known.asking:  # else it is scheduled by the new target when the answer is there
                         known.due = min(known.due, now.mono + self._pace(known, now))
@@ -112,9 +115,17 @@ class Prober:
                     self._schedule(incarnation, watch)
 
     def results(self) -> dict[str, Probe]:
-        """What each watched endpoint last said, by incarnation id; those not asked yet are left out."""
+        """What each watched endpoint last said, by incarnation id; those not asked yet are left out.
+
+        So is one whose requests in flight are to be counted and were not yet: its earlier answer, without a count,
+        would look like that of an engine that cannot count, and a drain would end at once.
+        """
         with self._lock:
-            return {i: watch.probe for i, watch in self._watches.items() if watch.probe is not None}
+            return {
+                i: watch.probe
+                for i, watch in self._watches.items()
+                if watch.probe is not None and (watch.counted or not watch.target.busy)
+            }
 
     def close(self) -> None:
         """Stop asking. Questions that are out end by their own timeouts; nobody waits for them."""
@@ -168,7 +179,7 @@ class Prober:
 
     def _run_worker(self) -> None:
         while (watch := self._work.get()) is not None:
-            target = watch.target
+            target, asked = watch.target, self._clock.now()
             try:
                 if watch.connection is None:
                     watch.connection = Connection(target, self._clock)
@@ -176,53 +187,58 @@ class Prober:
             except Exception as error:
                 # a defect of ours must neither end the thread nor be taken for an answer of the endpoint
                 LOG.exception("probe of %s failed", target.incarnation)
-                answer = Answer(ready=None, busy=None, detail=f"could not ask: {error!r}")
-            if self._keep(watch, target, answer):
+                answer = Answer(ready=None, detail=f"could not ask: {error!r}", counted=False)
+            if self._keep(watch, target, asked, answer):
                 self._on_change()
 
     def _owner_check(self, watch: _Watch) -> OwnsListener | None:
         """The check of the listener, for an answer that would make it ready: while it stays so, no other can listen."""
         return None if watch.probe is not None and watch.probe.ready else self._owns
 
-    def _keep(self, watch: _Watch, target: ProbeTarget, answer: Answer) -> bool:
+    def _keep(self, watch: _Watch, target: ProbeTarget, asked: Instant, answer: Answer) -> bool:
         """Keep the answer and schedule the next question; whether it is a material change."""
         with self._lock:
             self._idle += 1
             watch.asking = False
             now = self._clock.now()
-            before = watch.probe
-            watch.probe = after = next_probe(before, target, answer, now)
+            before, had_counted = watch.probe, watch.counted
+            watch.probe = after = next_probe(before, target, answer, asked)
+            watch.counted = answer.counted
             if not watch.dropped:
                 watch.due = now.mono if watch.again else now.mono + self._pace(watch, now)
                 watch.again = False
                 self._schedule(target.incarnation, watch)
-                return is_material(before, after, target.failures)
+                newly_counted = watch.target.busy and answer.counted and not had_counted
+                return newly_counted or is_material(before, after, target.failures)
         _disconnect(watch)
         return False
 
 
-def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, now: Instant) -> Probe:
-    """What is known of an endpoint after one more answer.
+def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, asked: Instant) -> Probe:
+    """What is known of an endpoint after one more answer, to a question put at `asked`.
 
     1. Could not be asked → `ready` None for now, the counts as they were.
     2. Ready → no misses; `ready_since` is when it became ready.
     3. Not ready → one miss more; `ready_since` stays until the misses reach the target's limit, so that one slow answer
        on a busy box is not an end of readiness.
     """
-    before = before or Probe(target.incarnation, now, ready=None, misses=0, failing_since=None, ready_since=None)
-    told = replace(before, at=now, ready=answer.ready, busy=answer.busy, detail=answer.detail)
+    before = before or Probe(target.incarnation, asked, ready=None, misses=0, failing_since=None, ready_since=None)
+    # the moment of the question, not of the answer: what happened in between is not in it
+    told = replace(before, at=asked, ready=answer.ready, busy=answer.busy, detail=answer.detail)
+    if answer.sleeping is not None:  # else it is as asleep as before
+        told = replace(told, sleeping=answer.sleeping)
     if answer.ready is None:  # 1
         return told
     if answer.ready:  # 2
-        return replace(told, misses=0, failing_since=None, ready_since=before.ready_since or now)
+        return replace(told, misses=0, failing_since=None, ready_since=before.ready_since or asked)
     misses = before.misses + 1  # 3
     ready_since = before.ready_since if misses < target.failures else None
-    return replace(told, misses=misses, failing_since=before.failing_since or now, ready_since=ready_since)
+    return replace(told, misses=misses, failing_since=before.failing_since or asked, ready_since=ready_since)
 
 
 def is_material(before: Probe | None, after: Probe, failures: int) -> bool:
-    """Whether somebody should look: first answer, ready flipped, misses at the limit, nothing in flight any more."""
-    if before is None or before.ready != after.ready:
+    """Whether somebody should look: a first answer, ready or asleep flipped, misses at the limit, nothing in flight."""
+    if before is None or before.ready != after.ready or before.sleeping != after.sleeping:
         return True
     return after.misses == failures or (after.busy == 0 and before.busy != 0)
 
@@ -239,7 +255,8 @@ def probe_once(
     def ask(target: ProbeTarget) -> None:
         connection = Connection(target, clock)
         try:
-            results.put(next_probe(None, target, connection.ask(target, owns), clock.now()))
+            asked = clock.now()
+            results.put(next_probe(None, target, connection.ask(target, owns), asked))
         finally:
             connection.close()
 
@@ -254,7 +271,7 @@ def probe_once(
         except queue.Empty:
             break
         found[probe.incarnation] = probe
-    late = Answer(ready=False, busy=None, detail=f"no answer within {deadline_s:g} s")
+    late = Answer(ready=False, detail=f"no answer within {deadline_s:g} s")
     return {i: found.get(i) or next_probe(None, target, late, clock.now()) for i, target in targets.items()}
 
 

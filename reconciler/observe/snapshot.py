@@ -40,8 +40,6 @@ class ObserveOptions:
     """Fresher while someone waits for memory."""
     ready_before: Collection[str] = ()
     """Incarnations that were ready once (from the ledger): asked at the usual pace after the daemon's restart, too."""
-    draining: Collection[str] = ()
-    """Incarnations whose requests in flight are to be counted."""
 
 
 USUAL = ObserveOptions()
@@ -72,7 +70,7 @@ class Observer:
         gpus = tuple(self._named(gpu) for gpu in readings.gpus)
         targets = probe_targets(spec, incarnations, options)  # 3
         self._prober.watch(targets)
-        probes = {**self._prober.results(), **portless(spec, incarnations, self._clock.now())}
+        probes = {**self._prober.results(), **portless(incarnations, self._clock.now())}
         return Observed(
             at=(now := self._clock.now()),
             boot_id=boot_id(),
@@ -124,8 +122,9 @@ def probe_targets(
 ) -> dict[str, ProbeTarget]:
     """Whom to ask, by incarnation id: endpoints that run, verified, on a port. The port is the incarnation's own.
 
-    An endpoint that an overlay patches is asked as the version that this incarnation was started for; one that nobody
-    knows any more (it is about to be stopped) as a generic server.
+    Requests in flight are counted of those that drain: their stop was asked for, and no signal was sent yet.
+    An endpoint that an overlay patches is asked as the version that this incarnation was started for. One that is in
+    no file any more is not asked: it is about to be stopped whatever it would say.
     """
     targets: dict[str, ProbeTarget] = {}
     for incarnation in incarnations:
@@ -134,7 +133,7 @@ def probe_targets(
         endpoint = endpoint_of(spec, incarnation)
         if endpoint is None:
             continue
-        profile = PROFILES.get(endpoint.engine)
+        profile, stop = PROFILES.get(endpoint.engine), incarnation.stop
         targets[incarnation.id] = ProbeTarget(
             incarnation=incarnation.id,
             port=incarnation.port,
@@ -144,12 +143,14 @@ def probe_targets(
             timeout_s=endpoint.health.timeout_s,
             failures=endpoint.health.failures,
             starting=incarnation.id not in options.ready_before,
-            busy=incarnation.id in options.draining,
+            busy=stop is not None and not stop.drained and stop.signalled is None,
+            metrics_path=(profile.metrics_path if profile else None) or "/metrics",
+            sleeping_path=profile.sleeping_path if profile and endpoint.evict.method == "sleep" else None,
         )
     return targets
 
 
-def portless(spec: Spec, incarnations: Iterable[Incarnation], now: Instant) -> dict[str, Probe]:
+def portless(incarnations: Iterable[Incarnation], now: Instant) -> dict[str, Probe]:
     """Probes of endpoints that nobody can ask, for want of a port: ready as long as they live."""
     return {
         i.id: Probe(i.id, now, ready=True, misses=0, failing_since=None, ready_since=i.started)
