@@ -1,0 +1,62 @@
+"""Hashes of meaning: equal for equal values, whatever the order, comments or spelling of the text they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+
+from pydantic import BaseModel
+
+from reconciler.spec.spec import EndpointSpec, Spec
+
+_NO_MEANING = frozenset({"source", "problems", "digest", "change_pending"})
+
+
+def digest(value: object) -> str:
+    """Sixteen hex digits of SHA-256 over the canonical form of `value`."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def canonical(value: object) -> object:
+    """Plain data; dataclasses carry their name (claims differ by it), models only what was written."""
+    match value:
+        case BaseModel():
+            return {name: canonical(getattr(value, name)) for name in value.model_fields_set}
+        case Mapping():
+            return {str(key): canonical(item) for key, item in value.items()}
+        case list() | tuple():
+            return [canonical(item) for item in value]
+        case None | bool() | int() | float() | str():
+            return value
+    if is_dataclass(value):
+        parts = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if f.name not in _NO_MEANING}
+        return {"": type(value).__name__, **parts}
+    raise TypeError(type(value).__name__)
+
+
+def process_hash(endpoint: EndpointSpec, secrets: str | None) -> str:
+    """Hash of what needs a new process when it changes; `secrets` is the digest of the `env_file`'s content."""
+    return digest(
+        {
+            "model": endpoint.model,
+            "engine": endpoint.engine,
+            "executable": endpoint.executable,
+            "gpus": endpoint.gpus.count,
+            "memory": endpoint.memory,
+            "port": endpoint.port,
+            "args": endpoint.args,
+            "command": endpoint.command,
+            "env": endpoint.env,
+            "env_file": endpoint.env_file,
+            "secrets": secrets,
+            "cwd": endpoint.cwd,
+        }
+    )
+
+
+def spec_digest(spec: Spec) -> str:
+    """Hash of the whole meaning."""
+    return digest(spec)

@@ -1,0 +1,251 @@
+"""One endpoint: from its merged text to an `EndpointSpec`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from reconciler.spec.digests import digest, process_hash
+from reconciler.spec.document import Entry, Map, Node, Scalar, Sequence, child, locate
+from reconciler.spec.engines import PROFILES, EngineProfile
+from reconciler.spec.env_file import parse_env_file
+from reconciler.spec.findings import Findings, clip, suggest
+from reconciler.spec.models import EndpointModel, HealthModel, RestartModel, StopModel
+from reconciler.spec.spec import (
+    EndpointSpec,
+    Evict,
+    GpuClaim,
+    GpuCount,
+    GpuPins,
+    Health,
+    Restart,
+    Source,
+    Stop,
+    WholeGpu,
+)
+from reconciler.spec.values import variable_problem
+
+ReadEnvFile = Callable[[str], bytes]
+"""Content of an absolute path.
+
+Raises:
+    OSError: it cannot be read; `strerror` says why.
+"""
+
+_PLACEHOLDER = re.compile(r"\{(port|model)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What names mean while one file is resolved."""
+
+    findings: Findings
+    priorities: Mapping[str, int] | None
+    """None: the set points are broken, names cannot be looked up and are not complained about."""
+    node_gpus: tuple[int | str, ...] | None
+    read_env_file: ReadEnvFile
+    secrets: dict[str, str | None] = field(default_factory=dict)
+    """Digests of the `env_file`s read so far; None: could not be read."""
+
+    def priority(self, value: int | str, at: Source) -> int:
+        """A priority as a number."""
+        if isinstance(value, int):
+            return value
+        if self.priorities is None:
+            return 0
+        if value not in self.priorities:
+            hint = suggest(value, self.priorities) or "define it under `priorities`, or write a number"
+            self.findings.add(at, f'unknown priority "{clip(value)}"', hint)
+            return 0
+        return self.priorities[value]
+
+    def check_variables(self, env: Node | None) -> None:
+        """Note the variables of `env` that nobody may set."""
+        for name, entry in env.entries.items() if isinstance(env, Map) else ():
+            if problem := variable_problem(name):
+                self.findings.add(entry.key_at, problem, "remove it: it is set for every process that is started")
+
+    def check_gpus(self, claim: GpuClaim, at: Source) -> None:
+        """Note a claim that `node.gpus` cannot serve."""
+        if self.node_gpus is None:
+            return
+        usable = ", ".join(map(str, self.node_gpus)) or "none"
+        match claim:
+            case GpuCount(count):
+                if count > len(self.node_gpus):
+                    message = f"{count} GPUs are wanted, node.gpus has {len(self.node_gpus)}"
+                    self.findings.add(at, message, f"usable: {usable}")
+            case GpuPins(refs):
+                for ref in refs:
+                    # an index cannot be compared with a UUID before the box is seen
+                    comparable = all(isinstance(other, int) == isinstance(ref, int) for other in self.node_gpus)
+                    if comparable and ref not in self.node_gpus:
+                        self.findings.add(at, f"GPU {ref} is not in node.gpus", f"usable: {usable}")
+
+    def env_file(self, value: str | None, at: Source) -> tuple[str | None, str | None]:
+        """Absolute path of an `env_file` and the digest of its meaning."""
+        if value is None:
+            return None, None
+        path = absolute(value, at)
+        if path not in self.secrets:
+            self.secrets[path] = None
+            try:
+                self.secrets[path] = digest(parse_env_file(self.read_env_file(path)))
+            except OSError as error:
+                self.findings.add(at, f"env_file {clip(path)}: {error.strerror or 'cannot be read'}")
+            except ValueError as error:
+                self.findings.add(at, f"env_file {clip(path)} {error}", "write KEY=VALUE lines")
+        elif self.secrets[path] is None:
+            self.findings.add(at, f"env_file {clip(path)} cannot be used")
+        return path, self.secrets[path]
+
+
+def absolute(value: str, at: Source) -> str:
+    """A path relative to the folder of the file it was written in, made absolute."""
+    try:
+        expanded = Path(value).expanduser()
+    except RuntimeError:  # no home for that user: the name is taken as it is
+        expanded = Path(value)
+    return str(Path(at.file).absolute().parent.joinpath(expanded))
+
+
+def merge(base: Node | None, over: Node) -> Node:
+    """`over` laid on `base`: mappings key by key, everything else replaced."""
+    if isinstance(over, Scalar) and over.value is None and isinstance(base, Map):
+        return Map(base.entries, over.at)
+    if not isinstance(base, Map) or not isinstance(over, Map):
+        return over
+    entries = dict(base.entries)
+    for name, entry in over.entries.items():
+        below = entries.get(name)
+        entries[name] = Entry(entry.key_at, merge(below.node, entry.node)) if below else entry
+    return Map(entries, over.at)
+
+
+def weight(node: Node) -> int:
+    """Roughly how many characters a node holds."""
+    match node:
+        case Scalar():
+            return 8 + len(node.text)
+        case Sequence():
+            return 8 + sum(weight(item) for item in node.items)
+        case Map():
+            return 8 + sum(len(name) + weight(entry.node) for name, entry in node.entries.items())
+
+
+def resolve_endpoint(
+    name: str, model: EndpointModel, node: Node, key_at: Source, context: Context, *, home: Source | None = None
+) -> EndpointSpec:
+    """The endpoint with every default applied; what is wrong with it goes to `context.findings`.
+
+    Args:
+        name: its name.
+        model: its validated fields, `defaults` merged in.
+        node: the text of these fields.
+        key_at: where its name was written.
+        context: what names mean.
+        home: where its own folder is taken from, if not from `key_at`: a patched endpoint stays where it was.
+    """
+
+    def at(*path: str | int) -> Source:
+        return locate(node, path) if child(node, *path) is not None else key_at
+
+    findings = context.findings
+    profile = PROFILES.get(model.engine)
+    if profile is None:
+        findings.add(at("engine"), f'unknown engine "{clip(model.engine)}"', suggest(model.engine, PROFILES))
+    else:
+        _check_engine(name, model, node, key_at, profile, findings)
+    context.check_variables(child(node, "env"))
+    gpus = model.gpus if model.gpus is not None else GpuCount(1)
+    context.check_gpus(gpus, at("gpus"))
+    env_file, secrets = context.env_file(model.env_file, at("env_file"))
+    health = _health(model.health)
+    if model.health.path is None and profile:
+        health = replace(health, path=profile.health_path)
+    endpoint = EndpointSpec(
+        name=name,
+        model=model.model,
+        engine=model.engine,
+        executable=model.executable,
+        capabilities=model.capabilities,
+        gpus=gpus,
+        memory=model.memory if model.memory is not None and gpus.count else WholeGpu(),
+        port=model.port,
+        priority=context.priority(model.priority, at("priority")),
+        state=model.state,
+        preemptible=model.preemptible,
+        movable=model.movable,
+        evict=Evict(model.evict.method, 2 if model.evict.level == 2 else 1),
+        args=model.args,
+        command=model.command,
+        env=dict(sorted(model.env.items())),
+        env_file=env_file,
+        cwd=absolute(model.cwd, at("cwd")) if model.cwd else absolute(".", home or key_at),
+        health=health,
+        stop=stop(model.stop),
+        restart=_restart(model.restart),
+        process_hash="",
+        source=key_at,
+    )
+    return replace(endpoint, process_hash=process_hash(endpoint, secrets))
+
+
+def _check_engine(
+    name: str, model: EndpointModel, node: Node, key_at: Source, profile: EngineProfile, findings: Findings
+) -> None:
+    def at(*path: str | int) -> Source:
+        return locate(node, path) if child(node, *path) is not None else key_at
+
+    if profile.executable is None:
+        _check_custom(name, model, node, key_at, findings)
+    else:
+        if model.model is None:
+            findings.add(key_at, f'endpoint "{name}" has no model', "write `model:`, what it serves")
+        if model.port is None:
+            findings.add(key_at, f'endpoint "{name}" has no port', "write `port:`, where it listens")
+        if model.command is not None:
+            findings.add(
+                at("command"), f"engine {profile.name} builds its own command", "use args, or `engine: custom`"
+            )
+        for index, part in enumerate(model.args):
+            if part == "--port" or part.startswith("--port="):
+                findings.add(at("args", index), "args may not set the port", "write it as `port:`")
+    if model.evict.method == "sleep" and not profile.sleeps:
+        able = ", ".join(sorted(other.name for other in PROFILES.values() if other.sleeps))
+        findings.add(at("evict", "method"), f"engine {profile.name} cannot sleep", f"use stop; these can sleep: {able}")
+
+
+def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, findings: Findings) -> None:
+    if model.command is None:
+        findings.add(key_at, f'endpoint "{name}" has engine custom and no command', 'write `command: ["program"]`')
+    for index, part in enumerate(model.command or ()):
+        for placeholder in _PLACEHOLDER.findall(part):
+            if getattr(model, placeholder) is None:
+                message = f"the command wants {{{placeholder}}}, and the endpoint has no {placeholder}"
+                findings.add(locate(node, ("command", index)), message, f"write `{placeholder}:`")
+    if model.executable is not None:
+        at = locate(node, ("executable",))
+        findings.add(at, "engine custom takes no executable", "write it as the first item of command")
+
+
+def stop(model: StopModel) -> Stop:
+    """`stop` of an endpoint or a workload."""
+    return Stop(model.signal, model.drain, model.grace)
+
+
+def _health(model: HealthModel) -> Health:
+    return Health(
+        path=model.path or Health().path,
+        interval_s=model.interval,
+        timeout_s=model.timeout,
+        failures=model.failures,
+        startup_s=model.startup,
+        unhealthy_for_s=model.unhealthy_for,
+    )
+
+
+def _restart(model: RestartModel) -> Restart:
+    return Restart(model.initial, model.max, model.reset_after, model.max_restarts, model.window)

@@ -1,0 +1,190 @@
+"""Problems of one reading, collected: pydantic's errors put into words, at the place where the text was written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from reconciler.errors import Problem
+from reconciler.spec.document import Map, Node, Scalar, Sequence, child, locate, plain
+from reconciler.spec.spec import Source
+from reconciler.spec.values import NAME, NAME_HELP, ItemError
+
+MAX_PROBLEMS = 100
+"""Of one file: nobody reads more, and suggestions are dear."""
+
+Path = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
+
+_MISSING = {
+    "version": "begin the file with `version: 1`",
+    "makespan": "say how long it lasts: `makespan: {duration: 20m}`",
+    "command": 'a workload has a command: `command: ["program", "argument"]`',
+}
+_YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+class Findings:
+    """Problems, each once, in file order."""
+
+    def __init__(self) -> None:
+        self._found: dict[Problem, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(sorted(self._found, key=_order)[:MAX_PROBLEMS])
+
+    def add(self, at: Source, message: str, hint: str | None = None) -> None:
+        """Note one problem."""
+        self._found[Problem(at.file, at.line, at.column, message, hint)] = None
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Note several."""
+        self._found.update(dict.fromkeys(problems))
+
+    def check_name(self, at: Source, what: str, name: str) -> bool:
+        """Whether `name` may be the name of a `what`; notes why not."""
+        if NAME.fullmatch(name):
+            return True
+        self.add(at, f'{what} "{clip(name)}" has a name that is not allowed', NAME_HELP)
+        return False
+
+    def validate(self, kind: type[M], tree: Node, prefix: Path = ()) -> M | None:
+        """The node at `prefix` of `tree` as a model; None after noting every reason why it is none."""
+        node = child(tree, *prefix)
+        if node is None or (isinstance(node, Scalar) and node.value is None):
+            node = Map({}, locate(tree, prefix))
+        before = len(self._found)
+        self._note_nulls(kind, node, tree, prefix)
+        try:
+            model = kind.model_validate(plain(node))
+        except ValidationError as error:
+            # sorted by place before words are found for them: the first hundred are the ones a person sees
+            for item in error.errors(include_url=False, include_input=False)[: MAX_PROBLEMS * 3]:
+                self._note_error(kind, item, tree, prefix)
+            return None
+        return model if len(self._found) == before else None
+
+    def _note_nulls(self, kind: type[BaseModel], node: Node, tree: Node, prefix: Path) -> None:
+        """A key without a value is an empty mapping where a mapping belongs, and a slip elsewhere."""
+        if not isinstance(node, Map):
+            return
+        for name, entry in node.entries.items():
+            field = kind.model_fields.get(name)
+            if field is None:
+                continue
+            values = inner_model(kind, (name, ""))
+            if isinstance(entry.node, Scalar) and entry.node.value is None:
+                is_mapping = get_origin(field.annotation) is dict or _is_model(field.annotation)
+                if not is_mapping:
+                    self.add(entry.key_at, f'"{name}" has no value', "write one, or remove the line")
+            elif (inner := inner_model(kind, (name,))) is not None:
+                self._note_nulls(inner, entry.node, tree, (*prefix, name))
+            elif values is not None and isinstance(entry.node, Map):
+                for key, value in entry.node.entries.items():
+                    self._note_nulls(values, value.node, tree, (*prefix, name, key))
+
+    def _note_error(self, kind: type[BaseModel], error: Any, tree: Node, prefix: Path) -> None:
+        loc: Path = error["loc"]
+        context: Mapping[str, Any] = error.get("ctx", {})
+        cause = context.get("error")
+        if isinstance(cause, ItemError):
+            loc = (*loc, cause.index)
+        path = (*prefix, *loc)
+        node = child(tree, *path)
+        at = locate(tree, path)
+        if isinstance(node, Scalar) and node.value is None and error["type"] != "extra_forbidden":
+            return  # noted as a key without a value, or by its owner
+        match error["type"]:
+            case "extra_forbidden":
+                owner = inner_model(kind, loc[:-1])
+                known = list(owner.model_fields) if owner else []
+                key_at = locate(tree, path, key=True)
+                self.add(key_at, f'unknown key "{clip(str(loc[-1]))}"', suggest(str(loc[-1]), known))
+            case "missing":
+                self.add(locate(tree, path[:-1], key=True), f'"{loc[-1]}" is missing', _MISSING.get(str(loc[-1])))
+            case "literal_error":
+                known = [part.strip("' ") for part in str(context["expected"]).replace(" or ", ",").split(",")]
+                self.add(at, f"{shown(node)} is not one of {', '.join(known)}", suggest(text_of(node), known))
+            case "bool_type":
+                better = _YES_NO.get(text_of(node).lower())
+                self.add(at, f"{shown(node)} is not true or false", f"write {better}" if better else None)
+            case "int_type":
+                self.add(at, f"{shown(node)} is not a whole number")
+            case "greater_than_equal":
+                self.add(at, f"{shown(node)} is too small: at least {context['ge']}")
+            case "less_than_equal":
+                self.add(at, f"{shown(node)} is too large: at most {context['le']}")
+            case "model_type" | "dict_type":
+                self.add(at, f"{shown(node)} is not a mapping", "write `key: value` lines below it")
+            case "value_error" if cause is not None:
+                message, _, hint = str(cause).partition("; ")
+                self.add(at, message, hint or None)
+            case _:
+                self.add(at, str(error["msg"]))
+
+
+def inner_model(kind: type[BaseModel], path: Path) -> type[BaseModel] | None:
+    """The model that describes what stands at `path` below `kind`; None when no model does."""
+    annotation: Any = kind
+    for step in path:
+        if _is_model(annotation):
+            field = annotation.model_fields.get(str(step))
+            annotation = field.annotation if field else None
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            return None
+        if get_origin(annotation) is not dict:  # `Model | None` is a model
+            annotation = next((part for part in get_args(annotation) if _is_model(part)), annotation)
+    return annotation if _is_model(annotation) else None
+
+
+def suggest(word: str, known: Iterable[str]) -> str | None:
+    """`did you mean "x"?`, or what there is, or nothing."""
+    names = sorted(known)
+    # difflib is quadratic in the length of the word
+    if close := difflib.get_close_matches(word.lower()[:64], names[:1000], n=1):
+        return f'did you mean "{close[0]}"?'
+    if not names:
+        return None
+    return "known: " + ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
+
+
+def text_of(node: Node | None) -> str:
+    """A scalar as written; empty for anything else."""
+    return node.text if isinstance(node, Scalar) else ""
+
+
+def shown(node: Node | None) -> str:
+    """A node, for a message."""
+    match node:
+        case Scalar(value=str()):
+            return f'"{clip(node.text)}"'
+        case Scalar():
+            return clip(node.text) or "null"
+        case Sequence():
+            return "a list"
+        case Map():
+            return "a mapping"
+        case None:
+            return "nothing"
+
+
+def clip(text: str) -> str:
+    """At most 60 characters, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def _order(problem: Problem) -> tuple[str, int, int, str]:
+    return problem.file, problem.line, problem.column, problem.message
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

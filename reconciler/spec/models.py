@@ -1,0 +1,197 @@
+"""The set-point file as pydantic models. Defaults of `Health`, `Stop`, `Restart` and `Policy` stand in `spec.spec`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from reconciler.spec.spec import Health, Node, Policy, Restart, SetPoint, Stop
+from reconciler.spec.values import (
+    Command,
+    Count,
+    Duration,
+    EnvValue,
+    Flag,
+    Gpus,
+    Memory,
+    Names,
+    NodeGpus,
+    Port,
+    PositiveDuration,
+    Priority,
+    PriorityNumber,
+    Size,
+    Text,
+    UrlPath,
+    Version,
+    Words,
+)
+
+DEFAULT_PRIORITY = 500
+_HEALTH, _STOP, _RESTART, _POLICY, _NODE = Health(), Stop(), Restart(), Policy(), Node("", None)
+
+Empty = BeforeValidator(lambda data: {} if data is None else data)
+
+Signal = Literal["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
+"""SIGKILL is left out on purpose: it orphans an engine's workers, and it follows by itself after the grace."""
+
+
+class Model(BaseModel):
+    """What all parts of the files share. Building is deferred to the first file read: importing stays cheap."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def accept_empty(cls, data: Any) -> Any:
+        """A key whose lines are all commented out is an empty mapping."""
+        return {} if data is None else data
+
+
+class HealthModel(Model):
+    """How an endpoint is asked whether it is ready."""
+
+    path: UrlPath | None = None
+    """Path that answers 200 when the endpoint is ready. Default: the engine's own."""
+    interval: PositiveDuration = _HEALTH.interval_s
+    """Time between two questions."""
+    timeout: PositiveDuration = _HEALTH.timeout_s
+    """How long an answer may take."""
+    failures: Annotated[Count, Ge(1)] = _HEALTH.failures
+    """Misses in a row before a ready endpoint counts as unhealthy."""
+    startup: PositiveDuration = _HEALTH.startup_s
+    """Deadline for the first readiness; nothing is killed for being silent before it."""
+    unhealthy_for: Duration = _HEALTH.unhealthy_for_s
+    """Unhealthy for this long leads to a restart."""
+
+
+class StopModel(Model):
+    """How a process is asked to end."""
+
+    signal: Signal = "SIGTERM"
+    """Sent once, to the leader; SIGKILL to everything left follows after `grace`."""
+    drain: Duration = _STOP.drain_s
+    """How long requests in flight may finish before the signal."""
+    grace: Duration = _STOP.grace_s
+    """How long after the signal before SIGKILL."""
+
+
+class RestartModel(Model):
+    """Back-off between restarts, and the budget after which an endpoint is failed."""
+
+    initial: Duration = _RESTART.initial_s
+    """Wait before the second restart in a row; the first is immediate, and each later one waits twice as long."""
+    max: PositiveDuration = _RESTART.max_s
+    """Longest wait."""
+    reset_after: Duration = _RESTART.reset_after_s
+    """Ready for this long ends a row of failures."""
+    max_restarts: Annotated[Count, Ge(0), Le(1000)] = _RESTART.max_restarts
+    """More than this many restarts within `window` and the endpoint is failed until it is edited or reset."""
+    window: PositiveDuration = _RESTART.window_s
+    """The window that `max_restarts` counts in."""
+
+
+class EvictModel(Model):
+    """How an endpoint gives way to an overlay."""
+
+    method: Literal["stop", "sleep"] = "stop"
+    """`stop` ends the process; `sleep` frees the GPU memory and keeps the process (engines that can)."""
+    level: Annotated[Count, Ge(1), Le(2)] = 1
+    """Sleep level: 1 keeps the weights in host memory, 2 drops them."""
+
+
+class EndpointModel(Model):
+    """A model server that should be there."""
+
+    model: Text | None = None
+    """What it serves: a repository name or a path. Required unless the engine is `custom`."""
+    engine: Text = "vllm"
+    """Engine profile: vllm, sglang, llamacpp, tgi, tei, or custom."""
+    executable: Text | None = None
+    """Program to start. Default: the engine's own, looked up on PATH; a path is taken as it is."""
+    capabilities: Names = ()
+    """What it offers; overlays ask for these names, and floors count them."""
+    gpus: Gpus | None = None
+    """How many GPUs, all or none (`2`; `0` needs none), or exactly which (`[0, 1]`). Default: 1."""
+    memory: Memory | None = None
+    """Memory on each GPU: a size, or a fraction of the GPU. Default: the whole GPU, exclusively."""
+    port: Port | None = None
+    """Port it listens on. Required unless the engine is `custom`."""
+    priority: Priority = DEFAULT_PRIORITY
+    """Bigger is more important; a number, or a name from `priorities`."""
+    state: SetPoint = "running"
+    """`running`; `standby`: started only when a capability of it is asked for; or `stopped`."""
+    preemptible: Flag = True
+    """Whether an overlay of higher priority may take its GPUs; `false` is hard."""
+    movable: Flag = False
+    """Whether it may be restarted on other GPUs to make room."""
+    evict: EvictModel = EvictModel.model_construct()
+    """How it gives way."""
+    args: Words = ()
+    """Appended to the engine's command line."""
+    command: Command | None = None
+    """The whole command, for `engine: custom`; {port} {model} {gpus} {memory} are filled in. Never a shell line."""
+    env: Annotated[dict[str, EnvValue], Empty] = Field(default_factory=dict)
+    """Variables added to its environment."""
+    env_file: Text | None = None
+    """File of KEY=VALUE lines, relative to this file; its values are never shown."""
+    cwd: Text | None = None
+    """Working directory, relative to this file. Default: the folder of this file."""
+    health: HealthModel = HealthModel.model_construct()
+    """How it is asked whether it is ready."""
+    stop: StopModel = StopModel.model_construct()
+    """How it is asked to end."""
+    restart: RestartModel = RestartModel.model_construct()
+    """What happens when it ends by itself."""
+
+
+class NodeModel(Model):
+    """The box itself."""
+
+    name: Text | None = None
+    """Name in output. Default: the host name."""
+    gpus: NodeGpus = None
+    """GPUs that may be used: `all`, or a list of indices or UUIDs."""
+    reserve: Size = _NODE.reserve_bytes
+    """Memory on each GPU that is never planned."""
+
+
+class CapabilityModel(Model):
+    """A name that endpoints offer."""
+
+    min_available: Annotated[Count, Ge(0), Le(1000)] = 0
+    """Floor on ready providers that no eviction may break."""
+
+
+class PolicyModel(Model):
+    """Brakes against thrashing."""
+
+    max_evictions_per_hour: Annotated[Count, Ge(0), Le(1000)] = _POLICY.max_evictions_per_hour
+    """Evictions of one endpoint within an hour; more are put off."""
+    min_ready: Duration = _POLICY.min_ready_s
+    """Readiness that an endpoint is left between two evictions."""
+    resync: PositiveDuration = _POLICY.resync_s
+    """The box is looked at this often even when nothing happens."""
+
+
+class SetpointsModel(Model):
+    """The set points of one box: what should run on its GPUs."""
+
+    version: Version
+    """Version of this format."""
+    node: NodeModel = NodeModel.model_construct()
+    """The box itself."""
+    priorities: Annotated[dict[str, PriorityNumber], Empty] = Field(default_factory=dict)
+    """Names usable wherever a priority stands."""
+    capabilities: Annotated[dict[str, CapabilityModel], Empty] = Field(default_factory=dict)
+    """Floors of what endpoints offer."""
+    defaults: EndpointModel = EndpointModel.model_construct()
+    """Fields that every endpoint has unless it says otherwise."""
+    policy: PolicyModel = PolicyModel.model_construct()
+    """Brakes against thrashing; the defaults suit most boxes."""
+    overlays: Text = "overlays/"
+    """Folder of overlay files, relative to this file."""
+    endpoints: Annotated[dict[str, EndpointModel], Empty] = Field(default_factory=dict)
+    """The baseline, by name."""
