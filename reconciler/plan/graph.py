@@ -18,7 +18,7 @@ from reconciler.plan.placement import Hold, Tenant, place
 from reconciler.plan.progress import arrival
 from reconciler.plan.seating import need_of
 from reconciler.spec.engines import PROFILES
-from reconciler.spec.spec import EndpointSpec, Stop
+from reconciler.spec.spec import EndpointSpec, Spec, Stop
 
 MEMORY_RETURN_S = 1.5
 """Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
@@ -156,7 +156,7 @@ class Graph:
 
     def _ending(self, incarnation: Incarnation, leaving: Leaving, needs: list[int]) -> int:
         subject, draft = incarnation.subject, self.draft
-        stop = stop_settings(draft, subject)
+        stop = stop_for(draft.situation.spec, subject)
         if incarnation.phase in ("exited", "vanished"):
             return self._add(
                 "kill", subject, incarnation.gpus, (), reason=leaving.reason, cause=leaving.cause,
@@ -308,13 +308,15 @@ class Graph:
         self._endpoint_start(item, [self._ended_by[o] for o in {*holders, *held}])
 
 
-def stop_settings(draft: Draft, subject: Subject) -> Stop:
+def stop_for(spec: Spec, subject: Subject) -> Stop:
     """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
-    if subject.kind == "endpoint":
-        endpoint = draft.wanted.get(subject.name) or draft.situation.spec.endpoints.get(subject.name)
-        return endpoint.stop if endpoint else Stop()
-    overlay = draft.situation.spec.overlays.get(subject.name)
-    return overlay.workload.stop if overlay and overlay.workload else Stop()
+    if subject.kind == "workload":
+        overlay = spec.overlays.get(subject.name)
+        return overlay.workload.stop if overlay and overlay.workload else Stop()
+    if subject.name in spec.endpoints:
+        return spec.endpoints[subject.name].stop
+    temporary = (o.endpoints[subject.name].stop for _, o in sorted(spec.overlays.items()) if subject.name in o.endpoints)
+    return next(temporary, Stop())
 
 
 def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:

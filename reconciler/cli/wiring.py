@@ -1,0 +1,435 @@
+"""The one place where real parts are put together: from options to a daemon, a look, or an answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reconciler.clock import Instant, SystemClock
+from reconciler.errors import ReconcilerError, UsageError
+from reconciler.journal.layout import StateDir, acquire_writer, writer
+
+if TYPE_CHECKING:
+    from reconciler.health.incident import Incident
+    from reconciler.journal.reader import JournalReader
+    from reconciler.loop.daemon import Daemon, Tick
+    from reconciler.observe.prober import Prober
+    from reconciler.observe.snapshot import ObserveOptions, Observer
+    from reconciler.plan.actions import Plan
+    from reconciler.plan.ledger import Ledger
+    from reconciler.plan.observed import Observed
+    from reconciler.plan.status import DaemonInfo
+    from reconciler.spec.spec import Spec
+
+PROBE_ONCE_S = 2.0
+"""How long a command that looks once waits for the endpoints' answers."""
+
+Converging = Literal["apply", "down", "clean_start"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says of where things are; None: the environment, then the defaults."""
+
+    setpoints: Path | None = None
+    state_dir: Path | None = None
+    simulate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at the box, and what would be done about it."""
+
+    spec: Spec
+    observed: Observed
+    ledger: Ledger
+    plan: Plan
+    incidents: tuple[Incident, ...]
+    daemon: DaemonInfo | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a convergence ended."""
+
+    ok: bool
+    plan: Plan
+    observed: Observed
+    message: str
+
+
+# ---------------------------------------------------------------- where things are
+
+
+def setpoints_path(options: Options) -> Path:
+    """The set-point file: the option, the environment, or the first default that exists.
+
+    Raises:
+        UsageError: none exists.
+    """
+    named = options.setpoints or _path_of("RECONCILER_SETPOINTS")
+    if named is not None:
+        return _absolute(named)
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    places = (Path("setpoints/setpoints.yaml"), config / "reconciler/setpoints.yaml", Path("/etc/reconciler/setpoints.yaml"))
+    for place in places:
+        if place.is_file():
+            return _absolute(place)
+    listed = ", ".join(str(p) for p in places)
+    raise UsageError(f"no set points found (looked for {listed})", hint="name the file with --setpoints FILE")
+
+
+def state_dir(options: Options) -> StateDir:
+    """The state directory: the option, the environment, or the XDG state folder."""
+    named = options.state_dir or _path_of("RECONCILER_STATE_DIR")
+    if named is None:
+        named = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "reconciler"
+    return StateDir(named)
+
+
+def _path_of(variable: str) -> Path | None:
+    text = os.environ.get(variable)
+    return Path(text) if text else None
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, and the file's folder is meant
+
+
+def _simulated(options: Options) -> str | None:
+    return options.simulate or os.environ.get("RECONCILER_SIMULATE") or None
+
+
+def _prepare_node(options: Options, state: StateDir) -> Mapping[str, str]:
+    """Put a simulated driver under pynvml if one is asked for; what its children's environment needs."""
+    simulate = _simulated(options)
+    if simulate is None:
+        return {}
+    from reconciler.sim.description import parse_node  # noqa: PLC0415 - only a simulated node needs it
+    from reconciler.sim.driver import install  # noqa: PLC0415
+    from reconciler.sim.node import engine_environment, prepare  # noqa: PLC0415
+
+    prepare(state.sim, parse_node(simulate))
+    install(state.sim)
+    return engine_environment(state.sim)
+
+
+# ---------------------------------------------------------------- looking
+
+
+class _Watching:
+    """A daemon's eyes: an observer with a prober that keeps asking."""
+
+    def __init__(self, state: StateDir, wake: Callable[[], None]) -> None:
+        from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - see `look`
+        from reconciler.observe.process import ProcessReader  # noqa: PLC0415
+        from reconciler.observe.prober import Prober  # noqa: PLC0415
+        from reconciler.observe.snapshot import Observer  # noqa: PLC0415
+
+        clock = SystemClock()
+        self._nvml = NvmlReader(clock)
+        self._nvml.open()
+        self._processes = ProcessReader(state, clock)
+        self._prober: Prober = Prober(clock, wake, owns=self._processes.owns_listener)
+        self._observer: Observer = Observer(self._nvml, self._processes, self._prober, clock)
+
+    def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
+        return self._observer.observe(spec, options)
+
+    def watches(self) -> Mapping[int, str]:
+        return self._processes.watches()
+
+    def probe_now(self, incarnations: Collection[str]) -> None:
+        self._prober.probe_now(incarnations)
+
+    def close(self) -> None:
+        self._prober.close()
+        self._processes.close()
+        self._nvml.close()
+
+
+def _look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
+    """Observe without a daemon: every endpoint is asked once."""
+    from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - `--help` and `validate` start without it
+    from reconciler.observe.process import ProcessReader  # noqa: PLC0415
+    from reconciler.observe.snapshot import ObserveOptions, OneLook, Observer  # noqa: PLC0415
+
+    clock = SystemClock()
+    nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
+    try:
+        nvml.open()
+        ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
+        probes = OneLook(clock, deadline_s=PROBE_ONCE_S, owns=processes.owns_listener)
+        return Observer(nvml, processes, probes, clock).observe(spec, ObserveOptions(ready_before=ready))
+    finally:
+        processes.close()
+        nvml.close()
+
+
+def look(options: Options, *, at: float | None = None) -> Look:
+    """What would be done now (or, with `at`, at that epoch second) about these files, with and without a daemon.
+
+    Raises:
+        SpecError: the files are wrong.
+        DriverError: no daemon runs and there is no driver.
+        StateError: the journal cannot be read.
+    """
+    from reconciler.plan.planner import plan  # noqa: PLC0415 - see `_look_once`
+    from reconciler.spec.load import load_setpoints  # noqa: PLC0415
+
+    state = state_dir(options)
+    spec = load_setpoints(setpoints_path(options))
+    answer = _ask(state, "values")
+    if answer is not None:
+        from reconciler.health.incident import Incident  # noqa: PLC0415
+        from reconciler.journal.codec import decode  # noqa: PLC0415
+        from reconciler.plan.ledger import Ledger  # noqa: PLC0415
+        from reconciler.plan.observed import Observed  # noqa: PLC0415
+        from reconciler.plan.status import DaemonInfo  # noqa: PLC0415
+
+        observed = decode(Observed, answer["observed"])
+        ledger = decode(Ledger, answer["ledger"])
+        incidents = tuple(decode(Incident, i) for i in answer["incidents"])
+        daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
+    else:
+        _prepare_node(options, state)
+        with journal_reader(options) as journal:
+            ledger, incidents = journal.ledger(), journal.incidents()
+        observed, daemon = _look_once(state, spec, ledger), None
+    now = SystemClock().now()
+    if at is not None:
+        now = Instant(at, now.mono + at - now.wall)
+    return Look(spec, observed, ledger, plan(spec, observed, ledger, now), incidents, daemon)
+
+
+def status(options: Options) -> dict[str, Any]:
+    """The `data` of `status`: the running daemon's answer, else what one look shows.
+
+    Raises:
+        ReconcilerError: as for `look`.
+    """
+    from reconciler.plan.status import status_data  # noqa: PLC0415 - see `_look_once`
+
+    answer = _ask(state_dir(options), "status")
+    if answer is not None:
+        return dict(answer)
+    seen = look(options)
+    return status_data(seen.spec, seen.observed, seen.plan, seen.incidents, None, seen.spec.problems)
+
+
+def journal_reader(options: Options) -> JournalReader:
+    """The journal, read-only; an empty one where there is none yet."""
+    from reconciler.journal.reader import JournalReader  # noqa: PLC0415 - SQLite is not needed by every command
+
+    return JournalReader.open_readonly(state_dir(options).journal)
+
+
+def _ask(state: StateDir, op: str, **arguments: object) -> Any:
+    """One request to the daemon; None when none runs."""
+    if not state.path.is_dir() or writer(state) is None:
+        return None
+    from reconciler.loop.control import ask  # noqa: PLC0415 - see `_look_once`
+
+    return ask(state.control_socket, op, **arguments)
+
+
+# ---------------------------------------------------------------- acting
+
+
+@contextmanager
+def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -> Iterator[Daemon]:
+    """A daemon on the state directory, which nobody else may hold.
+
+    Raises:
+        StateError: the state directory cannot be used, or another daemon holds it.
+        DriverError: there is no driver.
+    """
+    from reconciler.act.process import ProcessActor  # noqa: PLC0415 - see `_look_once`
+    from reconciler.identity import boot_id  # noqa: PLC0415
+    from reconciler.journal.journal import Journal  # noqa: PLC0415
+    from reconciler.loop.daemon import Daemon, Parts  # noqa: PLC0415
+    from reconciler.loop.specs import SpecKeeper  # noqa: PLC0415
+
+    state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
+    state.ensure()
+    with acquire_writer(state):
+        simulated = _prepare_node(options, state)
+        journal = Journal.open(state.journal, clock)
+        try:
+            remembered = journal.texts()
+            yield Daemon(
+                Parts(
+                    state=state,
+                    clock=clock,
+                    journal=journal,
+                    specs=SpecKeeper(path, remembered.files if remembered else {}, transform=transform),
+                    actor=ProcessActor(state, clock, boot_id()),
+                    eyes=lambda wake: _Watching(state, wake),
+                    inherited=dict(os.environ),
+                    simulated=simulated,
+                    pid=os.getpid(),
+                )
+            )
+        finally:
+            journal.close()
+
+
+def run_daemon(options: Options) -> int:
+    """Converge until SIGTERM or SIGINT; endpoints and workloads are left running.
+
+    Raises:
+        ReconcilerError: it cannot start, or can no longer write.
+    """
+    import asyncio  # noqa: PLC0415 - see `_look_once`
+    import signal  # noqa: PLC0415
+
+    async def serve() -> None:
+        with _daemon(options) as daemon:
+            running = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                running.add_signal_handler(number, daemon.stop)
+            running.add_signal_handler(signal.SIGHUP, daemon.look_again)
+            await daemon.run()
+
+    asyncio.run(serve())
+    return 0
+
+
+def converge(
+    options: Options,
+    request: Converging,
+    *,
+    endpoints: tuple[str, ...] = (),
+    timeout_s: float | None = None,
+    progress: Callable[[Plan, Observed], None] = lambda _plan, _observed: None,
+) -> Outcome:
+    """Converge once: to the set points (`apply`), to nothing running (`down`), or from a clean slate (`clean_start`).
+
+    Raises:
+        DaemonRunning: a daemon holds the state directory and converges by itself (`clean_start` asks it instead).
+        ReconcilerError: it cannot start.
+    """
+    import asyncio  # noqa: PLC0415 - see `_look_once`
+    import signal  # noqa: PLC0415
+
+    from reconciler.loop.converging import Goal  # noqa: PLC0415
+    from reconciler.plan.requests import stopped  # noqa: PLC0415
+    from reconciler.spec.load import load_setpoints  # noqa: PLC0415
+
+    spec = load_setpoints(setpoints_path(options))
+    unknown = sorted(set(endpoints) - set(spec.endpoints))
+    if unknown:
+        raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(sorted(spec.endpoints))}")
+    names = endpoints or tuple(sorted(spec.endpoints))
+    state = state_dir(options)
+    if request == "clean_start" and _ask(state, "clean_start", endpoints=list(names)) is not None:
+        return _await_daemon(options, names, timeout_s, progress)
+    transform = (lambda s: stopped(s, names if endpoints else tuple(s.endpoints))) if request == "down" else None
+    goal = Goal(SystemClock(), timeout_s=timeout_s, progress=progress, names=names if request == "clean_start" else ())
+
+    async def serve() -> Tick:
+        with _daemon(options, transform) as daemon:
+            running = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                running.add_signal_handler(number, goal.interrupt, daemon.stop)
+            if timeout_s is not None:
+                running.call_later(timeout_s, daemon.look_again)
+            if request == "clean_start":
+                daemon.request_clean_start(names)
+            return await daemon.run(goal.reached)
+
+    tick = asyncio.run(serve())
+    ok, message = goal.verdict(tick)
+    return Outcome(ok, tick.plan, tick.observed, message)
+
+
+def _await_daemon(
+    options: Options, names: tuple[str, ...], timeout_s: float | None, progress: Callable[[Plan, Observed], None]
+) -> Outcome:
+    """Follow a clean start that the running daemon carries out."""
+    import time  # noqa: PLC0415 - see `_look_once`
+
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        time.sleep(0.25)  # another process decides; its socket has no way to say when
+        seen = look(options)
+        progress(seen.plan, seen.observed)
+        renewing = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.renew_before is not None]
+        failed = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.failed]
+        if failed:
+            return Outcome(False, seen.plan, seen.observed, f"{', '.join(failed)}: failed")
+        if not renewing and seen.plan.converged:
+            return Outcome(True, seen.plan, seen.observed, f"started afresh: {', '.join(names)}")
+        if deadline is not None and time.monotonic() > deadline:
+            return Outcome(False, seen.plan, seen.observed, f"not ready in time: {', '.join(renewing)}")
+
+
+def clean_start_preview(options: Options, endpoints: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Whom a clean start would end, and whom it leaves alone.
+
+    Returns:
+        `ours`: incarnations (subject, pid, strays, gpus) that would be ended; `foreign`: processes on GPUs
+        (gpu, pid, user, command, memory_mib) that are never touched.
+    """
+    seen = look(options)
+    names = set(endpoints or seen.spec.endpoints)
+    indices = {g.uuid: g.index for g in seen.observed.gpus}
+    ours = [
+        {
+            "subject": i.subject.name,
+            "pid": i.pid,
+            "phase": i.phase,
+            "strays": list(i.strays or ()),
+            "gpus": [indices[u] for u in i.gpus if u in indices],
+        }
+        for i in seen.observed.incarnations
+        if i.subject.kind == "endpoint" and i.alive and (i.subject.name in names or i.subject.name not in seen.spec.endpoints)
+    ]
+    foreign = [
+        {
+            "gpu": g.index,
+            "pid": p.pid,
+            "user": p.user,
+            "command": p.command,
+            "memory_mib": None if p.memory_bytes is None else p.memory_bytes >> 20,
+        }
+        for g in seen.observed.gpus
+        for p in g.processes or ()
+        if p.owner is None
+    ]
+    return {"ours": ours, "foreign": foreign}
+
+
+def reset(options: Options, name: str) -> str:
+    """Clear what keeps `name` (endpoint, finished overlay, GPU) from being tried again; what was done, in words.
+
+    Raises:
+        ReconcilerError: nothing has that name.
+    """
+    state = state_dir(options)
+    answer = _ask(state, "reset", name=name)
+    if answer is not None:
+        return str(answer["message"])
+    from reconciler.journal.journal import Journal  # noqa: PLC0415 - see `_look_once`
+    from reconciler.plan.requests import reset as forgive  # noqa: PLC0415
+
+    clock = SystemClock()
+    state.ensure()
+    with acquire_writer(state):
+        journal = Journal.open(state.journal, clock)
+        try:
+            gpus = {uuid: uuid for uuid in journal.ledger().quarantines}
+            found = forgive(journal.ledger(), name, gpus)
+            if found is None:
+                raise ReconcilerError(f"nothing is named {name!r}", hint="`reconciler status` lists all names")
+            journal.commit(*found, clock.now())
+        finally:
+            journal.close()
+    return f"{name} is reset" if found[1] else f"{name} had nothing to reset"
+
+

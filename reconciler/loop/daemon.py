@@ -1,0 +1,293 @@
+"""The loop: look, decide, make it durable, act; then wait until something may have changed.
+
+One tick is the whole program in small. Nothing is remembered from tick to tick but what the journal holds and what is
+under way; whatever woke the loop, the tick looks at everything and lets the planner decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from reconciler.act.process import Launch, ProcessActor
+from reconciler.clock import Clock, Instant
+from reconciler.errors import ReconcilerError, StateError
+from reconciler.health.assess import Facts, assess
+from reconciler.health.incident import Incident
+from reconciler.journal.codec import encode
+from reconciler.journal.incarnations import archive
+from reconciler.journal.journal import Journal
+from reconciler.journal.layout import StateDir
+from reconciler.loop.control import ControlServer
+from reconciler.loop.executor import Executor
+from reconciler.loop.history import predicted, record_durations
+from reconciler.loop.launching import launch_of
+from reconciler.loop.specs import SpecInForce, SpecKeeper
+from reconciler.loop.wakers import Wakers
+from reconciler.observe.nvml import CACHED, FRESH
+from reconciler.observe.snapshot import ObserveOptions
+from reconciler.plan.actions import Action, Event, Plan
+from reconciler.plan.graph import stop_for
+from reconciler.plan.ledger import Ledger
+from reconciler.plan.observed import Observed
+from reconciler.plan.planner import plan as decide
+from reconciler.plan.requests import clean_start, reset
+from reconciler.plan.status import DaemonInfo, status_data
+from reconciler.spec.spec import Spec, Stop
+
+MEMORY_POLL_S = 0.1
+"""NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
+WATCHED_OPS = frozenset({"wait_memory"})
+
+
+class Eyes(Protocol):
+    """Whoever looks at the box."""
+
+    def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
+        """One look."""
+        ...
+
+    def watches(self) -> Mapping[int, str]:
+        """Descriptors that become readable when a process of ours ends."""
+        ...
+
+    def probe_now(self, incarnations: Collection[str]) -> None:
+        """Ask these at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and descriptors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a daemon is made of; put together in `cli.wiring`."""
+
+    state: StateDir
+    clock: Clock
+    journal: Journal
+    specs: SpecKeeper
+    actor: ProcessActor
+    eyes: Callable[[Callable[[], None]], Eyes]
+    """Given a function that wakes the loop from any thread."""
+    inherited: Mapping[str, str]
+    """This process's environment."""
+    simulated: Mapping[str, str]
+    """What a simulated node adds to a child's environment."""
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What one tick saw and decided."""
+
+    spec: SpecInForce
+    observed: Observed
+    plan: Plan
+    incidents: tuple[Incident, ...]
+    idle: bool
+    """No operation is under way."""
+
+
+class Daemon:
+    """The one writer of a state directory."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._last: Tick | None = None
+        self._wakers = Wakers()
+        self._eyes = parts.eyes(self._wakers.wake_threadsafe)
+        self._began = parts.clock.now()
+        self._control = ControlServer(parts.state.control_socket, self._answer)
+        self._requested: list[Callable[[Ledger, Instant], tuple[Ledger, tuple[Event, ...]]]] = []
+        self._problems: tuple[str, ...] = ()
+        self._executor = Executor(
+            parts.actor,
+            parts.clock,
+            launch_of=self._launch_of,
+            stop_of=self._stop_of,
+            report=self._report,
+            wake=self._wakers.wake,
+        )
+        self._stopping = False
+
+    async def run(self, until: Callable[[Tick], bool] | None = None) -> Tick:
+        """Converge, for ever or until `until` says of a tick that it is enough; the last tick is returned.
+
+        Raises:
+            SpecError: the files are wrong and there never was a good version.
+            StateError: the state directory can no longer be written.
+        """
+        try:
+            await self._control.open()
+            self._load()
+            folder = self._parts.specs.overlays_folder
+            self._wakers.watch_files(self._parts.specs.path, folder)
+            while True:
+                tick = await self._tick()
+                if self._stopping or (until is not None and until(tick)):
+                    return tick
+                await self._wakers.wait(self._patience(tick))
+        finally:
+            await self._close()
+
+    def stop(self) -> None:
+        """End the loop after the present tick; endpoints and workloads stay as they are."""
+        self._stopping = True
+        self._wakers.wake()
+
+    def look_again(self) -> None:
+        """Have the next tick begin now."""
+        self._wakers.wake()
+
+    def request_clean_start(self, endpoints: Collection[str]) -> None:
+        """Have these endpoints ended and started afresh with the next tick."""
+        names = tuple(endpoints)
+        self._requested.append(lambda ledger, now: clean_start(ledger, names, now))
+        self._wakers.wake()
+
+    # ------------------------------------------------------------ one tick
+
+    async def _tick(self) -> Tick:
+        parts = self._parts
+        parts.actor.reap()
+        in_force = self._load()
+        ledger, asked = self._take_requests()
+        options = self._look_options(ledger)
+        observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
+        now = parts.clock.now()
+        ledger = replace(ledger, timings=predicted(parts.journal, in_force.spec))
+        plan = decide(in_force.spec, observed, ledger, now)
+        before = parts.journal.ledger()
+        parts.journal.commit(plan.ledger, (*asked, *plan.events), now)  # the record first, then the act
+        record_durations(parts.journal, before, plan.ledger, observed)
+        incidents = self._assess(in_force, observed, plan, now)
+        for incarnation in plan.archive:
+            archive(parts.state, incarnation)
+        draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
+        await self._executor.walk(plan)
+        if draining:
+            self._eyes.probe_now(draining)
+        self._wakers.watch_processes(self._eyes.watches())
+        tick = Tick(in_force, observed, plan, incidents, not self._executor.busy)
+        self._last = tick
+        return tick
+
+    def _load(self) -> SpecInForce:
+        """The spec in force, read again if files may have changed."""
+        journal = self._parts.journal
+        self._wakers.files_changed = False
+        in_force = self._parts.specs.load(journal.ledger())
+        journal.save_texts(in_force.texts, in_force.spec.digest)
+        problems = tuple(str(p) for p in in_force.problems)
+        now = self._parts.clock.now()
+        for problem in problems:
+            if problem not in self._problems:
+                journal.append([Event("spec.rejected", in_force.spec.node.name, problem, "edit")], now)
+        if self._problems and not problems:
+            journal.append([Event("spec.accepted", in_force.spec.node.name, "the files are in force again", "edit")], now)
+        self._problems = problems
+        return in_force
+
+    def _take_requests(self) -> tuple[Ledger, tuple[Event, ...]]:
+        ledger, events = self._parts.journal.ledger(), []
+        requested, self._requested = self._requested, []
+        for change in requested:
+            ledger, said = change(ledger, self._parts.clock.now())
+            events.extend(said)
+        return ledger, tuple(events)
+
+    def _look_options(self, ledger: Ledger) -> ObserveOptions:
+        last = self._last.plan if self._last else None
+        draining = [a.incarnation for a in last.actions if a.op == "drain" and a.incarnation] if last else []
+        ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
+        quiet = last is not None and last.converged
+        return ObserveOptions(gpus=CACHED if quiet else FRESH, ready_before=ready, draining=draining)
+
+    def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
+        journal = self._parts.journal
+        facts = Facts(in_force.spec, plan.endpoints, plan.ledger, observed, in_force.problems)
+        incidents, events = assess(facts, journal.incidents(include_resolved=False), now)
+        journal.save_incidents(incidents)
+        if events:
+            journal.append(events, now)
+        return incidents
+
+    def _patience(self, tick: Tick) -> float:
+        """How long to wait if nothing wakes the loop, in seconds."""
+        now = self._parts.clock.now()
+        waits = [tick.spec.spec.policy.resync_s]
+        if any(a.op in WATCHED_OPS and a.ready for a in tick.plan.actions) or tick.plan.archive:
+            waits.append(MEMORY_POLL_S)
+        if tick.plan.next_wake is not None:
+            waits.append(max(0.0, tick.plan.next_wake.since(now)) + 0.001)
+        retry = self._executor.next_retry()
+        if retry is not None:
+            waits.append(max(0.0, retry - now.mono) + 0.001)
+        return min(waits)
+
+    # ------------------------------------------------------------ what the executor needs
+
+    def _launch_of(self, action: Action) -> Launch:
+        tick_spec, observed = self._parts.specs.in_force.spec, self._observed_now()
+        return launch_of(
+            action, tick_spec, observed, inherited=self._parts.inherited, simulated=self._parts.simulated
+        )
+
+    def _observed_now(self) -> Observed:
+        if self._last is None:
+            raise StateError("nothing was observed yet")
+        return self._last.observed
+
+    def _stop_of(self, action: Action) -> Stop:
+        return stop_for(self._parts.specs.in_force.spec, action.subject)
+
+    def _report(self, event: Event) -> None:
+        self._parts.journal.append([event], self._parts.clock.now())
+
+    # ------------------------------------------------------------ what people ask
+
+    def _answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Answer one request at the control socket."""
+        if self._last is None:
+            raise StateError("the daemon has only just started", hint="try again in a moment")
+        tick = self._last
+        match op:
+            case "status":
+                return status_data(tick.spec.spec, tick.observed, tick.plan, tick.incidents, self.info(), tick.spec.problems)
+            case "values":
+                return {
+                    "observed": encode(tick.observed),
+                    "ledger": encode(replace(self._parts.journal.ledger(), timings=tick.plan.ledger.timings)),
+                    "incidents": [encode(i) for i in tick.incidents],
+                    "daemon": encode(self.info()),
+                }
+            case "reset":
+                return {"message": self._reset(str(request["name"]), tick.observed)}
+            case "clean_start":
+                self.request_clean_start([str(n) for n in request["endpoints"]])
+                return {"message": "begun"}
+            case _:
+                raise StateError(f"the daemon does not know the request {op!r}")
+
+    def info(self) -> DaemonInfo:
+        """Who this daemon is."""
+        return DaemonInfo(True, self._parts.pid, self._began.wall, self._parts.journal.generation())
+
+    def _reset(self, name: str, observed: Observed) -> str:
+        known = {str(g.index): g.uuid for g in observed.gpus} | {g.uuid: g.uuid for g in observed.gpus}
+        found = reset(self._parts.journal.ledger(), name, known)
+        if found is None:
+            raise ReconcilerError(f"nothing is named {name!r}", hint="`reconciler status` lists all names")
+        self._requested.append(lambda ledger, _: reset(ledger, name, known) or (ledger, ()))
+        self._wakers.wake()
+        return f"{name} is reset" if found[1] else f"{name} had nothing to reset"
+
+    async def _close(self) -> None:
+        await self._control.close()
+        await self._wakers.close()
+        await self._executor.close()
+        self._eyes.close()

@@ -1,0 +1,146 @@
+"""Walks the ready frontier of a plan: starts each operation once, and tells the loop when one is over.
+
+Operations are idempotent and keyed by what they are about, so a plan that still shows one in flight starts nothing
+twice. One that failed is tried again later, after a wait that doubles; the plan decides whether it is still wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from reconciler.act.process import Launch, ProcessActor
+from reconciler.clock import Clock
+from reconciler.errors import ReconcilerError
+from reconciler.plan.actions import WAITS, Action, Event, Plan
+from reconciler.spec.spec import Stop
+
+RETRY_INITIAL_S = 1.0
+RETRY_MAX_S = 60.0
+
+Key = tuple[str, str]
+"""What an operation is about: its kind, and the incarnation (or, for a start, the subject)."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    count: int
+    not_before: float
+    """Monotonic seconds."""
+
+
+class Executor:
+    """Carries out actions through `act`, each as a task of the running event loop."""
+
+    def __init__(
+        self,
+        actor: ProcessActor,
+        clock: Clock,
+        *,
+        launch_of: Callable[[Action], Launch],
+        stop_of: Callable[[Action], Stop],
+        report: Callable[[Event], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._actor = actor
+        self._clock = clock
+        self._launch_of = launch_of
+        self._stop_of = stop_of
+        self._report = report
+        self._wake = wake
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._stops: dict[Key, Stop] = {}
+        self._failures: dict[Key, _Failure] = {}
+
+    async def walk(self, plan: Plan) -> None:
+        """Begin every ready action that is not under way; returns once the starts among them were carried out.
+
+        Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
+        Ends under way that no plan asks for any more are left to finish: a signal cannot be taken back.
+        """
+        frontier = [a for a in plan.actions if a.ready and a.op not in WAITS]
+        self._failures = {k: f for k, f in self._failures.items() if k in {key_of(a) for a in frontier}}
+        starts = []
+        for action in frontier:
+            task = self._begin(action)
+            if task is not None and action.op in ("start", "start_workload"):
+                starts.append(task)
+        if starts:
+            await asyncio.wait(starts)
+
+    def next_retry(self) -> float | None:
+        """Monotonic seconds at which a failed operation may be tried again."""
+        return min((f.not_before for f in self._failures.values()), default=None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any operation is under way."""
+        return bool(self._tasks)
+
+    async def close(self) -> None:
+        """Let go of what is under way; records make the next daemon go on where this one stopped."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _begin(self, action: Action) -> asyncio.Task[None] | None:
+        key = key_of(action)
+        running = self._tasks.get(key)
+        if running is not None:
+            if action.op not in ("stop", "stop_workload") or self._stops.get(key) == self._stop_of(action):
+                return None
+            running.cancel()  # its settings were edited: the new grace counts from the same signal
+        failure = self._failures.get(key)
+        if failure is not None and self._clock.now().mono < failure.not_before:
+            return None
+        if action.op in ("stop", "stop_workload"):
+            self._stops[key] = self._stop_of(action)
+        task = asyncio.create_task(self._run(key, action), name=f"{action.op} {action.subject}")
+        self._tasks[key] = task
+        return task
+
+    async def _run(self, key: Key, action: Action) -> None:
+        try:
+            if action.op != "drain":
+                self._report(Event(f"act.{action.op}", action.subject.name, action.reason, str(action.cause)))
+            await self._carry_out(action)
+            self._failures.pop(key, None)
+        except ReconcilerError as error:
+            count = self._failures[key].count + 1 if key in self._failures else 1
+            wait = min(RETRY_MAX_S, RETRY_INITIAL_S * 2.0 ** (count - 1))
+            self._failures[key] = _Failure(count, self._clock.now().mono + wait)
+            kind = f"act.{action.op}.failed"
+            self._report(Event(kind, action.subject.name, error.message, str(action.cause)))
+        finally:
+            if self._tasks.get(key) is asyncio.current_task():
+                del self._tasks[key]
+                self._stops.pop(key, None)
+                self._wake()
+
+    async def _carry_out(self, action: Action) -> None:
+        incarnation = action.incarnation or ""
+        match action.op:
+            case "start" | "start_workload":
+                await self._actor.ensure_started(self._launch_of(action))
+            case "drain":
+                await self._actor.ensure_drain_requested(incarnation)
+            case "stop" | "stop_workload":
+                await self._actor.ensure_stopped(incarnation, self._stop_of(action))
+            case "kill":
+                await self._actor.ensure_killed(incarnation)
+            case "sleep" | "wake":
+                raise ReconcilerError(f"{action.op} is not an operation of this version")
+            case "wait_memory" | "wait_ready" | "wait_end":
+                return
+            case _:
+                assert_never(action.op)
+
+
+def key_of(action: Action) -> Key:
+    """What an action is about; two actions with one key are the same operation."""
+    if action.op in ("start", "start_workload"):
+        return ("start", f"{action.subject.kind}/{action.subject.name}")
+    family = "drain" if action.op == "drain" else "end"
+    return (family, action.incarnation or action.subject.name)

@@ -1,0 +1,67 @@
+"""Predictions from the journal's own history: how long endpoints took to load, drain and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reconciler.journal.journal import Journal
+from reconciler.journal.timings import p95
+from reconciler.plan.ledger import Ledger, Timings
+from reconciler.plan.observed import Observed
+from reconciler.spec.engines import PROFILES
+from reconciler.spec.spec import Spec
+
+
+@dataclass(slots=True)
+class _Learnt:
+    load_s: float | None = None
+    drain_s: float | None = None
+    stop_s: float | None = None
+
+
+def predicted(journal: Journal, spec: Spec) -> Mapping[str, Timings]:
+    """p95 of what was measured, per endpoint that was measured at all; the engine's defaults for the rest of it."""
+    learnt: dict[str, _Learnt] = {}
+    for (subject, what), seconds in journal.timings().items():
+        entry = learnt.setdefault(subject, _Learnt())
+        match what:
+            case "load":
+                entry.load_s = p95(seconds)
+            case "drain":
+                entry.drain_s = p95(seconds)
+            case "stop":
+                entry.stop_s = p95(seconds)
+            case _:
+                continue
+    answer: dict[str, Timings] = {}
+    for name, entry in sorted(learnt.items()):
+        endpoint = spec.endpoints.get(name)
+        if endpoint is None:
+            continue
+        default = PROFILES[endpoint.engine]
+        answer[name] = Timings(
+            load_s=default.load_s if entry.load_s is None else entry.load_s,
+            drain_s=default.drain_s if entry.drain_s is None else entry.drain_s,
+            stop_s=default.stop_s if entry.stop_s is None else entry.stop_s,
+        )
+    return answer
+
+
+def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: Observed) -> None:
+    """Measure what this decision saw come to its end: a load, or a stop."""
+    incarnations = {i.id: i for i in observed.incarnations}
+    for name, record in after.endpoints.items():
+        old = before.endpoints.get(name)
+        ready = record.ready_incarnation
+        if ready is not None and record.ready_since is not None and (old is None or old.ready_incarnation != ready):
+            started = incarnations[ready].started if ready in incarnations else None
+            if started is not None:
+                journal.record_timing(name, "load", record.ready_since.since(started))
+        counted = {e.incarnation for e in old.exits} if old else set()
+        for end in record.exits:
+            ended = incarnations.get(end.incarnation)
+            if end.incarnation in counted or ended is None or ended.stop is None or ended.stop.signalled is None:
+                continue
+            journal.record_timing(name, "drain", ended.stop.signalled.since(ended.stop.requested))
+            journal.record_timing(name, "stop", max(0.0, end.at.since(ended.stop.signalled)))

@@ -1,0 +1,85 @@
+"""What wakes the loop: edited files, ended processes, answers of endpoints, time. A wake carries no news; looking does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+DEBOUNCE_MS = 30
+STEP_MS = 10
+"""Editors write in bursts: a burst is over after 10 ms of silence, and is reported after 30 ms at the latest."""
+
+
+class Wakers:
+    """Sets one event, from wherever something may have changed."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._pidfds: set[int] = set()
+        self._files: asyncio.Task[None] | None = None
+        self.files_changed = True
+        """Files may have changed since this was last cleared."""
+
+    def wake(self) -> None:
+        """Have the loop look again; from the loop's own thread."""
+        self._event.set()
+
+    def wake_threadsafe(self) -> None:
+        """The same, from any thread, also while the loop is being closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until woken, or until the time is up."""
+        try:
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await self._event.wait()
+        except TimeoutError:
+            pass
+        self._event.clear()
+
+    def watch_processes(self, pidfds: Mapping[int, str]) -> None:
+        """Wake once for each of these descriptors as it becomes readable (its process ended), and only once."""
+        for fd in self._pidfds - set(pidfds):
+            self._loop.remove_reader(fd)
+        for fd in set(pidfds) - self._pidfds:
+            self._loop.add_reader(fd, self._ended, fd)
+        self._pidfds = set(pidfds)
+
+    def _ended(self, fd: int) -> None:
+        self._loop.remove_reader(fd)  # it stays readable for ever
+        self.wake()
+
+    def watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
+        """Wake when the set points' or the overlays' folder changes; folders, since editors replace files."""
+        self._files = asyncio.create_task(self._watch_files(setpoints, folder), name="watch files")
+
+    async def _watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
+        from watchfiles import awatch  # noqa: PLC0415 - commands that do not watch start without it
+
+        while True:
+            overlays = folder()
+            paths = {p for p in (setpoints.parent, overlays) if p is not None and p.is_dir()}
+            if not paths:
+                await asyncio.sleep(1.0)  # nothing to watch: the resync looks as well
+                continue
+            try:
+                async for _ in awatch(*paths, debounce=DEBOUNCE_MS, step=STEP_MS, recursive=False):
+                    self.files_changed = True
+                    self.wake()
+                    now = folder()
+                    if now != overlays or any(not p.is_dir() for p in paths):
+                        break
+            except (FileNotFoundError, OSError):
+                await asyncio.sleep(1.0)
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for fd in self._pidfds:
+            self._loop.remove_reader(fd)
+        self._pidfds = set()
+        if self._files is not None:
+            self._files.cancel()
+            await asyncio.gather(self._files, return_exceptions=True)
