@@ -1,0 +1,64 @@
+"""A model server in miniature: holds memory on its GPUs, answers /health, leaves what its arguments say behind.
+
+usage: stub_server.py PORT [--gib N] [--ready-after S] [--stray-file F] [--exit-code N]
+"""
+
+import argparse
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STRAY = """
+import os, signal, sys, time
+os.setsid()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(sys.argv[1], "w") as f:
+    f.write(str(os.getpid()))
+while True:
+    time.sleep(3600)
+"""
+
+
+def hold(gib: float) -> None:
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    for index in filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
+        folder = Path(os.environ["RECONCILER_SIM_DIR"], "gpus", index)
+        (folder / f"{os.getpid()}-{ticks}").write_text(str(int(gib * (1 << 30))))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = b"ok"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--ready-after", type=float, default=0.0)
+    parser.add_argument("--stray-file")
+    parser.add_argument("--exit-code", type=int, default=0)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(options.exit_code))
+    hold(options.gib)
+    if options.stray_file:
+        subprocess.Popen([sys.executable, "-c", STRAY, options.stray_file])
+    time.sleep(options.ready_after)
+    http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
