@@ -6,16 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from simulated_box import Box, small_node
-
-from reconciler.sim.node import prepare
+from simulated_box import Box, box_of, small_node
 
 
 @pytest.fixture
 def box(tmp_path: Path) -> Iterator[Box]:
     """Two GPUs of 24 GiB, a hundred times faster than life; memory comes back 200 ms late."""
-    node = small_node()
-    prepare(tmp_path / "sim", node)
-    box = Box(tmp_path / "sim", node)
-    yield box
-    box.sweep()
+    with box_of(tmp_path, small_node()) as box:
+        yield box

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ import httpx
 
 from reconciler import identity
 from reconciler.sim.ledger import Ledger
-from reconciler.sim.node import ModelFigures, SimGpu, SimNode, engine_environment
+from reconciler.sim.node import ModelFigures, SimGpu, SimNode, engine_environment, prepare
 
 GIB = 1 << 30
 T = TypeVar("T")
@@ -170,3 +170,14 @@ MODELS = {
 def small_node(count: int = 2, *, time_scale: float = 0.01, release_delay_s: float = 0.2) -> SimNode:
     gpu = SimGpu("NVIDIA GeForce RTX 4090", 24 * GIB)
     return SimNode((gpu,) * count, time_scale=time_scale, release_delay_s=release_delay_s, models=MODELS)
+
+
+@contextmanager
+def box_of(folder: Path, node: SimNode) -> Iterator[Box]:
+    """`node` in `folder`, swept at the end."""
+    prepare(folder / "sim", node)
+    box = Box(folder / "sim", node)
+    try:
+        yield box
+    finally:
+        box.sweep()
