@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from reconciler.health.incident import Incident
     from reconciler.journal.reader import JournalReader
     from reconciler.loop.daemon import Daemon, Tick
-    from reconciler.observe.prober import Prober
-    from reconciler.observe.snapshot import ObserveOptions, Observer
+    from reconciler.observe.probe import OwnsListener, ProbeTarget
+    from reconciler.observe.snapshot import ObserveOptions
     from reconciler.plan.actions import Plan
     from reconciler.plan.ledger import Ledger
-    from reconciler.plan.observed import Observed
+    from reconciler.plan.observed import Observed, Probe
     from reconciler.plan.status import DaemonInfo
     from reconciler.spec.spec import Spec
 
@@ -57,10 +57,10 @@ class Look:
 class Outcome:
     """How a convergence ended."""
 
-    ok: bool
     plan: Plan
     observed: Observed
     message: str
+    ok: bool
 
 
 # ---------------------------------------------------------------- where things are
@@ -76,7 +76,8 @@ def setpoints_path(options: Options) -> Path:
     if named is not None:
         return _absolute(named)
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    places = (Path("setpoints/setpoints.yaml"), config / "reconciler/setpoints.yaml", Path("/etc/reconciler/setpoints.yaml"))
+    folders = (Path("setpoints"), config / "reconciler", Path("/etc/reconciler"))
+    places = [folder / "setpoints.yaml" for folder in folders]
     for place in places:
         if place.is_file():
             return _absolute(place)
@@ -127,16 +128,16 @@ class _Watching:
 
     def __init__(self, state: StateDir, wake: Callable[[], None]) -> None:
         from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - see `look`
-        from reconciler.observe.process import ProcessReader  # noqa: PLC0415
         from reconciler.observe.prober import Prober  # noqa: PLC0415
+        from reconciler.observe.process import ProcessReader  # noqa: PLC0415
         from reconciler.observe.snapshot import Observer  # noqa: PLC0415
 
         clock = SystemClock()
         self._nvml = NvmlReader(clock)
         self._nvml.open()
         self._processes = ProcessReader(state, clock)
-        self._prober: Prober = Prober(clock, wake, owns=self._processes.owns_listener)
-        self._observer: Observer = Observer(self._nvml, self._processes, self._prober, clock)
+        self._prober = Prober(clock, wake, owns=self._processes.owns_listener)
+        self._observer = Observer(self._nvml, self._processes, self._prober, clock)
 
     def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
         return self._observer.observe(spec, options)
@@ -153,18 +154,35 @@ class _Watching:
         self._nvml.close()
 
 
+class _AskedOnce:
+    """Whoever is asked once, all at the same time: the probes of a command that looks and goes."""
+
+    def __init__(self, owns: OwnsListener) -> None:
+        self._owns = owns
+        self._answers: dict[str, Probe] = {}
+
+    def watch(self, targets: Mapping[str, ProbeTarget]) -> None:
+        if targets:  # without an endpoint that runs nothing is asked, and no HTTP library is loaded
+            from reconciler.observe.prober import probe_once  # noqa: PLC0415
+
+            self._answers = probe_once(targets, deadline_s=PROBE_ONCE_S, clock=SystemClock(), owns=self._owns)
+
+    def results(self) -> Mapping[str, Probe]:
+        return self._answers
+
+
 def _look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
     """Observe without a daemon: every endpoint is asked once."""
     from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - `--help` and `validate` start without it
     from reconciler.observe.process import ProcessReader  # noqa: PLC0415
-    from reconciler.observe.snapshot import ObserveOptions, OneLook, Observer  # noqa: PLC0415
+    from reconciler.observe.snapshot import ObserveOptions, Observer  # noqa: PLC0415
 
     clock = SystemClock()
     nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
     try:
         nvml.open()
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
-        probes = OneLook(clock, deadline_s=PROBE_ONCE_S, owns=processes.owns_listener)
+        probes = _AskedOnce(processes.owns_listener)
         return Observer(nvml, processes, probes, clock).observe(spec, ObserveOptions(ready_before=ready))
     finally:
         processes.close()
@@ -324,7 +342,7 @@ def converge(
     spec = load_setpoints(setpoints_path(options))
     unknown = sorted(set(endpoints) - set(spec.endpoints))
     if unknown:
-        raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(sorted(spec.endpoints))}")
+        raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(spec.endpoints)}")
     names = endpoints or tuple(sorted(spec.endpoints))
     state = state_dir(options)
     if request == "clean_start" and _ask(state, "clean_start", endpoints=list(names)) is not None:
@@ -345,7 +363,7 @@ def converge(
 
     tick = asyncio.run(serve())
     ok, message = goal.verdict(tick)
-    return Outcome(ok, tick.plan, tick.observed, message)
+    return Outcome(tick.plan, tick.observed, message, ok=ok)
 
 
 def _await_daemon(
@@ -362,11 +380,11 @@ def _await_daemon(
         renewing = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.renew_before is not None]
         failed = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.failed]
         if failed:
-            return Outcome(False, seen.plan, seen.observed, f"{', '.join(failed)}: failed")
+            return Outcome(seen.plan, seen.observed, f"{', '.join(failed)}: failed", ok=False)
         if not renewing and seen.plan.converged:
-            return Outcome(True, seen.plan, seen.observed, f"started afresh: {', '.join(names)}")
+            return Outcome(seen.plan, seen.observed, f"started afresh: {', '.join(names)}", ok=True)
         if deadline is not None and time.monotonic() > deadline:
-            return Outcome(False, seen.plan, seen.observed, f"not ready in time: {', '.join(renewing)}")
+            return Outcome(seen.plan, seen.observed, f"not ready in time: {', '.join(renewing)}", ok=False)
 
 
 def clean_start_preview(options: Options, endpoints: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -388,7 +406,7 @@ def clean_start_preview(options: Options, endpoints: tuple[str, ...] = ()) -> di
             "gpus": [indices[u] for u in i.gpus if u in indices],
         }
         for i in seen.observed.incarnations
-        if i.subject.kind == "endpoint" and i.alive and (i.subject.name in names or i.subject.name not in seen.spec.endpoints)
+        if i.subject.kind == "endpoint" and i.alive and i.subject.name in names
     ]
     foreign = [
         {
@@ -431,5 +449,3 @@ def reset(options: Options, name: str) -> str:
         finally:
             journal.close()
     return f"{name} is reset" if found[1] else f"{name} had nothing to reset"
-
-

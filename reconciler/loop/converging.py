@@ -9,7 +9,6 @@ from reconciler.loop.daemon import Tick
 from reconciler.plan.actions import Plan
 from reconciler.plan.observed import Observed
 
-
 AWAITED = ("CoolDown", "GpuUnknown", "WaitingForCapability")
 """What passes by itself within seconds to minutes; any other reason is for a person, or for a daemon, to wait for."""
 
@@ -53,7 +52,8 @@ class Goal:
 
     def _renewing(self, tick: Tick) -> list[str]:
         records = tick.plan.ledger.endpoints
-        return [n for n in self._names if n in records and records[n].renew_before is not None and not records[n].failed]
+        known = [(n, records[n]) for n in self._names if n in records]
+        return [n for n, record in known if record.renew_before is not None and not record.failed]
 
     def verdict(self, tick: Tick) -> tuple[bool, str]:
         """Whether the last tick is a success, and what to tell."""

@@ -188,12 +188,14 @@ class Daemon:
             if problem not in self._problems:
                 journal.append([Event("spec.rejected", in_force.spec.node.name, problem, "edit")], now)
         if self._problems and not problems:
-            journal.append([Event("spec.accepted", in_force.spec.node.name, "the files are in force again", "edit")], now)
+            accepted = Event("spec.accepted", in_force.spec.node.name, "the files are in force again", "edit")
+            journal.append([accepted], now)
         self._problems = problems
         return in_force
 
     def _take_requests(self) -> tuple[Ledger, tuple[Event, ...]]:
-        ledger, events = self._parts.journal.ledger(), []
+        ledger = self._parts.journal.ledger()
+        events: list[Event] = []
         requested, self._requested = self._requested, []
         for change in requested:
             ledger, said = change(ledger, self._parts.clock.now())
@@ -233,9 +235,7 @@ class Daemon:
 
     def _launch_of(self, action: Action) -> Launch:
         tick_spec, observed = self._parts.specs.in_force.spec, self._observed_now()
-        return launch_of(
-            action, tick_spec, observed, inherited=self._parts.inherited, simulated=self._parts.simulated
-        )
+        return launch_of(action, tick_spec, observed, inherited=self._parts.inherited, simulated=self._parts.simulated)
 
     def _observed_now(self) -> Observed:
         if self._last is None:
@@ -257,7 +257,8 @@ class Daemon:
         tick = self._last
         match op:
             case "status":
-                return status_data(tick.spec.spec, tick.observed, tick.plan, tick.incidents, self.info(), tick.spec.problems)
+                spec, problems = tick.spec.spec, tick.spec.problems
+                return status_data(spec, tick.observed, tick.plan, tick.incidents, self.info(), problems)
             case "values":
                 return {
                     "observed": encode(tick.observed),
@@ -275,7 +276,12 @@ class Daemon:
 
     def info(self) -> DaemonInfo:
         """Who this daemon is."""
-        return DaemonInfo(True, self._parts.pid, self._began.wall, self._parts.journal.generation())
+        return DaemonInfo(
+            running=True,
+            pid=self._parts.pid,
+            since=self._began.wall,
+            generation=self._parts.journal.generation(),
+        )
 
     def _reset(self, name: str, observed: Observed) -> str:
         known = {str(g.index): g.uuid for g in observed.gpus} | {g.uuid: g.uuid for g in observed.gpus}

@@ -70,9 +70,10 @@ class SpecKeeper:
             self._last_read = texts
         except SpecError as error:  # 1
             self._last_read = None
-            accepted, problems = self._fallback(), error.problems
-            if accepted is None:
+            fallback, problems = self._fallback(), error.problems
+            if fallback is None:
                 raise
+            accepted = fallback
         self._in_force = SpecInForce(self._shaped(accepted[0]), problems, accepted[1])
         return self._hold_live(ledger)
 
@@ -90,9 +91,9 @@ class SpecKeeper:
         bad = {p.file for p in spec.problems}
         if bad:  # 3
             problems.extend(spec.problems)
-            kept = [SourceText(o.path, known[o.path] if o.path in bad else o.text) for o in overlays if o.path not in bad or o.path in known]
-            spec = replace(resolve_texts(texts.setpoints, tuple(kept)), problems=spec.problems)
-            overlays = tuple(o for o in kept if o.path not in {p.file for p in spec.problems} or o.path in known)
+            good = [o for o in overlays if o.path not in bad]
+            overlays = (*good, *(SourceText(p, known[p]) for p in sorted(bad & known.keys())))
+            spec = resolve_texts(texts.setpoints, overlays)
         problems.extend(texts.problems)
         accepted = {texts.setpoints.path: texts.setpoints.text, **{o.path: o.text for o in overlays}}
         return (spec, accepted), tuple(problems)

@@ -1,4 +1,4 @@
-"""What wakes the loop: edited files, ended processes, answers of endpoints, time. A wake carries no news; looking does."""
+"""What wakes the loop: edited files, ended processes, answers of endpoints, time. A wake carries no news."""
 
 from __future__ import annotations
 

@@ -315,8 +315,8 @@ def stop_for(spec: Spec, subject: Subject) -> Stop:
         return overlay.workload.stop if overlay and overlay.workload else Stop()
     if subject.name in spec.endpoints:
         return spec.endpoints[subject.name].stop
-    temporary = (o.endpoints[subject.name].stop for _, o in sorted(spec.overlays.items()) if subject.name in o.endpoints)
-    return next(temporary, Stop())
+    overlays = (overlay for _, overlay in sorted(spec.overlays.items()))
+    return next((o.endpoints[subject.name].stop for o in overlays if subject.name in o.endpoints), Stop())
 
 
 def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:
