@@ -189,7 +189,10 @@ class Prober:
                 LOG.exception("probe of %s failed", target.incarnation)
                 answer = Answer(ready=None, detail=f"could not ask: {error!r}", counted=False)
             if self._keep(watch, target, asked, answer):
-                self._on_change()
+                try:
+                    self._on_change()
+                except Exception:
+                    LOG.exception("nobody could be told of %s", target.incarnation)
 
     def _owner_check(self, watch: _Watch) -> OwnsListener | None:
         """The check of the listener, for an answer that would make it ready: while it stays so, no other can listen."""
