@@ -1,0 +1,212 @@
+# ruff: noqa: PTH116, PTH118, PTH123, FBT003
+"""The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
+
+Run as `python -I -S shim.py LOCK_FD READY_FD` in a session of its own, by absolute path: it imports nothing of this
+package, and nothing after its start, so an upgrade underneath it does no harm. One is alive per incarnation, hence no
+json, enum, pathlib or subprocess: they would double its start time and add half to its private memory.
+
+stdin       the order, fields separated by NUL: records' folder, boot id, log file, working directory, number of
+            arguments, the arguments, then the environment as NAME=VALUE. A pipe or memory: secrets touch no disk.
+LOCK_FD     an flock of the subject, held by being open here until the last descendant ended.
+READY_FD    closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
+
+Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` becomes
+durable; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
+without having run anything.
+"""
+
+from __future__ import annotations
+
+# the signal module without its enums, which cost a third of the start time
+import _signal  # type: ignore[import-not-found] # CPython's own; typeshed knows only `signal`
+import ctypes
+import os
+import sys
+import time
+
+_PR_SET_CHILD_SUBREAPER = 36
+_IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
+_TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
+
+
+def main() -> int:
+    """Start the leader, say so, stay."""
+    lock_fd, ready_fd = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(lock_fd, False)
+    os.set_inheritable(ready_fd, False)
+    try:
+        leader, folder_fd = start()
+    except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
+        os.write(ready_fd, f"{type(error).__name__}: {error}".encode())
+        return 1
+    os.close(ready_fd)
+    watch(leader, folder_fd)
+    return 0
+
+
+def start() -> tuple[int, int]:
+    """Carry out the order on stdin; the leader's pid and the folder its end is recorded in."""
+    with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
+        folder, boot_id, log, cwd, count, *rest = stdin.read().split(b"\0")
+    argv, environment = rest[: int(count)], rest[int(count) :]
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    os.fchmod(log_fd, 0o600)
+    become_reaper(log_fd)
+
+    gate_out, gate_in = os.pipe()
+    failure_out, failure_in = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.close(gate_in)
+        become_leader(gate_out, failure_in, log_fd, cwd, argv, environment)
+    os.close(gate_out)
+    os.close(failure_in)
+    own = os.getpid()
+    write_record(
+        folder_fd,
+        "run.json",
+        f'{{"at":{now()},"boot_id":{quoted(boot_id.decode())},"pid":{leader},"pid_namespace":{pid_namespace()},'
+        f'"session_id":{leader},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)},'
+        f'"start_ticks":{start_ticks(leader)}}}',
+    )
+    os.write(gate_in, b"1")
+    os.close(gate_in)
+    failure = b""
+    while chunk := os.read(failure_out, 4096):  # ends when the program is executed: the other end is closed by that
+        failure += chunk
+    os.close(failure_out)
+    if failure:
+        code, _, error = failure.decode(errors="replace").partition(" ")
+        os.waitpid(leader, 0)
+        write_record(folder_fd, "exit.json", f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}')
+    return leader, folder_fd
+
+
+def become_reaper(log_fd: int) -> None:
+    """Outlive what ends others, adopt every orphan below, and let own tracebacks reach the log."""
+    os.chdir("/")
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # ignored, it would swallow exit statuses
+    for number in _IGNORED:
+        _signal.signal(number, _signal.SIG_IGN)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    with open("/proc/self/comm", "wb") as comm:  # what PR_SET_NAME does
+        comm.write(b"reconciler-shim")
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(log_fd, 2)
+    os.close(null)
+
+
+def become_leader(
+    gate: int, failure: int, log_fd: int, cwd: bytes, argv: list[bytes], environment: list[bytes]
+) -> None:
+    """In the child: own session, default signals, then wait for the gate and become the program. Never returns."""
+    code, error = _NOT_EXECUTABLE, ""
+    try:
+        os.setsid()
+        os.dup2(log_fd, 1)  # stdin is /dev/null and stderr the log already; everything else closes on exec
+        for number in _signal.valid_signals():
+            if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+                _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+        if os.read(gate, 1) == b"1":
+            os.chdir(cwd)
+            execute(argv, dict(entry.partition(b"=")[::2] for entry in environment))
+    except FileNotFoundError as problem:
+        code, error = _NOT_FOUND, f"{os.fsdecode(problem.filename)}: {problem.strerror}"
+    except OSError as problem:
+        error = f"{os.fsdecode(problem.filename or argv[0])}: {problem.strerror}"
+    except BaseException as problem:  # noqa: BLE001 - a copy of the shim must not go on as one
+        error = f"{type(problem).__name__}: {problem}"
+    finally:
+        if error:
+            os.write(failure, f"{code} {error}".encode(errors="replace"))
+        os._exit(code)
+
+
+def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
+    """Execute along the PATH of the new environment (os.execvpe does the same, but imports `warnings` for it)."""
+    program = argv[0]
+    if b"/" in program:
+        os.execve(program, argv, environment)  # noqa: S606 - that is the purpose
+    denied: OSError | None = None
+    for folder in environment.get(b"PATH", os.defpath.encode()).split(b":"):
+        try:
+            os.execve(os.path.join(folder, program), argv, environment)  # noqa: S606
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as problem:
+            denied = denied or problem
+    raise denied or FileNotFoundError(2, "no such program on PATH", program)
+
+
+def watch(leader: int, folder_fd: int) -> None:
+    """Collect every descendant that ends, record the leader's end, return when nobody is left."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+        if pid == leader:
+            record_exit(folder_fd, os.waitstatus_to_exitcode(status))
+
+
+def record_exit(folder_fd: int, code: int) -> None:
+    """Make the leader's end durable, if need be once the disk has room again."""
+    text = f'{{"at":{now()},"error":null,"exit_code":{code}}}'
+    for attempt in range(1, _TRIES + 1):
+        try:
+            write_record(folder_fd, "exit.json", text)
+        except OSError:
+            if attempt == _TRIES:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def write_record(folder_fd: int, name: str, text: str) -> None:
+    """Replace one record whole, durably. By descriptor, so that it follows a folder that was moved."""
+    temporary = f".{name}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder_fd)
+    try:
+        os.fchmod(fd, 0o600)
+        os.write(fd, text.encode() + b"\n")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    os.fsync(folder_fd)
+
+
+def now() -> str:
+    """This moment on both clocks, as JSON."""
+    return f'{{"mono":{time.clock_gettime(time.CLOCK_BOOTTIME)!r},"wall":{time.time()!r}}}'
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, counted after the last parenthesis."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        line = file.read()
+    return int(line[line.rindex(b")") + 2 :].split()[19])
+
+
+def pid_namespace() -> int:
+    """Inode of the namespace in which the pids mean something."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def quoted(text: str) -> str:
+    """`text` as a JSON string in ASCII; what lies beyond the basic plane becomes a question mark."""
+    plain = "".join(c if " " <= c <= "~" and c not in '"\\' else f"\\u{min(ord(c), 0xFFFF):04x}" for c in text)
+    return f'"{plain}"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())
