@@ -7,7 +7,8 @@
     │   └── DaemonRunning    another daemon holds the state directory
     ├── DriverError          NVML is not there or does not answer (transient, but for a missing driver)
     ├── ActError             an operation on the box failed (transient: the loop tries again)
-    │   └── NotOurs          the target could not be proven to be ours; nothing was signalled (terminal)
+    │   ├── NotOurs          the target could not be proven to be ours; nothing was signalled (terminal)
+    │   └── PortInUse        the port of what was to be started is taken
     └── StalePlanError       a saved plan no longer matches the world
 
 Data stands in fields; `str()` gives where, what, and what next.
@@ -99,6 +100,16 @@ class NotOurs(ActError):  # noqa: N818 - a state of the world, named as in the m
     """The target of a signal could not be proven to be ours; nothing was signalled."""
 
     code = "NotOurs"
+
+
+class PortInUse(ActError):  # noqa: N818 - a state of the world, named as in the messages
+    """Someone holds the port of what was to be started; nothing was."""
+
+    code = "PortInUse"
+
+    def __init__(self, message: str, *, port: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.port = port
 
 
 class StalePlanError(ReconcilerError):
