@@ -114,22 +114,22 @@ def test_renaming_wipes_the_environment_unless_told_not_to(box: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "model", "env", "code", "said"),
+    ("args", "model", "gpus", "code", "said"),
     [
-        (("--unheard-of",), "tiny", {}, 2, "unrecognized arguments: --unheard-of"),
-        (("another",), "tiny", {}, 2, "unrecognized arguments: another"),
-        (("-tp", "many"), "tiny", {}, 2, "invalid int value"),
-        (("-tp", "3"), "tiny", {}, 1, "World size (3) is larger"),
-        ((), "tiny", {"CUDA_VISIBLE_DEVICES": ""}, 1, "Failed to infer device type"),
-        ((), "./nowhere/model", {}, 1, "Can't load the configuration"),
-        ((), "big", {}, 1, "CUDA out of memory"),
-        (("--gpu-memory-utilization", "0.05"), "tiny", {}, 1, "No available memory for the cache blocks"),
+        (("--unheard-of",), "tiny", "0,1", 2, "unrecognized arguments: --unheard-of"),
+        (("another",), "tiny", "0,1", 2, "unrecognized arguments: another"),
+        (("-tp", "many"), "tiny", "0,1", 2, "invalid int value"),
+        (("-tp", "3"), "tiny", "0,1", 1, "World size (3) is larger"),
+        ((), "tiny", "", 1, "Failed to infer device type"),
+        ((), "./nowhere/model", "0,1", 1, "Can't load the configuration"),
+        ((), "big", "0,1", 1, "CUDA out of memory"),
+        (("--gpu-memory-utilization", "0.05"), "tiny", "0,1", 1, "No available memory for the cache blocks"),
     ],
 )
 def test_a_start_that_cannot_work_ends_with_vllms_code_and_words(
-    box: Box, args: tuple[str, ...], model: str, env: dict[str, str], code: int, said: str
+    box: Box, args: tuple[str, ...], model: str, gpus: str, code: int, said: str
 ) -> None:
-    engine = box.serve(*args, model=model, **env)
+    engine = box.serve(*args, model=model, CUDA_VISIBLE_DEVICES=gpus)
     assert engine.exit_code() == code
     assert said in engine.said()
     until(lambda: not box.used(0))
@@ -335,6 +335,22 @@ def test_it_answers_what_vllm_answers(box: Box) -> None:
         assert client.post("/sleep").status_code == 404, "not without developer mode"
     assert engine.get("/v1/models").status_code == 401
     assert engine.get("/health").status_code == 200
+
+
+def test_nonsense_on_the_port_does_not_harm_it(box: Box) -> None:
+    engine = box.serve(VLLM_SERVER_DEV_MODE="1").ready()
+    for nonsense in (
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+        b"\xff\x00 :\r\n:\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", engine.port)) as sock:
+            sock.sendall(nonsense)
+            assert sock.recv(100).startswith(b"HTTP/1.1 404")
+    assert engine.post("/wake_up?tags=a+b+c+d").status_code == 200
+    assert engine.post("/v1/completions", max_tokens=-1).status_code == 400
+    assert engine.post("/v1/completions", max_tokens=1).status_code == 200
 
 
 def test_requests_are_counted_while_they_run_and_wait_when_there_are_too_many(box: Box) -> None:

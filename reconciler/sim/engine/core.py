@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from contextlib import suppress
 from typing import NoReturn
 
@@ -155,6 +156,9 @@ def run_engine(node: Node, options: dict[str, str], channel: socket.socket) -> N
         code = 1
     except SystemExit:
         pass
+    except Exception:  # noqa: BLE001 - a forked process must never return into its parent's code
+        traceback.print_exc()
+        code = 1
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if gang is not None:

@@ -165,11 +165,11 @@ class Desk:
 
     def sleep(self, connection: Connection, request: Request) -> None:
         """Give the memory up, but for a residue."""
-        self.move(connection, f"sleep {request.query.get('level', '1')}")
+        self.move(connection, "sleep 2" if request.query.get("level") == "2" else "sleep 1")
 
     def wake(self, connection: Connection, request: Request) -> None:
         """Take the memory back: all of it, or by `tags` the weights first."""
-        self.move(connection, f"wake {request.query.get('tags', 'all')}")
+        self.move(connection, "wake weights" if request.query.get("tags") == "weights" else "wake all")
 
     def move(self, connection: Connection, order: str) -> None:
         """Answered when the engine has done it."""

@@ -70,7 +70,8 @@ class Connection:
             return None
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        length = int(headers.get("content-length", "0") or 0)
+        announced = headers.get("content-length", "")
+        length = int(announced) if announced.isdecimal() else 0
         if len(rest) < length:
             return None
         self.inbox = rest[length:]
