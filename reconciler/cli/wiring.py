@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import ReconcilerError, UsageError
+from reconciler.errors import ReconcilerError, SpecError, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
 
 if TYPE_CHECKING:
@@ -197,14 +197,19 @@ def look(options: Options, *, at: float | None = None) -> Look:
         DriverError: no daemon runs and there is no driver.
         StateError: the journal cannot be read.
     """
-    from reconciler.plan.planner import plan  # noqa: PLC0415 - see `_look_once`
-    from reconciler.spec.load import load_setpoints  # noqa: PLC0415
+    from reconciler.loop.specs import SpecKeeper  # noqa: PLC0415 - see `_look_once`
+    from reconciler.plan.planner import plan  # noqa: PLC0415
 
-    state = state_dir(options)
-    spec = load_setpoints(setpoints_path(options))
+    state, path = state_dir(options), setpoints_path(options)
+    with journal_reader(options) as journal:
+        ledger, incidents, remembered = journal.ledger(), journal.incidents(), journal.texts()
+    in_force = SpecKeeper(path, remembered.files if remembered else {}, transform=None).load(ledger)
+    if any(p.file == str(path) for p in in_force.problems):
+        raise SpecError(in_force.problems)
+    spec = in_force.spec
     answer = _ask(state, "values")
     if answer is not None:
-        from reconciler.health.incident import Incident  # noqa: PLC0415
+        from reconciler.health.incident import Incident  # noqa: PLC0415 - only a running daemon's answer needs it
         from reconciler.journal.codec import decode  # noqa: PLC0415
         from reconciler.plan.ledger import Ledger  # noqa: PLC0415
         from reconciler.plan.observed import Observed  # noqa: PLC0415
@@ -216,13 +221,12 @@ def look(options: Options, *, at: float | None = None) -> Look:
         daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
     else:
         _prepare_node(options, state)
-        with journal_reader(options) as journal:
-            ledger, incidents = journal.ledger(), journal.incidents()
         observed, daemon = _look_once(state, spec, ledger), None
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
-    return Look(spec, observed, ledger, plan(spec, observed, ledger, now), incidents, daemon)
+    decided = plan(spec, observed, ledger, now)
+    return Look(spec, observed, ledger, decided, incidents, daemon, tuple(map(str, in_force.problems)))
 
 
 def status(options: Options) -> dict[str, Any]:

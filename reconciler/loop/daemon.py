@@ -204,10 +204,9 @@ class Daemon:
 
     def _look_options(self, ledger: Ledger) -> ObserveOptions:
         last = self._last.plan if self._last else None
-        draining = [a.incarnation for a in last.actions if a.op == "drain" and a.incarnation] if last else []
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         quiet = last is not None and last.converged
-        return ObserveOptions(gpus=CACHED if quiet else FRESH, ready_before=ready, draining=draining)
+        return ObserveOptions(gpus=CACHED if quiet else FRESH, ready_before=ready)
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
         journal = self._parts.journal

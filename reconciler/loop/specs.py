@@ -88,13 +88,13 @@ class SpecKeeper:
                 problems.append(Problem(str(texts.overlays_folder), 0, 0, "the overlays folder is gone", hint))
         spec = resolve_texts(texts.setpoints, overlays)
         self._refuse_emptied(spec, texts.setpoints.path)
-        bad = {p.file for p in spec.problems}
+        rejected = (*spec.problems, *texts.problems)
+        bad = {p.file for p in rejected}
         if bad:  # 3
-            problems.extend(spec.problems)
+            problems.extend(rejected)
             good = [o for o in overlays if o.path not in bad]
             overlays = (*good, *(SourceText(p, known[p]) for p in sorted(bad & known.keys())))
-            spec = resolve_texts(texts.setpoints, overlays)
-        problems.extend(texts.problems)
+            spec = replace(resolve_texts(texts.setpoints, overlays), problems=rejected)
         accepted = {texts.setpoints.path: texts.setpoints.text, **{o.path: o.text for o in overlays}}
         return (spec, accepted), tuple(problems)
 

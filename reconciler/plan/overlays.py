@@ -107,7 +107,8 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
         record = replace(record, priority=spec.priority, source=spec.source)
     runs = situation.incarnations(Subject("workload", name))
     workload = runs[-1] if runs else None
-    record = _withdrawn(record, spec, now)
+    if spec is not None or name not in situation.rejected:
+        record = _withdrawn(record, spec, now)
     if spec is not None:
         record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
         record = _ran(record, spec, workload, situation)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 
 from reconciler.clock import Instant
 from reconciler.plan.ledger import EndpointRecord, Ledger, Timings
@@ -58,6 +59,8 @@ class Situation:
         for incarnation in observed.incarnations:
             incarnations[incarnation.subject].append(incarnation)
         self._incarnations = incarnations
+        self.rejected = frozenset(PurePath(problem.file).stem for problem in spec.problems)
+        """Overlays whose file is there and cannot be accepted: unknown, not absent."""
 
     # ------------------------------------------------------------ incarnations
 
