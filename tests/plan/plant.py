@@ -1,0 +1,264 @@
+"""A pure stand-in for the box and the loop: it carries out a plan's ready actions on a virtual clock.
+
+It does what the real loop does and no more: the ledger of a plan is kept before its actions run, only ready actions
+with effects run, ended incarnations are dropped once the plan archives them, and what happens in between comes from
+the passing of time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from builders import NOW, gpu, uuid
+
+from reconciler.clock import Instant
+from reconciler.plan.actions import WAITS, Action, Plan
+from reconciler.plan.ledger import Ledger
+from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe, StopProgress, Subject
+from reconciler.plan.planner import plan
+from reconciler.spec.spec import Spec
+from reconciler.units import GIB
+
+
+@dataclass
+class Behaviour:
+    """How processes behave; seconds."""
+
+    load_s: float = 40.0
+    stop_s: float = 2.0
+    memory_return_s: float = 1.0
+    run_s: Mapping[str, float] = field(default_factory=dict)
+    """By overlay; how long its work takes. Default: `default_run_s`."""
+    default_run_s: float = 300.0
+    exit_codes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By overlay, one for each attempt; the last one repeats. Default: 0."""
+    crashes: frozenset[str] = frozenset()
+    """Endpoints that end with exit code 1 where they would have become ready."""
+
+
+@dataclass
+class Plant:
+    """The state of the simulated box."""
+
+    totals: list[int] = field(default_factory=lambda: [80 * GIB] * 4)
+    now: Instant = NOW
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    incarnations: list[Incarnation] = field(default_factory=list)
+    ready_at: dict[str, float] = field(default_factory=dict)
+    """Incarnation → monotonic second at which it answers; never: not there."""
+    misses: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Incarnation → misses in a row, failing since."""
+    ends_at: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Incarnation → monotonic second of its end, and its exit code."""
+    frees_at: dict[str, float] = field(default_factory=dict)
+    """Ended incarnation → monotonic second at which its memory is free again."""
+    foreign: dict[int, list[GpuProcess]] = field(default_factory=dict)
+    overrides: dict[int, dict[str, object]] = field(default_factory=dict)
+    """GPU index → fields of `Gpu` that are as they are: state, healthy, detail."""
+    ports: dict[int, PortHolder] = field(default_factory=dict)
+    numa: dict[int, int] = field(default_factory=dict)
+    nameless: frozenset[str] = frozenset()
+    """Incarnations whose memory NVML names no process for."""
+    history: list[Action] = field(default_factory=list)
+    """Every action carried out, in order."""
+    serial: int = 0
+
+    # ------------------------------------------------------------ looking
+
+    def observe(self) -> Observed:
+        """What the box shows now."""
+        gpus = tuple(self._gpu(index) for index in range(len(self.totals)))
+        found = tuple(sorted(self.incarnations, key=lambda i: (i.subject, i.started.wall, i.id)))
+        probes = {i.id: self._probe(i) for i in found if i.phase == "running" and i.port is not None}
+        return Observed(self.now, "boot", gpus, found, probes, dict(self.ports))
+
+    def _gpu(self, index: int) -> Gpu:
+        here = [(i, i.memory_bytes[i.gpus.index(uuid(index))]) for i in self.incarnations if uuid(index) in i.gpus]
+        living = [(i, size) for i, size in here if i.alive]
+        lingering = sum(size for i, size in here if i.id in self.frees_at)
+        processes = [
+            GpuProcess(i.pid or 0, size, i.subject, None, None) for i, size in living if i.id not in self.nameless
+        ]
+        strangers = self.foreign.get(index, [])
+        used = sum(size for _, size in living) + lingering + sum(p.memory_bytes or 0 for p in strangers)
+        seen = gpu(
+            index, total=self.totals[index], used=used, processes=(*processes, *strangers), at=self.now,
+            numa_node=self.numa.get(index),
+        )  # fmt: skip
+        fields = self.overrides.get(index, {})
+        if fields.get("state") in ("unknown", "lost"):
+            seen = replace(seen, used_bytes=None, processes=None)
+        return replace(seen, **fields)  # type: ignore[arg-type]
+
+    def _probe(self, of: Incarnation) -> Probe:
+        at = self.ready_at.get(of.id)
+        misses, since = self.misses.get(of.id, (0, 0.0))
+        if misses:
+            failing = Instant(self.now.wall - (self.now.mono - since), since)
+            return Probe(of.id, self.now, False, misses, failing, None, None, detail="connection refused")
+        answers = at is not None and self.now.mono >= at
+        return Probe(of.id, self.now, answers, 0, None, self.now if answers else None, 0 if answers else None)
+
+    # ------------------------------------------------------------ acting
+
+    def act(self, decided: Plan) -> list[Action]:
+        """Carry out every ready action with an effect; returns those that changed something."""
+        self.incarnations = [i for i in self.incarnations if i.id not in decided.archive]
+        done = [a for a in decided.actions if a.ready and a.op not in WAITS and self._carry_out(a)]
+        self.history += done
+        return done
+
+    def _carry_out(self, action: Action) -> bool:
+        match action.op:
+            case "start" | "start_workload":
+                return self._start(action)
+            case "drain":
+                return self._ask_to_stop(action, signal=False)
+            case "stop" | "stop_workload":
+                return self._ask_to_stop(action, signal=True)
+            case "kill":
+                return self._change(action.incarnation, lambda i: replace(i, strays=()))
+            case _:
+                raise AssertionError(f"the plant cannot {action.op}")
+
+    def _start(self, action: Action) -> bool:
+        if any(i.subject == action.subject and i.alive for i in self.incarnations):
+            return False
+        self.serial += 1
+        name = f"{action.subject.name}-{self.serial}"
+        port = self._port_of.get(action.subject.name) if action.subject.kind == "endpoint" else None
+        self.incarnations.append(
+            Incarnation(
+                id=name, subject=action.subject, process_hash=action.process_hash, gpus=action.gpus,
+                memory_bytes=action.memory_bytes, exclusive=action.exclusive, port=port, started=self.now,
+                phase="running", pid=10_000 + self.serial, strays=(), exit_code=None, exited=None,
+                attempt=action.attempt,
+            )
+        )  # fmt: skip
+        behaviour = self.behaviour
+        if action.op == "start_workload":
+            codes = behaviour.exit_codes.get(action.subject.name, (0,))
+            code = codes[min(action.attempt, len(codes) - 1)]
+            run = behaviour.run_s.get(action.subject.name, behaviour.default_run_s)
+            self.ends_at[name] = (self.now.mono + run, code)
+        elif action.subject.name in behaviour.crashes:
+            self.ends_at[name] = (self.now.mono + behaviour.load_s, 1)
+        else:
+            self.ready_at[name] = self.now.mono + behaviour.load_s
+        return True
+
+    _port_of: dict[str, int] = field(default_factory=dict)
+
+    def _ask_to_stop(self, action: Action, *, signal: bool) -> bool:
+        target = next((i for i in self.incarnations if i.id == action.incarnation), None)
+        assert target is not None, f"{action.op} of {action.incarnation}, which does not exist"
+        before = target.stop or StopProgress(self.now, drained=False, signalled=None)
+        if signal and before.signalled is None:
+            self.ends_at[target.id] = (self.now.mono + self.behaviour.stop_s, 0 if target.port else -15)
+            before = replace(before, drained=True, signalled=self.now)
+        return self._change(target.id, lambda i: replace(i, stop=before))
+
+    def _change(self, name: str | None, change: Callable[[Incarnation], Incarnation]) -> bool:
+        before = list(self.incarnations)
+        self.incarnations = [change(i) if i.id == name else i for i in before]
+        return before != self.incarnations
+
+    # ------------------------------------------------------------ time
+
+    def next_event(self) -> float | None:
+        """The next moment after now at which something happens by itself, in monotonic seconds."""
+        moments = [*self.ready_at.values(), *self.frees_at.values(), *(at for at, _ in self.ends_at.values())]
+        return min((m for m in moments if m > self.now.mono), default=None)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and with it what is due."""
+        self.now = self.now.plus(seconds)
+        for name, (at, code) in list(self.ends_at.items()):
+            if at <= self.now.mono:
+                del self.ends_at[name]
+                self.end(name, code)
+        self.frees_at = {n: at for n, at in self.frees_at.items() if at > self.now.mono}
+
+    def end(self, name: str, code: int) -> None:
+        """One incarnation ends now; its memory comes back a little later."""
+        ended = {"phase": "exited", "exit_code": code, "exited": self.now, "pid": None}
+        self._change(name, lambda i: replace(i, **ended))  # type: ignore[arg-type]
+        self.ready_at.pop(name, None)
+        self.frees_at[name] = self.now.mono + self.behaviour.memory_return_s
+
+    def current(self, name: str, kind: str = "endpoint") -> Incarnation | None:
+        """The living incarnation of an endpoint or workload."""
+        return next((i for i in self.incarnations if i.subject == Subject(kind, name) and i.alive), None)  # type: ignore[arg-type]
+
+    def is_ready(self, name: str) -> bool:
+        """Whether an endpoint answers now."""
+        found = self.current(name)
+        return found is not None and bool(self._probe(found).ready)
+
+
+@dataclass
+class Run:
+    """A plant under a planner: one look, one decision, one step, over and over."""
+
+    spec: Spec
+    plant: Plant
+    ledger: Ledger = field(default_factory=Ledger)
+    watch: Callable[[Run, Plan], None] = lambda _run, _plan: None
+    """Sees every decision before it is carried out."""
+    steps: int = 0
+
+    def decide(self) -> Plan:
+        """The plan for this moment."""
+        known = [*self.spec.endpoints.values(), *(e for o in self.spec.overlays.values() for e in o.endpoints.values())]
+        self.plant._port_of = {e.name: e.port for e in known if e.port is not None}
+        return plan(self.spec, self.plant.observe(), self.ledger, self.plant.now)
+
+    def step(self) -> tuple[Plan, bool]:
+        """Decide and act once; whether anything was done or remembered."""
+        decided = self.decide()
+        self.watch(self, decided)
+        self.steps += 1
+        moved = decided.ledger != self.ledger or bool(decided.archive)
+        self.ledger = decided.ledger
+        return decided, bool(self.plant.act(decided)) or moved
+
+    def settle(self, *, until: Callable[[Plan], bool] | None = None, max_steps: int = 400) -> Plan:
+        """Step until nothing happens any more by action or by time (or `until` holds of a decision)."""
+        for _ in range(max_steps):
+            decided, acted = self.step()
+            if until is not None and until(decided):
+                return decided
+            if acted:
+                continue
+            event = self.plant.next_event()
+            waits = [m for m in (event, decided.next_wake.mono if decided.next_wake else None) if m is not None]
+            if not waits:
+                return decided
+            self.plant.advance(max(0.001, min(waits) - self.plant.now.mono))
+        raise AssertionError(f"no fixed point within {max_steps} steps: {describe(decided)}")
+
+    def starts(self) -> list[str]:
+        """Names of what was started, in order."""
+        return [a.subject.name for a in self.plant.history if a.op in ("start", "start_workload")]
+
+    def stops(self) -> list[str]:
+        """Names of what was stopped, in order."""
+        return [a.subject.name for a in self.plant.history if a.op in ("stop", "stop_workload", "kill")]
+
+
+def describe(decided: Plan) -> str:
+    """A plan in a few words, for failures."""
+    actions = [f"#{a.id} {a.op} {a.subject} needs {a.needs} ready {a.ready}" for a in decided.actions]
+    overlays = {n: (r.state, r.reason) for n, r in decided.ledger.overlays.items()}
+    return f"{actions} blocked {[(str(b.subject), b.reason) for b in decided.blocked]} overlays {overlays}"
+
+
+def overlay_state(name: str, *states: str) -> Callable[[Plan], bool]:
+    """Holds once an overlay is in one of these states."""
+    return lambda decided: decided.ledger.overlays[name].state in states
+
+
+def names(items: Iterable[Action]) -> list[str]:
+    """`op subject` of each action."""
+    return [f"{a.op} {a.subject}" for a in items]
