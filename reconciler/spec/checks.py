@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from reconciler.errors import Problem
-from reconciler.spec.document import Node, child, locate
 from reconciler.spec.findings import Findings, suggest
 from reconciler.spec.spec import (
     EndpointSpec,
@@ -18,6 +17,7 @@ from reconciler.spec.spec import (
     Spec,
     WholeGpu,
 )
+from reconciler.spec.tree import Node, child, locate
 
 _EXACT_UP_TO = 10  # providers of one capability for which every set is tried; beyond, the simple count stands
 

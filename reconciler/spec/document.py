@@ -8,7 +8,7 @@ the YAML 1.2 core schema: `no` is a string, `1:30` is a string, a date is a stri
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,8 +16,7 @@ import yaml
 
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.spec import Source
-
-Plain = None | bool | int | float | str
+from reconciler.spec.tree import Entry, Map, Node, Plain, Scalar, Sequence
 
 MAX_BYTES = 1 << 20  # a set-point file of a thousand endpoints is a third of this
 MAX_DEPTH = 64  # the language itself nests six deep
@@ -40,83 +39,6 @@ _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", re.ASCII
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Scalar:
-    """One value."""
-
-    value: Plain
-    text: str
-    """As written, for messages."""
-    at: Source
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """A list."""
-
-    items: tuple[Node, ...]
-    at: Source
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One `key: value` of a mapping."""
-
-    key_at: Source
-    node: Node
-
-
-@dataclass(frozen=True, slots=True)
-class Map:
-    """A mapping; keys are strings."""
-
-    entries: Mapping[str, Entry]
-    at: Source
-
-
-Node = Scalar | Sequence | Map
-
-
-def plain(node: Node) -> object:
-    """The tree as dicts, lists and scalars; recursion is bounded by the depth limit."""
-    match node:
-        case Scalar():
-            return node.value
-        case Sequence():
-            return [plain(item) for item in node.items]
-        case Map():
-            return {key: plain(entry.node) for key, entry in node.entries.items()}
-
-
-def child(node: Node, *path: str | int) -> Node | None:
-    """The node at `path`, or None."""
-    for step in path:
-        if isinstance(node, Map) and isinstance(step, str) and step in node.entries:
-            node = node.entries[step].node
-        elif isinstance(node, Sequence) and isinstance(step, int) and step < len(node.items):
-            node = node.items[step]
-        else:
-            return None
-    return node
-
-
-def locate(node: Node, path: tuple[str | int, ...], *, key: bool = False) -> Source:
-    """Where the value at `path` was written (or its key); the nearest thing above it when it was not written at all."""
-    at = node.at
-    for step in path:
-        if isinstance(node, Map) and isinstance(step, str) and step in node.entries:
-            entry = node.entries[step]
-            node, at = entry.node, entry.node.at
-            if key or isinstance(node, Map):
-                at = entry.key_at  # a mapping starts on the line below its name: the name says more
-        elif isinstance(node, Sequence) and isinstance(step, int) and step < len(node.items):
-            node = node.items[step]
-            at = node.at
-        else:
-            break
-    return at
 
 
 def decode(content: bytes, file: str) -> str:
@@ -209,7 +131,7 @@ class _Composer:
             # the pure-Python scanner lets int() and chr() errors of directives and escapes through
             self._fail(Source(self.file, 1, 1), f"not valid YAML: {str(error).splitlines()[0][:100]}")
         if self.problems:
-            raise SpecError(tuple(sorted(self.problems)))
+            raise SpecError(tuple(sorted(self.problems, key=lambda p: (p.line, p.column, p.message))))
         if self.root is None or (isinstance(self.root, Scalar) and self.root.value is None):
             raise SpecError((Problem(self.file, 1, 1, "the file is empty", "begin it with `version: 1`"),))
         if not isinstance(self.root, Map):
@@ -343,8 +265,7 @@ class _Composer:
             return text
         if _INT.fullmatch(text):
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
-                     .replace(".NaN", "nan").replace(".NAN", "nan"))  # fmt: skip
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
     def _check_tag(self, event: yaml.NodeEvent, at: Source) -> None:
         tag: str | None = getattr(event, "tag", None)
@@ -367,11 +288,11 @@ class _Composer:
     def _note(self, at: Source, message: str, hint: str | None = None) -> None:
         self.problems.append(Problem(self.file, at.line, at.column, message, hint))
         if len(self.problems) >= _MAX_PROBLEMS:
-            raise SpecError(tuple(sorted(self.problems)))
+            raise SpecError(tuple(sorted(self.problems, key=lambda p: (p.line, p.column, p.message))))
 
     def _fail(self, at: Source, message: str, hint: str | None = None) -> NoReturn:
         self._note(at, message, hint)
-        raise SpecError(tuple(sorted(self.problems)))
+        raise SpecError(tuple(sorted(self.problems, key=lambda p: (p.line, p.column, p.message))))
 
 
 def _events(text: str) -> Iterator[yaml.Event]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reconciler.spec.digests import digest, process_hash
-from reconciler.spec.document import Entry, Map, Node, Scalar, Sequence, child, locate
 from reconciler.spec.engines import PROFILES, EngineProfile
 from reconciler.spec.env_file import parse_env_file
 from reconciler.spec.findings import Findings, clip, suggest
@@ -25,6 +24,7 @@ from reconciler.spec.spec import (
     Stop,
     WholeGpu,
 )
+from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate
 from reconciler.spec.values import variable_problem
 
 ReadEnvFile = Callable[[str], bytes]
@@ -202,9 +202,9 @@ def _check_engine(
     if profile.executable is None:
         _check_custom(name, model, node, key_at, findings)
     else:
-        if model.model is None:
+        if child(node, "model") is None:
             findings.add(key_at, f'endpoint "{name}" has no model', "write `model:`, what it serves")
-        if model.port is None:
+        if child(node, "port") is None:
             findings.add(key_at, f'endpoint "{name}" has no port', "write `port:`, where it listens")
         if model.command is not None:
             findings.add(
@@ -219,11 +219,11 @@ def _check_engine(
 
 
 def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, findings: Findings) -> None:
-    if model.command is None:
+    if child(node, "command") is None:
         findings.add(key_at, f'endpoint "{name}" has engine custom and no command', 'write `command: ["program"]`')
     for index, part in enumerate(model.command or ()):
         for placeholder in _PLACEHOLDER.findall(part):
-            if getattr(model, placeholder) is None:
+            if child(node, placeholder) is None:
                 message = f"the command wants {{{placeholder}}}, and the endpoint has no {placeholder}"
                 findings.add(locate(node, ("command", index)), message, f"write `{placeholder}:`")
     if model.executable is not None:

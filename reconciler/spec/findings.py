@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from reconciler.errors import Problem
-from reconciler.spec.document import Map, Node, Scalar, Sequence, child, locate, plain
 from reconciler.spec.spec import Source
+from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate, plain
 from reconciler.spec.values import NAME, NAME_HELP, ItemError
 
 MAX_PROBLEMS = 100
@@ -69,6 +69,23 @@ class Findings:
                 self._note_error(kind, item, tree, prefix)
             return None
         return model if len(self._found) == before else None
+
+    def salvage(self, kind: type[M], node: Node, needed: Mapping[str, Entry]) -> M | None:
+        """The model of a broken mapping's sound keys, so that one error does not hide another.
+
+        Args:
+            kind: the model.
+            node: its text.
+            needed: stand-ins for the keys that the model cannot do without.
+        """
+        if not isinstance(node, Map) or len(self._found) >= MAX_PROBLEMS:
+            return None
+        sound = {
+            name: entry
+            for name, entry in node.entries.items()
+            if Findings().validate(kind, Map({**needed, name: entry}, node.at)) is not None
+        }
+        return Findings().validate(kind, Map({**needed, **sound}, node.at))
 
     def _note_nulls(self, kind: type[BaseModel], node: Node, tree: Node, prefix: Path) -> None:
         """A key without a value is an empty mapping where a mapping belongs, and a slip elsewhere."""

@@ -7,10 +7,10 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
-from reconciler.spec.document import Map, Node, child, locate
 from reconciler.spec.findings import Findings, clip, suggest
 from reconciler.spec.overlay_models import MakespanModel
 from reconciler.spec.spec import Makespan, Source
+from reconciler.spec.tree import Map, Node, child, locate
 from reconciler.spec.values import epoch
 
 LEAST_GRACE_S = 60.0
