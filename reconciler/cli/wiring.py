@@ -16,7 +16,7 @@ from reconciler.journal.layout import StateDir, acquire_writer, writer
 if TYPE_CHECKING:
     from reconciler.health.incident import Incident
     from reconciler.journal.reader import JournalReader
-    from reconciler.loop.daemon import Daemon, Tick
+    from reconciler.loop.daemon import Daemon
     from reconciler.observe.probe import OwnsListener, ProbeTarget
     from reconciler.observe.snapshot import ObserveOptions
     from reconciler.plan.actions import Plan
@@ -29,6 +29,7 @@ PROBE_ONCE_S = 2.0
 """How long a command that looks once waits for the endpoints' answers."""
 
 Converging = Literal["apply", "down", "clean_start"]
+Progress = Callable[["Plan", "Observed"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,9 @@ def _prepare_node(options: Options, state: StateDir) -> Mapping[str, str]:
     simulate = _simulated(options)
     if simulate is None:
         return {}
-    from reconciler.sim.description import parse_node  # noqa: PLC0415 - only a simulated node needs it
-    from reconciler.sim.driver import install  # noqa: PLC0415
-    from reconciler.sim.node import engine_environment, prepare  # noqa: PLC0415
+    from reconciler.sim.description import parse_node
+    from reconciler.sim.driver import install
+    from reconciler.sim.node import engine_environment, prepare
 
     prepare(state.sim, parse_node(simulate))
     install(state.sim)
@@ -127,10 +128,10 @@ class _Watching:
     """A daemon's eyes: an observer with a prober that keeps asking."""
 
     def __init__(self, state: StateDir, wake: Callable[[], None]) -> None:
-        from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - see `look`
-        from reconciler.observe.prober import Prober  # noqa: PLC0415
-        from reconciler.observe.process import ProcessReader  # noqa: PLC0415
-        from reconciler.observe.snapshot import Observer  # noqa: PLC0415
+        from reconciler.observe.gpus import NvmlReader
+        from reconciler.observe.prober import Prober
+        from reconciler.observe.process import ProcessReader
+        from reconciler.observe.snapshot import Observer
 
         clock = SystemClock()
         self._nvml = NvmlReader(clock)
@@ -163,7 +164,7 @@ class _AskedOnce:
 
     def watch(self, targets: Mapping[str, ProbeTarget]) -> None:
         if targets:  # without an endpoint that runs nothing is asked, and no HTTP library is loaded
-            from reconciler.observe.prober import probe_once  # noqa: PLC0415
+            from reconciler.observe.prober import probe_once
 
             self._answers = probe_once(targets, deadline_s=PROBE_ONCE_S, clock=SystemClock(), owns=self._owns)
 
@@ -173,9 +174,9 @@ class _AskedOnce:
 
 def _look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
     """Observe without a daemon: every endpoint is asked once."""
-    from reconciler.observe.gpus import NvmlReader  # noqa: PLC0415 - `--help` and `validate` start without it
-    from reconciler.observe.process import ProcessReader  # noqa: PLC0415
-    from reconciler.observe.snapshot import ObserveOptions, Observer  # noqa: PLC0415
+    from reconciler.observe.gpus import NvmlReader
+    from reconciler.observe.process import ProcessReader
+    from reconciler.observe.snapshot import ObserveOptions, Observer
 
     clock = SystemClock()
     nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
@@ -197,8 +198,8 @@ def look(options: Options, *, at: float | None = None) -> Look:
         DriverError: no daemon runs and there is no driver.
         StateError: the journal cannot be read.
     """
-    from reconciler.loop.specs import SpecKeeper  # noqa: PLC0415 - see `_look_once`
-    from reconciler.plan.planner import plan  # noqa: PLC0415
+    from reconciler.loop.specs import SpecKeeper
+    from reconciler.plan.planner import plan
 
     state, path = state_dir(options), setpoints_path(options)
     with journal_reader(options) as journal:
@@ -209,11 +210,11 @@ def look(options: Options, *, at: float | None = None) -> Look:
     spec = in_force.spec
     answer = _ask(state, "values")
     if answer is not None:
-        from reconciler.health.incident import Incident  # noqa: PLC0415 - only a running daemon's answer needs it
-        from reconciler.journal.codec import decode  # noqa: PLC0415
-        from reconciler.plan.ledger import Ledger  # noqa: PLC0415
-        from reconciler.plan.observed import Observed  # noqa: PLC0415
-        from reconciler.plan.status import DaemonInfo  # noqa: PLC0415
+        from reconciler.health.incident import Incident
+        from reconciler.journal.codec import decode
+        from reconciler.plan.ledger import Ledger
+        from reconciler.plan.observed import Observed
+        from reconciler.plan.status import DaemonInfo
 
         observed = decode(Observed, answer["observed"])
         ledger = decode(Ledger, answer["ledger"])
@@ -235,7 +236,7 @@ def status(options: Options) -> dict[str, Any]:
     Raises:
         ReconcilerError: as for `look`.
     """
-    from reconciler.plan.status import status_data  # noqa: PLC0415 - see `_look_once`
+    from reconciler.plan.status import status_data
 
     answer = _ask(state_dir(options), "status")
     if answer is not None:
@@ -246,7 +247,7 @@ def status(options: Options) -> dict[str, Any]:
 
 def journal_reader(options: Options) -> JournalReader:
     """The journal, read-only; an empty one where there is none yet."""
-    from reconciler.journal.reader import JournalReader  # noqa: PLC0415 - SQLite is not needed by every command
+    from reconciler.journal.reader import JournalReader
 
     return JournalReader.open_readonly(state_dir(options).journal)
 
@@ -255,7 +256,7 @@ def _ask(state: StateDir, op: str, **arguments: object) -> Any:
     """One request to the daemon; None when none runs."""
     if not state.path.is_dir() or writer(state) is None:
         return None
-    from reconciler.loop.control import ask  # noqa: PLC0415 - see `_look_once`
+    from reconciler.loop.control import ask
 
     return ask(state.control_socket, op, **arguments)
 
@@ -271,11 +272,11 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
         StateError: the state directory cannot be used, or another daemon holds it.
         DriverError: there is no driver.
     """
-    from reconciler.act.process import ProcessActor  # noqa: PLC0415 - see `_look_once`
-    from reconciler.identity import boot_id  # noqa: PLC0415
-    from reconciler.journal.journal import Journal  # noqa: PLC0415
-    from reconciler.loop.daemon import Daemon, Parts  # noqa: PLC0415
-    from reconciler.loop.specs import SpecKeeper  # noqa: PLC0415
+    from reconciler.act.process import ProcessActor
+    from reconciler.identity import boot_id
+    from reconciler.journal.journal import Journal
+    from reconciler.loop.daemon import Daemon, Parts
+    from reconciler.loop.specs import SpecKeeper
 
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
@@ -307,8 +308,8 @@ def run_daemon(options: Options) -> int:
     Raises:
         ReconcilerError: it cannot start, or can no longer write.
     """
-    import asyncio  # noqa: PLC0415 - see `_look_once`
-    import signal  # noqa: PLC0415
+    import asyncio
+    import signal
 
     async def serve() -> None:
         with _daemon(options) as daemon:
@@ -328,7 +329,24 @@ def converge(
     *,
     endpoints: tuple[str, ...] = (),
     timeout_s: float | None = None,
-    progress: Callable[[Plan, Observed], None] = lambda _plan, _observed: None,
+    progress: Progress = lambda _plan, _observed: None,
+) -> Outcome:
+    """`converging`, for callers without an event loop. SIGTERM and SIGINT end it; what runs goes on running."""
+    import asyncio
+
+    return asyncio.run(
+        converging(options, request, endpoints=endpoints, timeout_s=timeout_s, progress=progress, signals=True)
+    )
+
+
+async def converging(
+    options: Options,
+    request: Converging,
+    *,
+    endpoints: tuple[str, ...] = (),
+    timeout_s: float | None = None,
+    progress: Progress = lambda _plan, _observed: None,
+    signals: bool = False,
 ) -> Outcome:
     """Converge once: to the set points (`apply`), to nothing running (`down`), or from a clean slate (`clean_start`).
 
@@ -336,45 +354,47 @@ def converge(
         DaemonRunning: a daemon holds the state directory and converges by itself (`clean_start` asks it instead).
         ReconcilerError: it cannot start.
     """
-    import asyncio  # noqa: PLC0415 - see `_look_once`
-    import signal  # noqa: PLC0415
+    import asyncio
+    import signal
 
-    from reconciler.loop.converging import Goal  # noqa: PLC0415
-    from reconciler.plan.requests import stopped  # noqa: PLC0415
-    from reconciler.spec.load import load_setpoints  # noqa: PLC0415
+    from reconciler.loop.converging import Goal
+    from reconciler.plan.requests import stopped
+    from reconciler.spec.load import load_setpoints
 
     spec = load_setpoints(setpoints_path(options))
     unknown = sorted(set(endpoints) - set(spec.endpoints))
     if unknown:
         raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(spec.endpoints)}")
     names = endpoints or tuple(sorted(spec.endpoints))
-    state = state_dir(options)
-    if request == "clean_start" and _ask(state, "clean_start", endpoints=list(names)) is not None:
-        return _await_daemon(options, names, timeout_s, progress)
-    transform = (lambda s: stopped(s, names if endpoints else tuple(s.endpoints))) if request == "down" else None
-    goal = Goal(SystemClock(), timeout_s=timeout_s, progress=progress, names=names if request == "clean_start" else ())
+    asked = (
+        await asyncio.to_thread(_ask, state_dir(options), "clean_start", endpoints=list(names))
+        if request == "clean_start"
+        else None
+    )
+    if asked is not None:
+        return await asyncio.to_thread(_await_daemon, options, names, timeout_s, progress)
 
-    async def serve() -> Tick:
-        with _daemon(options, transform) as daemon:
-            running = asyncio.get_running_loop()
+    def as_stopped(spec: Spec) -> Spec:
+        return stopped(spec, endpoints or tuple(spec.endpoints))
+
+    goal = Goal(SystemClock(), timeout_s=timeout_s, progress=progress, names=names if request == "clean_start" else ())
+    with _daemon(options, as_stopped if request == "down" else None) as daemon:
+        running = asyncio.get_running_loop()
+        if signals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 running.add_signal_handler(number, goal.interrupt, daemon.stop)
-            if timeout_s is not None:
-                running.call_later(timeout_s, daemon.look_again)
-            if request == "clean_start":
-                daemon.request_clean_start(names)
-            return await daemon.run(goal.reached)
-
-    tick = asyncio.run(serve())
+        if timeout_s is not None:
+            running.call_later(timeout_s, daemon.look_again)
+        if request == "clean_start":
+            daemon.request_clean_start(names)
+        tick = await daemon.run(goal.reached)
     ok, message = goal.verdict(tick)
     return Outcome(tick.plan, tick.observed, message, ok=ok)
 
 
-def _await_daemon(
-    options: Options, names: tuple[str, ...], timeout_s: float | None, progress: Callable[[Plan, Observed], None]
-) -> Outcome:
+def _await_daemon(options: Options, names: tuple[str, ...], timeout_s: float | None, progress: Progress) -> Outcome:
     """Follow a clean start that the running daemon carries out."""
-    import time  # noqa: PLC0415 - see `_look_once`
+    import time
 
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
@@ -437,8 +457,8 @@ def reset(options: Options, name: str) -> str:
     answer = _ask(state, "reset", name=name)
     if answer is not None:
         return str(answer["message"])
-    from reconciler.journal.journal import Journal  # noqa: PLC0415 - see `_look_once`
-    from reconciler.plan.requests import reset as forgive  # noqa: PLC0415
+    from reconciler.journal.journal import Journal
+    from reconciler.plan.requests import reset as forgive
 
     clock = SystemClock()
     state.ensure()

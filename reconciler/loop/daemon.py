@@ -210,7 +210,7 @@ class Daemon:
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
         journal = self._parts.journal
-        facts = Facts(in_force.spec, plan.endpoints, plan.ledger, observed, in_force.problems)
+        facts = Facts(in_force.spec, plan.endpoints, plan.ledger, observed, in_force.problems, plan.blocked)
         incidents, events = assess(facts, journal.incidents(include_resolved=False), now)
         journal.save_incidents(incidents)
         if events:

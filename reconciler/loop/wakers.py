@@ -57,7 +57,7 @@ class Wakers:
         self._files = asyncio.create_task(self._watch_files(setpoints, folder), name="watch files")
 
     async def _watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
-        from watchfiles import awatch  # noqa: PLC0415 - commands that do not watch start without it
+        from watchfiles import awatch
 
         while True:
             overlays = folder()

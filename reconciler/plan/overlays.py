@@ -41,7 +41,7 @@ class OverlayStep:
 def next_window(makespan: Makespan, after: float) -> float:
     """Epoch seconds of the next start later than `after`; `after` itself where nothing says when."""
     if makespan.schedule is not None:
-        from cronsim import CronSim  # noqa: PLC0415 - only schedules need it, and the command line starts without it
+        from cronsim import CronSim
 
         zone = ZoneInfo(makespan.timezone or "UTC")
         return next(CronSim(makespan.schedule, datetime.fromtimestamp(after, zone))).astimezone(UTC).timestamp()
