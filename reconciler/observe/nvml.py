@@ -15,7 +15,7 @@ from typing import Any, Literal
 from reconciler.clock import Clock, Instant
 from reconciler.errors import DriverError
 from reconciler.plan.observed import Gpu, GpuProcess
-from reconciler.units import KIB
+from reconciler.units import KIB, MIB
 
 TRAITS_MAX_AGE_S = 60.0
 """Row remaps and retired pages change on a GPU reset or a memory fault: once a minute is soon enough."""
@@ -37,6 +37,11 @@ class ReadOptions:
 
 CACHED = ReadOptions()
 FRESH = ReadOptions(0.0, 0.0)
+WAITING = ReadOptions(memory_max_age_s=0.0, processes_max_age_s=1.0)
+"""While someone waits for memory to come back, many times a second."""
+MOVED_BYTES = 16 * MIB
+"""Memory that moves by more than this means that processes came or went: their list is read at once, whatever its
+age, so that nobody needs to poll it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class _Listing:
 
     processes: tuple[GpuProcess, ...] | None
     at: Instant
+    free_bytes: int
+    """Of the GPU, then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +207,13 @@ class NvmlDriver:
         self.calling = f"nvmlDeviceGetMemoryInfo({index})"
         total_bytes, free_bytes = self._memory(handle)
         listing = self._listings.get(uuid)
-        if listing is None or now.since(listing.at) >= options.processes_max_age_s:
+        if (
+            listing is None
+            or now.since(listing.at) >= options.processes_max_age_s
+            or abs(listing.free_bytes - free_bytes) > MOVED_BYTES
+        ):
             self.calling = f"nvmlDeviceGetComputeRunningProcesses({index})"
-            listing = self._listings[uuid] = _Listing(self._list_processes(handle), now)
+            listing = self._listings[uuid] = _Listing(self._list_processes(handle), now, free_bytes)
         traits = self._traits.get(uuid)
         if traits is None or now.since(traits.at) >= TRAITS_MAX_AGE_S:
             self.calling = f"nvmlDeviceGetRemappedRows({index})"

@@ -40,6 +40,8 @@ class ObserveOptions:
     """Fresher while someone waits for memory."""
     ready_before: Collection[str] = ()
     """Incarnations that were ready once (from the ledger): asked at the usual pace after the daemon's restart, too."""
+    draining: Collection[str] = ()
+    """Incarnations whose requests in flight are to be counted, besides those whose records say that they drain."""
 
 
 USUAL = ObserveOptions()
@@ -122,7 +124,8 @@ def probe_targets(
 ) -> dict[str, ProbeTarget]:
     """Whom to ask, by incarnation id: endpoints that run, verified, on a port. The port is the incarnation's own.
 
-    Requests in flight are counted of those that drain: their stop was asked for, and no signal was sent yet.
+    Requests in flight are counted of those that drain: their stop was asked for, and neither the drain is over nor a
+    signal was sent.
     An endpoint that an overlay patches is asked as the version that this incarnation was started for. One that is in
     no file any more is not asked: it is about to be stopped whatever it would say.
     """
@@ -143,7 +146,8 @@ def probe_targets(
             timeout_s=endpoint.health.timeout_s,
             failures=endpoint.health.failures,
             starting=incarnation.id not in options.ready_before,
-            busy=stop is not None and not stop.drained and stop.signalled is None,
+            busy=incarnation.id in options.draining
+            or (stop is not None and not stop.drained and stop.signalled is None),
             metrics_path=(profile.metrics_path if profile else None) or "/metrics",
             sleeping_path=profile.sleeping_path if profile and endpoint.evict.method == "sleep" else None,
         )

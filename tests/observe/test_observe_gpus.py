@@ -123,22 +123,33 @@ def test_an_unloaded_driver_makes_everything_unknown_and_a_reload_is_noticed(sim
     assert reader.read(FRESH).known
 
 
-def test_parts_that_are_young_enough_are_not_asked_again(sim_dir, reader, clock):
+def test_parts_that_are_young_enough_are_not_asked_again(library, gpu, reader):
+    card = gpu("GPU-a")
+    library(card)
     first = reader.read(FRESH)
-    with subprocess.Popen(["sleep", "60"]) as child:
-        try:
-            allocate(sim_dir, 0, child.pid, GIB)
-            assert reader.read(ReadOptions(60.0, 60.0)) is first
-            # memory anew, processes from before: `at` is the age of the older part
-            mixed = reader.read(ReadOptions(0.0, 60.0)).gpus[0]
-            assert mixed.used_bytes == GIB + 500 * MIB
-            assert mixed.processes == ()
-            assert mixed.at == first.gpus[0].at
-            fresh = reader.read(FRESH).gpus[0]
-            assert len(fresh.processes) == 1
-            assert fresh.at.mono > mixed.at.mono
-        finally:
-            child.kill()
+    card.free -= MIB
+    card.listings = {"Compute": [(10, MIB)]}
+    assert reader.read(ReadOptions(60.0, 60.0)) is first
+    # memory anew, processes from before: `at` is the age of the older part
+    mixed = reader.read(ReadOptions(0.0, 60.0)).gpus[0]
+    assert mixed.used_bytes == first.gpus[0].used_bytes + MIB
+    assert mixed.processes == ()
+    assert mixed.at == first.gpus[0].at
+    fresh = reader.read(FRESH).gpus[0]
+    assert len(fresh.processes) == 1
+    assert fresh.at.mono > mixed.at.mono
+
+
+def test_memory_that_moves_has_the_processes_listed_at_once(library, gpu, reader):
+    card, other = gpu("GPU-a"), gpu("GPU-b")
+    made = library(card, other)
+    reader.read(FRESH)
+    listed = made.called.count("nvmlDeviceGetComputeRunningProcesses_v3")
+    card.free -= GIB
+    card.listings = {"Compute": [(10, GIB)]}
+    assert len(reader.read(ReadOptions(0.0, 60.0)).gpus[0].processes) == 1
+    # two calls for the list that is not empty any more, none for the GPU on which nothing moved
+    assert made.called.count("nvmlDeviceGetComputeRunningProcesses_v3") == listed + 2
 
 
 def test_a_call_that_hangs_on_the_simulated_node_leaves_everything_unknown(sim_dir, clock):
