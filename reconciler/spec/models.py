@@ -127,7 +127,7 @@ class EndpointModel(Model):
     """Whether an overlay of higher priority may take its GPUs; `false` is hard."""
     movable: Flag = False
     """Whether it may be restarted on other GPUs to make room."""
-    evict: EvictModel = EvictModel.model_construct()
+    evict: EvictModel = Field(default_factory=EvictModel)
     """How it gives way."""
     args: Words = ()
     """Appended to the engine's command line."""
@@ -139,11 +139,11 @@ class EndpointModel(Model):
     """File of KEY=VALUE lines, relative to this file; its values are never shown."""
     cwd: Text | None = None
     """Working directory, relative to this file. Default: the folder of this file."""
-    health: HealthModel = HealthModel.model_construct()
+    health: HealthModel = Field(default_factory=HealthModel)
     """How it is asked whether it is ready."""
-    stop: StopModel = StopModel.model_construct()
+    stop: StopModel = Field(default_factory=StopModel)
     """How it is asked to end."""
-    restart: RestartModel = RestartModel.model_construct()
+    restart: RestartModel = Field(default_factory=RestartModel)
     """What happens when it ends by itself."""
 
 
@@ -181,15 +181,15 @@ class SetpointsModel(Model):
 
     version: Version
     """Version of this format."""
-    node: NodeModel = NodeModel.model_construct()
+    node: NodeModel = Field(default_factory=NodeModel)
     """The box itself."""
     priorities: Annotated[dict[str, PriorityNumber], Empty] = Field(default_factory=dict)
     """Names usable wherever a priority stands."""
     capabilities: Annotated[dict[str, CapabilityModel], Empty] = Field(default_factory=dict)
     """Floors of what endpoints offer."""
-    defaults: EndpointModel = EndpointModel.model_construct()
+    defaults: EndpointModel = Field(default_factory=EndpointModel)
     """Fields that every endpoint has unless it says otherwise."""
-    policy: PolicyModel = PolicyModel.model_construct()
+    policy: PolicyModel = Field(default_factory=PolicyModel)
     """Brakes against thrashing; the defaults suit most boxes."""
     overlays: Text = "overlays/"
     """Folder of overlay files, relative to this file."""

@@ -64,7 +64,7 @@ class WorkloadModel(Model):
     """How often it is tried again after a failure, while time remains."""
     preemptible: Flag = False
     """Whether a higher overlay may end it."""
-    stop: StopModel = StopModel.model_construct()
+    stop: StopModel = Field(default_factory=StopModel)
     """How it is asked to end."""
 
 
