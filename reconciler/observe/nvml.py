@@ -100,7 +100,7 @@ class NvmlDriver:
         if self._refused is not None and self._clock.now().since(self._refused[0]) < INIT_RETRY_S:
             raise self._refused[1]
         if self._nv is None:
-            import pynvml  # noqa: PLC0415 - see the module's docstring
+            import pynvml
 
             self._nv = pynvml
         self.calling = "nvmlInit"
@@ -114,7 +114,7 @@ class NvmlDriver:
 
     def _init(self) -> None:
         """Three tries, for a driver that is just being reloaded; a missing library or a newer driver will not mend."""
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed  # noqa: PLC0415 - lazy
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
         nv = self._nv
         terminal = (nv.NVML_ERROR_LIBRARY_NOT_FOUND, nv.NVML_ERROR_LIB_RM_VERSION_MISMATCH)

@@ -63,7 +63,7 @@ class Connection:
     """A kept connection to one target. One question at a time."""
 
     def __init__(self, target: ProbeTarget, clock: Clock) -> None:
-        import httpx  # noqa: PLC0415 - see the module's docstring
+        import httpx
 
         self._clock = clock
         self._httpx = httpx

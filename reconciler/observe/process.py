@@ -215,7 +215,7 @@ class ProcessReader:
 
 def _name(pid: int) -> tuple[str | None, str | None]:
     """User and command line of a process; None for what may not be seen."""
-    import psutil  # noqa: PLC0415 - see the module's docstring
+    import psutil
 
     user: str | None = None
     command: str | None = None

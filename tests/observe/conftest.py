@@ -42,7 +42,7 @@ def sim_dir(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "sim"
     gpus = [SimGpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 500 * MIB, numa_node=0) for _ in range(2)]
     gpus.append(SimGpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 500 * MIB, numa_node=1))
-    prepare(path, SimNode(tuple(gpus), release_delay_s=0.0))
+    prepare(path, SimNode(tuple(gpus), time_scale=0.01, release_delay_s=0.0))
     driver.install(path)
     yield path
     driver.uninstall()

@@ -1,0 +1,100 @@
+"""Incarnations made of the real shim and real processes, with everything recorded as the daemon would."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reconciler.census import MARKER
+from reconciler.clock import Instant, SystemClock
+from reconciler.identity import boot_id, read_marker
+from reconciler.journal.incarnations import Intent, Run, lock_path, read, write_intent
+from reconciler.journal.layout import StateDir, take_lock
+
+SHIM = Path(__file__).parents[2] / "reconciler" / "act" / "shim.py"
+
+
+@dataclass
+class Cradle:
+    """Starts incarnations, and ends whatever is left of them."""
+
+    state: StateDir
+    shims: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+
+    def intend(self, name: str = "thinking", *, kind: str = "endpoint", port: int | None = None, **changes) -> Intent:
+        """The record of a decision; nothing is started."""
+        incarnation = uuid.uuid4().hex
+        values = {
+            "id": incarnation, "kind": kind, "name": name, "process_hash": "hash", "gpus": (), "memory_bytes": (),
+            "exclusive": False, "port": port, "attempt": 0, "argv": ("x",), "log": str(self.state.logs / "log"),
+            "started": SystemClock().now(), "boot_id": boot_id(),
+        }  # fmt: skip
+        intent = Intent(**{**values, **changes})
+        write_intent(self.state, intent)
+        self.ids.append(incarnation)
+        return intent
+
+    def start(self, *argv: str, env: Mapping[str, str] | None = None, **intent_fields) -> str:
+        """A running incarnation of `argv`; its id."""
+        intent = self.intend(**intent_fields)
+        lock = take_lock(lock_path(self.state, intent.kind, intent.name))
+        assert lock is not None
+        fcntl.fcntl(lock, fcntl.F_SETFD, 0)
+        ready_out, ready_in = os.pipe()
+        environment = {"PATH": os.environ["PATH"], **(env or {}), MARKER: intent.id, "SPT_NOENV": "1"}
+        order = [
+            str(self.state.run / intent.id), boot_id(), str(self.state.logs / f"{intent.id}.log"), "/",
+            str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
+        ]  # fmt: skip
+        shim = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(SHIM), str(lock), str(ready_in)],
+            stdin=subprocess.PIPE, pass_fds=(lock, ready_in), start_new_session=True,
+        )  # fmt: skip
+        self.shims.append(shim)
+        os.close(lock)
+        os.close(ready_in)
+        assert shim.stdin is not None
+        shim.stdin.write("\0".join(order).encode())
+        shim.stdin.close()
+        with os.fdopen(ready_out, "rb") as ready:
+            said = ready.read()
+        assert said == b"", said
+        return intent.id
+
+    def run_record(self, incarnation: str) -> Run:
+        found = read(self.state.run / incarnation).run
+        assert isinstance(found, Run), found
+        return found
+
+    def end(self) -> None:
+        """Nothing of any incarnation lives after this."""
+        for shim in self.shims:
+            with suppress(ProcessLookupError):
+                os.kill(shim.pid, signal.SIGCONT)
+        end = time.monotonic() + 20
+        while marked := self._marked():
+            assert time.monotonic() < end, f"still alive: {marked}"
+            for pid in marked:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        for shim in self.shims:
+            shim.kill()
+            shim.wait(20)
+
+    def _marked(self) -> list[int]:
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in pids if (marker := read_marker(pid, MARKER)) is not None and marker in self.ids]
+
+
+LONG_AGO = Instant(1000.0, 10.0)

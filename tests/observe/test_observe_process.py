@@ -1,0 +1,485 @@
+"""Phases, strays, owners and listeners, on real processes below the real shim."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cradle import LONG_AGO, Cradle
+
+from reconciler.clock import Instant
+from reconciler.errors import StateError
+from reconciler.identity import is_alive, read_stat
+from reconciler.journal.incarnations import Exit as ExitRecord
+from reconciler.journal.incarnations import StopRecord, archive, lock_path, write_exit, write_stop
+from reconciler.journal.layout import StateDir, take_lock
+from reconciler.observe import incarnation as incarnation_module
+from reconciler.observe.process import ProcessReader
+from reconciler.plan.observed import Subject
+
+LISTENER = (
+    "import socket,sys,time; s=socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
+    "s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen(); time.sleep(600)"
+)
+CHILD_OUTLIVES = (sys.executable, "-c", "import subprocess,sys; subprocess.Popen(['sleep','600']); sys.exit(7)")
+DAEMONISED_CHILD_OUTLIVES = (
+    sys.executable, "-c",
+    "import subprocess,time; subprocess.Popen(['sleep','600'], start_new_session=True); time.sleep(600)",
+)  # fmt: skip
+
+
+@pytest.fixture
+def state(tmp_path):
+    state = StateDir(tmp_path / "state")
+    state.ensure()
+    return state
+
+
+@pytest.fixture
+def cradle(state):
+    cradle = Cradle(state)
+    yield cradle
+    cradle.end()
+
+
+@pytest.fixture
+def reader(state, clock):
+    reader = ProcessReader(state, clock)
+    yield reader
+    reader.close()
+
+
+def only(reader):
+    (incarnation,) = reader.read()
+    return incarnation
+
+
+# ---------------------------------------------------------------- phases
+
+
+def test_an_empty_state_directory_has_no_incarnations(reader):
+    assert reader.read() == ()
+
+
+def test_records_that_cannot_be_listed_are_an_error_and_not_nobody(state, reader):
+    state.run.rmdir()
+    state.run.write_text("not a folder")
+    with pytest.raises(StateError, match="run"):
+        reader.read()
+
+
+def test_a_living_leader_is_running(cradle, reader):
+    identifier = cradle.start("sleep", "600", port=8080)
+    seen = only(reader)
+    run = cradle.run_record(identifier)
+    assert (seen.id, seen.phase, seen.pid, seen.port) == (identifier, "running", run.pid, 8080)
+    assert seen.subject == Subject("endpoint", "thinking")
+    assert seen.strays == ()
+    assert seen.alive
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -9 $$", -9), ("exit 0", 0)])
+def test_an_end_is_exited_with_its_code(cradle, reader, script, code, wait_until):
+    cradle.start("sh", "-c", script)
+    wait_until(lambda: only(reader).phase == "exited", "the end is seen")
+    seen = only(reader)
+    assert seen.exit_code == code
+    assert seen.exited is not None
+    wait_until(lambda: not only(reader).alive, "nothing of it is left")
+
+
+def test_the_end_is_told_with_its_code_from_the_first_look_after_it(cradle, reader, wait_until):
+    """The loop wakes before the shim has written the exit: no look in between says `unknown` or `vanished`."""
+    for _ in range(5):
+        identifier = cradle.start("sleep", "600")
+        assert only(reader).phase == "running"
+        (leader,) = [fd for fd, i in reader.watches().items() if i == identifier and _pid_of(fd) == only(reader).pid]
+        os.kill(only(reader).pid, signal.SIGTERM)
+        assert select.select([leader], [], [], 20)[0]
+        seen = only(reader)
+        assert (seen.phase, seen.exit_code) == ("exited", -15)
+        wait_until(lambda: not only(reader).alive, "the shim is gone")
+        archive(reader._reader._state, identifier)
+
+
+def _pid_of(pidfd):
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+
+
+def _open_descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_leader_that_ended_under_a_frozen_shim_is_unknown_and_not_gone(cradle, reader, monkeypatch, wait_until):
+    monkeypatch.setattr(incarnation_module, "EXIT_RECORD_WAIT_S", 0.05)
+    run = cradle.run_record(cradle.start("sleep", "600"))
+    os.kill(run.shim_pid, signal.SIGSTOP)
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.pid, run.start_ticks), "the leader is gone")
+    assert only(reader).phase == "unknown"
+    assert only(reader).alive
+    os.kill(run.shim_pid, signal.SIGCONT)
+    wait_until(lambda: only(reader).phase == "exited", "its exit is recorded after all")
+    assert only(reader).exit_code == -9
+
+
+def test_a_leader_that_ended_without_shim_is_vanished(cradle, reader, wait_until):
+    run = cradle.run_record(cradle.start("sleep", "600"))
+    os.kill(run.shim_pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    assert only(reader).phase == "running"
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: only(reader).phase == "vanished", "the end is seen")
+    assert only(reader).exit_code is None
+    assert not only(reader).alive
+
+
+def test_an_intent_whose_lock_is_held_is_an_intent_and_never_started_once_it_is_free(cradle, reader, state):
+    cradle.intend()
+    lock = take_lock(lock_path(state, "endpoint", "thinking"))
+    assert only(reader).phase == "intent"
+    assert only(reader).alive
+    os.close(lock)
+    assert only(reader).phase == "vanished"
+    assert not only(reader).alive
+
+
+def test_a_lock_held_by_a_later_incarnation_does_not_revive_an_intent(cradle, reader):
+    lost = cradle.intend()
+    living = cradle.start("sleep", "600")
+    assert {i.id: i.phase for i in reader.read()} == {lost.id: "vanished", living: "running"}
+
+
+def test_an_incarnation_of_another_boot_is_vanished_or_as_it_was_recorded(cradle, reader, state):
+    crashed = cradle.intend("a", boot_id="another")
+    ended = cradle.intend("b", boot_id="another")
+    write_exit(state, ended.id, ExitRecord(4, LONG_AGO))
+    seen = {i.id: i for i in reader.read()}
+    assert (seen[crashed.id].phase, seen[crashed.id].alive) == ("vanished", False)
+    assert (seen[ended.id].phase, seen[ended.id].exit_code, seen[ended.id].alive) == ("exited", 4, False)
+
+
+def test_a_pid_that_became_another_process_is_not_the_leader(cradle, reader, state, wait_until):
+    run = cradle.run_record(cradle.start("sleep", "600"))
+    os.kill(run.shim_pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.pid, run.start_ticks), "the leader is gone")
+    path = state.run / cradle.ids[0] / "run.json"
+    # the same record, as if the kernel had handed the pid to this test
+    path.write_text(path.read_text().replace(f'"pid":{run.pid},', f'"pid":{os.getpid()},'))
+    seen = only(reader)
+    assert seen.phase == "vanished"
+    assert seen.strays == ()
+
+
+@pytest.mark.parametrize("name", ["intent.json", "run.json", "exit.json", "stop.json"])
+def test_a_torn_record_is_unknown_and_alive(cradle, reader, state, name):
+    identifier = cradle.start("sleep", "600")
+    assert only(reader).phase == "running"
+    (state.run / identifier / name).write_text('{"at": {"wa')
+    _touch(state.run / identifier)
+    seen = only(reader)
+    assert seen.phase == "unknown"
+    assert seen.alive
+
+
+def _touch(folder):
+    """Records are replaced by renames, which show in the folder's time; writing into one in place does not."""
+    now = time.time_ns()
+    os.utime(folder, ns=(now, now))
+
+
+def test_pids_of_another_namespace_are_unknown(cradle, reader, state):
+    identifier = cradle.start("sleep", "600")
+    run = cradle.run_record(identifier)
+    path = state.run / identifier / "run.json"
+    path.write_text(path.read_text().replace(str(run.pid_namespace), "1"))
+    assert only(reader).phase == "unknown"
+    assert only(reader).alive
+
+
+def test_the_progress_of_a_stop_is_seen_each_time_it_moves(cradle, reader, state):
+    identifier = cradle.start("sleep", "600")
+    assert only(reader).stop is None
+    write_stop(state, identifier, StopRecord(LONG_AGO, drained=False, signalled=None))
+    assert only(reader).stop.drained is False
+    later = Instant(2000.0, 20.0)
+    write_stop(state, identifier, StopRecord(LONG_AGO, drained=True, signalled=later))
+    assert (only(reader).stop.drained, only(reader).stop.signalled) == (True, later)
+
+
+def test_incarnations_are_sorted_by_subject_then_start(cradle, reader):
+    late = cradle.intend("b", started=Instant(2.0, 2.0))
+    early = cradle.intend("b", started=Instant(1.0, 1.0))
+    job = cradle.intend("a", kind="workload", started=Instant(0.0, 0.0))
+    first = cradle.intend("a", started=Instant(9.0, 9.0))
+    assert [i.id for i in reader.read()] == [first.id, early.id, late.id, job.id]
+
+
+# ---------------------------------------------------------------- strays
+
+
+def test_children_that_outlive_their_leader_are_strays_until_they_end(cradle, reader, wait_until):
+    cradle.start(*CHILD_OUTLIVES)
+    wait_until(lambda: only(reader).phase == "exited", "the leader's end")
+    seen = only(reader)
+    assert seen.exit_code == 7
+    assert len(seen.strays) == 1
+    assert seen.alive
+    os.kill(seen.strays[0], signal.SIGKILL)
+    wait_until(lambda: not only(reader).alive, "nothing of it is left")
+
+
+def test_a_child_that_left_the_session_is_a_stray_even_without_shim(cradle, reader, wait_until):
+    run = cradle.run_record(cradle.start(*DAEMONISED_CHILD_OUTLIVES))
+    wait_until(lambda: _children(run.pid), "the child runs")
+    (child,) = _children(run.pid)
+    ticks = read_stat(child).start_ticks
+    os.kill(run.shim_pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: only(reader).phase == "vanished", "the leader's end")
+    assert only(reader).strays == (child,)
+    assert only(reader).alive
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: not is_alive(child, ticks), "the child is gone")
+    assert only(reader).strays == ()
+    assert not only(reader).alive
+
+
+def _children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_all_of_proc_is_swept_rarely_and_once_more_before_nobody_is_said_to_be_left(
+    cradle, reader, monkeypatch, wait_until
+):
+    sweeps = []
+    real = incarnation_module.members
+
+    def counted(**arguments):
+        sweeps.append(1)
+        return real(**arguments)
+
+    monkeypatch.setattr(incarnation_module, "members", counted)
+    run = cradle.run_record(cradle.start(*DAEMONISED_CHILD_OUTLIVES))
+    wait_until(lambda: _children(run.pid), "the child runs")
+    for pid in (run.shim_pid, run.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: only(reader).phase == "vanished", "the leader's end")
+    monkeypatch.setattr(incarnation_module, "SWEEP_EVERY_S", 3600.0)
+    (child,) = only(reader).strays
+    done = len(sweeps)
+    for _ in range(50):
+        assert only(reader).strays == (child,)
+    assert len(sweeps) == done
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: only(reader).strays == (), "nobody is left")
+    assert len(sweeps) == done + 1
+    for _ in range(50):
+        assert only(reader).strays == ()
+    assert len(sweeps) == done + 1
+
+
+def test_a_sweep_that_fails_leaves_the_strays_unknown(cradle, reader, monkeypatch, wait_until):
+    cradle.start("true")
+    wait_until(lambda: only(reader).phase == "exited", "the end")
+
+    def unreadable(**_arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(incarnation_module, "members", unreadable)
+    fresh = ProcessReader(reader._reader._state, reader._reader._clock)
+    assert only(fresh).strays is None
+    assert only(fresh).alive
+
+
+# ---------------------------------------------------------------- watches
+
+
+def test_leader_and_shim_are_watched_until_their_end_and_no_descriptor_leaks(cradle, reader, wait_until):
+    before = _open_descriptors()
+    identifier = cradle.start("sleep", "600")
+    reader.read()
+    run = cradle.run_record(identifier)
+    watches = reader.watches()
+    assert {_pid_of(fd) for fd in watches} == {run.pid, run.shim_pid}
+    assert set(watches.values()) == {identifier}
+    assert reader.watches() == watches  # the same descriptors as long as they live
+    assert not select.select(list(watches), [], [], 0)[0]
+    os.kill(run.pid, signal.SIGKILL)
+    assert len(select.select(list(watches), [], [], 20)[0]) >= 1
+    wait_until(lambda: not only(reader).alive, "the end")
+    assert reader.watches() == {}
+    # still open, so that the caller can take them out of its selector before their numbers are used again
+    for fd in watches:
+        os.fstat(fd)
+    reader.watches()
+    for shim in cradle.shims:
+        shim.wait(20)
+    assert _open_descriptors() <= before
+
+
+def test_a_hundred_looks_open_nothing_more(cradle, reader):
+    cradle.start("sleep", "600")
+    reader.read()
+    reader.watches()
+    before = _open_descriptors()
+    for _ in range(100):
+        reader.read()
+        reader.watches()
+    assert _open_descriptors() == before
+
+
+# ---------------------------------------------------------------- owners
+
+
+def test_a_whole_tree_belongs_to_its_endpoint_and_a_strangers_process_to_nobody(cradle, reader, wait_until):
+    identifier = cradle.start(
+        sys.executable, "-c",
+        "import subprocess,time; subprocess.Popen(['sh','-c','sleep 600 & wait'], start_new_session=True);"
+        "time.sleep(600)", name="coding",
+    )  # fmt: skip
+    run = cradle.run_record(identifier)
+    wait_until(lambda: _children(run.pid) and _children(_children(run.pid)[0]), "the grandchild runs")
+    (child,) = _children(run.pid)
+    (grandchild,) = _children(child)
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        reader.read()
+        for pid in (run.shim_pid, run.pid, child, grandchild):
+            assert reader.owner_of(pid) == Subject("endpoint", "coding")
+        assert reader.owner_of(stranger.pid) is None
+        assert reader.owner_of(os.getpid()) is None
+        assert reader.owner_of(1) is None
+        description = reader.describe(stranger.pid)
+        assert description.owner is None
+        assert description.command == "sleep 600"
+        assert description.user
+        stranger.kill()
+
+
+def test_an_orphan_is_owned_by_its_session_or_its_marker(cradle, reader, wait_until):
+    run = cradle.run_record(cradle.start(*DAEMONISED_CHILD_OUTLIVES))
+    wait_until(lambda: _children(run.pid), "the child runs")
+    (child,) = _children(run.pid)
+    for pid in (run.shim_pid, run.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: only(reader).phase == "vanished", "the leader's end")
+    assert reader.owner_of(child) == Subject("endpoint", "thinking")
+
+
+def test_who_was_foreign_before_its_incarnation_was_known_is_not_foreign_for_ever(cradle, reader):
+    run = cradle.run_record(cradle.start("sleep", "600"))
+    assert reader.owner_of(run.pid) is None  # nothing was read yet
+    reader.read()
+    assert reader.owner_of(run.pid) == Subject("endpoint", "thinking")
+
+
+def test_a_pid_that_is_not_in_proc_has_neither_owner_nor_command(reader):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    description = reader.describe(process.pid)
+    assert (description.owner, description.user, description.command) == (None, None, None)
+    assert reader.owner_of(2**22 + 1) is None
+
+
+# ---------------------------------------------------------------- listeners
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::", "::1"])
+def test_a_strangers_listener_is_named(reader, address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip("no such address here")
+    with server:
+        port = server.getsockname()[1]
+        holder = reader.foreign_listener(port)
+        assert (holder.port, holder.pid) == (port, os.getpid())
+        assert "python" in holder.command
+        assert reader.foreign_listener(port) == holder
+    assert reader.foreign_listener(port) is None
+
+
+def test_a_bound_socket_that_does_not_listen_is_no_listener(reader, port):
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", port))
+        assert reader.foreign_listeners([port]) == {}
+
+
+def test_our_own_listener_is_not_foreign_and_is_its_own(cradle, reader, port, wait_until):
+    identifier = cradle.start(sys.executable, "-c", LISTENER, str(port), port=port)
+    wait_until(lambda: listens(port), "it listens")
+    reader.read()
+    assert reader.foreign_listener(port) is None
+    assert reader.owns_listener(identifier, port) is True
+
+
+def test_a_childs_listener_is_its_parents_own(cradle, reader, port, wait_until):
+    identifier = cradle.start("sh", "-c", f'{sys.executable} -c "$0" {port} & wait', LISTENER, port=port)
+    wait_until(lambda: listens(port), "it listens")
+    reader.read()
+    assert reader.owns_listener(identifier, port) is True
+
+
+def test_somebody_elses_listener_is_not_its_own(cradle, reader, port, wait_until):
+    """Of two servers started on one port the loser stays alive and never listens."""
+    loser = cradle.start("sleep", "600", name="loser", port=port)
+    winner = cradle.start(sys.executable, "-c", LISTENER, str(port), name="winner", port=port)
+    wait_until(lambda: listens(port), "the winner listens")
+    reader.read()
+    assert reader.owns_listener(loser, port) is False
+    assert reader.owns_listener(winner, port) is True
+
+
+def test_without_any_listener_or_record_ownership_cannot_be_told(cradle, reader, port):
+    identifier = cradle.start("sleep", "600", port=port)
+    reader.read()
+    assert reader.owns_listener(identifier, port) is None
+    assert reader.owns_listener("nobody", port) is None
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_a_look_at_twenty_running_incarnations_costs_little(cradle, reader, state):
+    identifier = cradle.start("sleep", "600")
+    source = state.run / identifier
+    for number in range(19):
+        twin = state.run / f"{identifier}{number}"
+        twin.mkdir()
+        for name in ("intent.json", "run.json"):
+            (twin / name).write_text((source / name).read_text().replace(identifier, twin.name))
+    for folder in state.run.iterdir():  # settled long ago
+        os.utime(folder, ns=(1, 1))
+    assert len(reader.read()) == 20
+    best = min(_timed(reader.read) for _ in range(20))
+    assert best < 0.02, f"{best / 20 * 1e6:.0f} µs per incarnation"
+
+
+def _timed(call):
+    began = time.process_time()
+    call()
+    return time.process_time() - began
