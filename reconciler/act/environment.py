@@ -1,7 +1,7 @@
 """The environment of a leader: what it may inherit, what files and set points add, what is ours alone.
 
-A daemon's own environment is an accident of who started it; a leader gets an allow-list of it, so that it starts the same
-from a shell, from systemd and after an upgrade, and so that tokens of the person at the keyboard do not travel.
+A daemon's own environment is an accident of who started it; a leader gets an allow-list of it, so that it starts the
+same from a shell, from systemd and after an upgrade, and so that tokens of the person at the keyboard do not travel.
 """
 
 from __future__ import annotations

@@ -1,0 +1,329 @@
+"""Starting and ending incarnations: real processes, each under a shim of its own.
+
+Every operation is an `ensure_*`: it reads the records and the process table afresh and decides on them, so that it may
+be called again at any time, by this daemon or by the next one. What a signal rests on is durable before it is sent.
+
+Writing records and spawning block the event loop for some milliseconds. That is on purpose: between reading a record
+and acting on it nothing else runs, so two calls for one incarnation cannot both find it unsignalled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reconciler import census
+from reconciler.act import ports
+from reconciler.act.target import Target, examine
+from reconciler.act.waiting import readable_within
+from reconciler.clock import Clock, Instant
+from reconciler.errors import ActError
+from reconciler.journal import incarnations
+from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
+from reconciler.journal.layout import StateDir, is_locked, take_lock
+from reconciler.plan.observed import Subject
+from reconciler.spec.spec import Stop
+
+_SHIM = Path(__file__).resolve().with_name("shim.py")
+
+_START_S = 30.0
+"""How long a shim may take to report; it takes 15 ms, and seconds on a box that swaps."""
+_LINGER_S = 0.5
+"""What the others get when the leader ended by itself: resource trackers unlink /dev/shm files only then."""
+_LOOK_S = 0.02
+"""Between two looks for the record of a shim that an earlier daemon spawned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One start, complete: nothing is looked up any more."""
+
+    incarnation: str
+    subject: Subject
+    process_hash: str
+    gpus: tuple[str, ...]
+    """UUIDs."""
+    memory_bytes: tuple[int, ...]
+    """On each of `gpus`."""
+    exclusive: bool
+    port: int | None
+    """To be proven free; None: it needs none."""
+    attempt: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(repr=False)
+    """The leader's whole environment but for the markers (`environment.child_environment`)."""
+    cwd: str
+
+
+class ProcessActor:
+    """Starts and ends the incarnations recorded in one state directory."""
+
+    def __init__(self, state: StateDir, clock: Clock, boot_id: str) -> None:
+        self._state = state
+        self._clock = clock
+        self._boot_id = boot_id
+        self._shims: dict[int, subprocess.Popen[bytes]] = {}
+        self._starts: dict[str, asyncio.Future[None]] = {}
+
+    # ------------------------------------------------------------ starting
+
+    async def ensure_started(self, launch: Launch) -> None:
+        """Start it, unless it was; returns once its program runs, or its end (127, 126: it could not) is recorded.
+
+        1. It was put away already, or its process is recorded: nothing to do.
+        2. Its start is under way: wait for that.
+        3. Its subject's lock is held: refused, its predecessor runs or is still ending.
+        4. Its port is taken: refused.
+        5. Otherwise: intent, shim, record.
+
+        Raises:
+            PortInUse: 4.
+            ActError: 3, or the start failed before anything ran.
+        """
+        if (self._state.ended / launch.incarnation).exists():  # 1
+            return
+        if (self._state.run / launch.incarnation).exists():
+            await self._join_start(launch)
+            return
+        order = _encode_order(launch, self._state, self._boot_id)
+        ready = self._spawn(launch, order)
+        start = asyncio.ensure_future(self._report(launch, ready))
+        self._starts[launch.incarnation] = start
+        start.add_done_callback(lambda _: self._starts.pop(launch.incarnation, None))
+        await asyncio.shield(start)
+
+    async def _join_start(self, launch: Launch) -> None:
+        """Outcomes 1 and 2 for an incarnation that has an intent."""
+        if start := self._starts.get(launch.incarnation):
+            await asyncio.shield(start)
+            return
+        lock = incarnations.lock_path(self._state, launch.subject.kind, launch.subject.name)
+        deadline = self._clock.now().plus(_START_S)
+        while not self._is_recorded(launch.incarnation):
+            # an earlier daemon's shim: it has no pipe to us, so its record is looked for
+            if not is_locked(lock) and not self._is_recorded(launch.incarnation):
+                raise ActError(
+                    f"{launch.subject}: incarnation {launch.incarnation} was never started; its shim is gone"
+                )
+            if self._clock.now().since(deadline) > 0:
+                raise ActError(f"{launch.subject}: its shim has not reported for {_START_S:.0f} s")
+            await self._clock.sleep(_LOOK_S)
+
+    def _is_recorded(self, incarnation: str) -> bool:
+        records = incarnations.read(self._state.run / incarnation)
+        return records.run is not None or records.exit is not None
+
+    def _spawn(self, launch: Launch, order: bytes) -> int:
+        """Lock, port, intent, shim, in this order; the pipe that the shim will close."""
+        subject = launch.subject
+        try:
+            lock = take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
+        except OSError as error:
+            raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
+        if lock is None:
+            raise ActError(
+                f"{subject}: already running, or its predecessor is still ending", hint=f"reconciler explain {subject}"
+            )
+        try:
+            if launch.port is not None:
+                ports.prove_free(launch.port)
+            try:
+                incarnations.write_intent(self._state, self._intent(launch))
+            except OSError as error:
+                raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
+            try:
+                return self._spawn_shim(lock, order)
+            except OSError as error:
+                reason = f"its shim could not be started: {error}"
+                with suppress(OSError):
+                    incarnations.write_exit(self._state, launch.incarnation, Exit(126, self._clock.now(), reason))
+                raise ActError(f"{subject}: {reason}") from error
+        finally:
+            os.close(lock)  # the shim has its own copy
+
+    def _intent(self, launch: Launch) -> Intent:
+        subject = launch.subject
+        return Intent(
+            id=launch.incarnation,
+            kind=subject.kind,
+            name=subject.name,
+            process_hash=launch.process_hash,
+            gpus=launch.gpus,
+            memory_bytes=launch.memory_bytes,
+            exclusive=launch.exclusive,
+            port=launch.port,
+            attempt=launch.attempt,
+            argv=launch.argv,
+            log=str(incarnations.log_path(self._state, subject.kind, subject.name, launch.incarnation)),
+            started=self._clock.now(),
+            boot_id=self._boot_id,
+        )
+
+    def _spawn_shim(self, lock: int, order: bytes) -> int:
+        ready, report = os.pipe()
+        stdin = os.memfd_create("order", os.MFD_CLOEXEC)  # no disk, and no pipe that fills up before the shim reads
+        try:
+            with open(stdin, "wb", closefd=False) as file:
+                file.write(order)
+            os.lseek(stdin, 0, os.SEEK_SET)
+            shim = subprocess.Popen(  # reaped by `reap`, whenever it ends
+                (sys.executable, "-I", "-S", str(_SHIM), str(lock), str(report)),
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(lock, report),
+                # an interpreter may need its library path; anything else would stand in the shim's environ for years
+                env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(ready)
+            raise
+        finally:
+            os.close(report)
+            os.close(stdin)
+        self._shims[shim.pid] = shim
+        return ready
+
+    async def _report(self, launch: Launch, ready: int) -> None:
+        """Wait until the shim closes its pipe; what it wrote there is why it failed."""
+        deadline = self._clock.now().plus(_START_S)
+        said = b""
+        try:
+            while True:
+                if not await readable_within(ready, -self._clock.now().since(deadline), self._clock):
+                    raise ActError(f"{launch.subject}: its shim has not reported within {_START_S:.0f} s")
+                chunk = os.read(ready, 4096)
+                if not chunk:
+                    break
+                said += chunk
+        finally:
+            os.close(ready)
+        if not self._is_recorded(launch.incarnation):
+            reason = said.decode(errors="replace") or "it was killed"
+            raise ActError(f"{launch.subject}: its shim ended before it started anything: {reason}")
+
+    # ------------------------------------------------------------ ending
+
+    async def ensure_drain_requested(self, incarnation: str) -> None:
+        """Record that its end was asked for, if it is not recorded yet.
+
+        Raises:
+            ActError: it could not be recorded.
+        """
+        target = examine(self._state, self._boot_id, incarnation)
+        if target is not None and target.stop is None:
+            self._record_stop(target, StopRecord(self._clock.now(), drained=False, signalled=None))
+
+    async def ensure_stopped(self, incarnation: str, stop: Stop) -> None:
+        """End it: one signal to the leader, grace, SIGKILL to whatever of it lives; returns when nothing does.
+
+        To change the grace, cancel the call and call again: grace counts from the recorded moment of the signal, which
+        is never sent twice. A leader that was gone before gets no stop record: its end was not asked for.
+
+        Raises:
+            NotOurs: its identity could not be proven; nothing was signalled.
+            ActError: it could not be recorded (nothing was signalled), or a member may not be signalled.
+        """
+        target = examine(self._state, self._boot_id, incarnation)
+        if target is None:
+            return
+        leader = target.open_leader()
+        try:
+            if leader is not None:
+                signalled = self._signal_once(target, leader, _signal_number(stop.signal))
+                end = signalled.plus(stop.grace_s)
+                if await readable_within(leader, -self._clock.now().since(end), self._clock):
+                    await target.linger(min(_LINGER_S, -self._clock.now().since(end)), self._clock)
+            await target.kill(leader, self._clock)
+        finally:
+            if leader is not None:
+                os.close(leader)
+
+    async def ensure_killed(self, incarnation: str) -> None:
+        """End it at once: SIGKILL to all of it; returns when nothing of it lives.
+
+        Raises:
+            NotOurs: its identity could not be proven; nothing was signalled.
+            ActError: it could not be recorded (nothing was signalled), or a member may not be signalled.
+        """
+        target = examine(self._state, self._boot_id, incarnation)
+        if target is None:
+            return
+        leader = target.open_leader()
+        try:
+            if leader is not None:
+                self._signal_once(target, leader, signal.SIGKILL)
+            await target.kill(leader, self._clock)
+        finally:
+            if leader is not None:
+                os.close(leader)
+
+    def _signal_once(self, target: Target, leader: int, number: signal.Signals) -> Instant:
+        """Send the one stop signal, unless it was; the recorded moment of it.
+
+        The record comes first: a crash between the two costs a polite end, the other order would cost a second signal,
+        and a second SIGTERM orphans workers (vllm#44751).
+        """
+        now = self._clock.now()
+        if isinstance(target.stop, StopRecord) and target.stop.signalled is not None:
+            return target.stop.signalled
+        requested = target.stop.requested if isinstance(target.stop, StopRecord) else now
+        self._record_stop(target, StopRecord(requested, drained=True, signalled=now))
+        if not isinstance(target.stop, Unreadable):  # else it may have been sent: count the grace, send nothing
+            try:
+                signal.pidfd_send_signal(leader, number)
+            except ProcessLookupError:
+                pass
+            except OSError as error:
+                raise ActError(f"pid {target.run.pid} cannot be signalled: {error.strerror}") from error
+        return now
+
+    def _record_stop(self, target: Target, record: StopRecord) -> None:
+        try:
+            incarnations.write_stop(self._state, target.id, record)
+        except OSError as error:
+            raise ActError(f"the stop of {target.id} cannot be recorded: {error}; nothing was signalled") from error
+
+    # ------------------------------------------------------------ afterwards
+
+    def reap(self) -> None:
+        """Collect our own shims that ended; elsewhere they would stay zombies as long as the daemon lives."""
+        for pid, shim in list(self._shims.items()):
+            if shim.poll() is not None:
+                del self._shims[pid]
+
+
+def _signal_number(name: str) -> signal.Signals:
+    try:
+        return signal.Signals[name]
+    except KeyError:
+        raise ActError(f"there is no signal {name!r}", hint="SIGTERM, SIGINT, SIGQUIT…") from None
+
+
+def _encode_order(launch: Launch, state: StateDir, boot_id: str) -> bytes:
+    """What the shim reads on stdin; the markers that prove membership are added here."""
+    subject = launch.subject
+    log = incarnations.log_path(state, subject.kind, subject.name, launch.incarnation)
+    environment = {
+        **launch.env,
+        census.MARKER: launch.incarnation,
+        "RECONCILER_SUBJECT": f"{subject.kind}/{subject.name}",
+        "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
+    }
+    fields = [
+        *(str(state.run / launch.incarnation), boot_id, str(log), launch.cwd, str(len(launch.argv))),
+        *launch.argv,
+        *(f"{name}={value}" for name, value in environment.items()),
+    ]
+    if not launch.argv or any("\0" in item for item in fields) or any("=" in name or not name for name in environment):
+        raise ActError(f"{subject}: its command or environment is empty or holds what no program can be given")
+    return b"\0".join(os.fsencode(item) for item in fields)

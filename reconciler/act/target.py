@@ -1,0 +1,176 @@
+"""An incarnation that may be signalled: proven to be ours first, killed to the last member then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler import census, identity
+from reconciler.act.waiting import readable_within
+from reconciler.clock import Clock
+from reconciler.errors import ActError, NotOurs
+from reconciler.journal import incarnations
+from reconciler.journal.incarnations import Run, StopRecord, Unreadable
+from reconciler.journal.layout import StateDir, is_locked
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.25
+"""Between two rounds of killing, doubling: a killed process takes a moment, one in a driver call takes long."""
+_SHIM_END_S = 5.0
+"""How long a shim without descendants may take to record the exit and go."""
+_PROCESS_GROUP = 1 << 2
+"""PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9 (pidfd_send_signal(2))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An incarnation of this boot and this pid namespace, with readable records."""
+
+    id: str
+    run: Run
+    stop: StopRecord | Unreadable | None
+
+    def open_leader(self) -> int | None:
+        """A pidfd of exactly the recorded leader; None when it is gone. The caller closes it.
+
+        Raises:
+            NotOurs: it could not be told.
+        """
+        try:
+            return identity.open_pidfd(self.run.pid, self.run.start_ticks)
+        except OSError as error:
+            raise NotOurs(f"pid {self.run.pid}: its identity cannot be verified: {error}") from error
+
+    def members(self) -> tuple[identity.ProcStat, ...]:
+        """Its living processes, the leader included.
+
+        Raises:
+            NotOurs: it could not be told.
+        """
+        run = self.run
+        try:
+            return census.members(
+                incarnation=self.id,
+                pid=run.pid,
+                start_ticks=run.start_ticks,
+                session_id=run.session_id,
+                shim_pid=run.shim_pid,
+                shim_start_ticks=run.shim_start_ticks,
+            )
+        except OSError as error:
+            raise NotOurs(f"{self.id}: its processes cannot be told: {error}") from error
+
+    async def linger(self, seconds: float, clock: Clock) -> None:
+        """Let what is left end by itself; a shim that goes tells that nothing is left."""
+        shim = self._open_shim()
+        if shim is not None:
+            try:
+                await readable_within(shim, seconds, clock)
+            finally:
+                os.close(shim)
+
+    async def kill(self, leader: int | None, clock: Clock) -> None:
+        """SIGKILL every member, again and again until none lives (a forking tree races; stopped ones die too).
+
+        Args:
+            leader: its pidfd, if it lived when the caller began: its group is then killed in one call, forks included.
+            clock: for the pauses between rounds.
+
+        Raises:
+            NotOurs: who lives could not be told.
+            ActError: a member may not be signalled (it changed its user).
+        """
+        pause = _FIRST_PAUSE_S
+        shim = self._open_shim()
+        try:
+            while members := self.members():
+                if leader is not None:
+                    _kill_group(leader)
+                _kill_each(members)
+                if shim is None:
+                    await clock.sleep(pause)
+                elif await readable_within(shim, pause, clock):
+                    os.close(shim)
+                    shim = None
+                pause = min(pause * 2, _LAST_PAUSE_S)
+            if shim is not None:
+                # it has yet to record the leader's end and to let go of the lock; a stopped shim is not waited for
+                await readable_within(shim, _SHIM_END_S, clock)
+        finally:
+            if shim is not None:
+                os.close(shim)
+
+    def _open_shim(self) -> int | None:
+        try:
+            return identity.open_pidfd(self.run.shim_pid, self.run.shim_start_ticks)
+        except OSError as error:
+            raise NotOurs(f"pid {self.run.shim_pid}: its identity cannot be verified: {error}") from error
+
+
+def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
+    """What of this incarnation may be signalled; None when nothing of it can live.
+
+    1. No records: it was put away, or never was. Nothing lives.
+    2. Its intent or its run record cannot be read: not ours to signal.
+    3. They are of another boot: nothing lives.
+    4. No process is recorded, and its lock is free: it was never started. With the lock held, it is about to be.
+    5. Recorded in another pid namespace: its pids mean nothing here. With the lock free its container went down.
+    6. Otherwise its pids can be compared with what runs.
+
+    Raises:
+        NotOurs: 2, and 5 while the lock is held.
+        ActError: 4 while the lock is held.
+    """
+    records = incarnations.read(state.run / incarnation)
+    intent, run = records.intent, records.run
+    if intent is None and run is None:  # 1
+        return None
+    if intent is None or isinstance(intent, Unreadable) or isinstance(run, Unreadable):  # 2
+        raise NotOurs(f"{incarnation}: {'; '.join(records.unreadable) or 'it has no intent'}; nothing was signalled")
+    if intent.boot_id != boot_id or (run is not None and run.boot_id != boot_id):  # 3
+        return None
+    held = _is_held(incarnations.lock_path(state, intent.kind, intent.name))
+    if run is None:  # 4
+        if held and records.exit is None:
+            raise ActError(f"{intent.name}: incarnation {incarnation} is still being started")
+        return None
+    if run.pid_namespace != Path("/proc/self/ns/pid").stat().st_ino:  # 5
+        if held:
+            raise NotOurs(f"{intent.name}: it runs in another pid namespace; nothing was signalled")
+        return None
+    return Target(incarnation, run, records.stop)  # 6
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        return is_locked(lock)
+    except OSError as error:
+        raise NotOurs(f"{lock}: {error.strerror}; nothing was signalled") from error
+
+
+def _kill_group(leader: int) -> None:
+    """SIGKILL the group that the leader leads; where the kernel cannot, the members one by one have to do."""
+    try:
+        signal.pidfd_send_signal(leader, signal.SIGKILL, None, _PROCESS_GROUP)
+    except ProcessLookupError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise ActError(f"a process group cannot be killed: {error.strerror}") from error
+
+
+def _kill_each(members: tuple[identity.ProcStat, ...]) -> None:
+    refused: list[str] = []
+    for member in members:
+        try:
+            identity.send_signal(member.pid, member.start_ticks, signal.SIGKILL)
+        except PermissionError:
+            refused.append(str(member.pid))
+        except OSError as error:
+            raise NotOurs(f"pid {member.pid}: its identity cannot be verified: {error}") from error
+    if refused:
+        raise ActError(
+            f"not permitted to end pid {', '.join(refused)}", hint="it changed its user; end it as that user"
+        )
