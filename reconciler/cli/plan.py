@@ -1,0 +1,171 @@
+"""`validate`, `plan`, `apply`: from files to a decision to the deed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reconciler.cli import wiring
+from reconciler.cli.arguments import group
+from reconciler.cli.checking import check_files
+from reconciler.cli.face import Face
+from reconciler.cli.progress import Progress
+from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
+from reconciler.cli.values import Seconds
+from reconciler.errors import UsageError
+from reconciler.plan.actions import Plan
+from reconciler.plan.render import gpu_indices, plan_data, render_plan
+from reconciler.plan.status import problem_data
+
+CHANGES_PENDING = 2
+
+_STYLES = {"+": "green", "-": "red", "!": "bold red", "<": "cyan", "~": "yellow", "?": "magenta", "x": "bold magenta"}
+
+app = group()
+
+
+@app.command()
+def validate(
+    ctx: typer.Context,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", show_default=False, help="Default: the set points and their overlays."),
+    ] = None,
+) -> int:
+    """Check set-point and overlay files; every error, not the first alone.
+
+    An overlay file is checked against the set points it belongs to. Exit 0 or 1.
+
+    Example: reconciler validate overlays/render.yaml
+    """
+    face = Face.of(ctx)
+    checked, problems = check_files(face.options, tuple(files or ()))
+    if face.is_json:
+        names = [str(path) for path in checked]
+        face.answer({"valid": not problems, "files": names, "problems": [problem_data(p) for p in problems]})
+    else:
+        for problem in problems:
+            face.line(str(problem))
+        wrong = len({problem.file for problem in problems})
+        if problems:
+            face.note(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {wrong} file{'s' * (wrong != 1)}")
+        else:
+            face.note(f"{len(checked)} file{'s' * (len(checked) != 1)} checked, no problems")
+    return 1 if problems else 0
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    *,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="As if it were this time (ISO 8601 with offset, or local).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the plan, for `reconciler apply FILE`.")
+    ] = None,
+    detailed_exitcode: Annotated[
+        bool, typer.Option("--detailed-exitcode", help="Exit 2 when changes are pending.")
+    ] = False,
+) -> int:
+    """Show what would be done, in which order and why; changes nothing.
+
+    Example: reconciler plan --at 2026-11-24T22:00:00+01:00
+    """
+    face = Face.of(ctx)
+    seen = wiring.look(face.options, at=None if at is None else _moment(at))
+    _tell_notes(face, seen)
+    if out is not None:
+        save(out, seen.plan, seen.observed)
+    if face.is_json:
+        face.answer(plan_data(seen.plan, seen.observed))
+    else:
+        _print_plan(face, seen)
+        if out is not None:
+            face.note(f"saved as {out}; `reconciler apply {out}` carries it out as long as nothing has moved")
+    return CHANGES_PENDING if detailed_exitcode and _pending(seen.plan) else 0
+
+
+@app.command()
+def apply(
+    ctx: typer.Context,
+    *,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", show_default=False, help="A plan saved with `plan --out`.")
+    ] = None,
+    timeout: Annotated[
+        Seconds | None, typer.Option(parser=Seconds.parse, metavar="D", help="Give up after this long, such as 5m.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Converge once, with live progress.
+
+    With a saved plan: refuses (exit 4) if the set points or the box have moved since. Asks on a terminal unless --yes.
+
+    Example: reconciler apply --yes --timeout 10m
+    """
+    face = Face.of(ctx)
+    if file is not None or (face.asks and not yes):
+        seen = wiring.look(face.options)
+        _tell_notes(face, seen)
+        if file is not None:
+            refuse_if_stale(read_saved(file), seen.plan, file)
+        if face.asks and not yes:
+            _print_plan(face, seen)
+            if _pending(seen.plan):
+                face.confirm("Carry this out?", yes=yes)
+    with Progress(face) as progress:
+        done = wiring.converge(
+            face.options, "apply", timeout_s=timeout.value if timeout else None, progress=progress.show
+        )
+    return finish(face, done)
+
+
+def finish(face: Face, done: wiring.Outcome) -> int:
+    """Tell how a convergence ended; its exit code."""
+    if face.is_json:
+        face.answer({"ok": done.ok, "message": done.message, "plan": plan_data(done.plan, done.observed)})
+    elif done.ok:
+        face.line(done.message)
+    else:
+        face.note(f"error: {done.message}")
+    return 0 if done.ok else 1
+
+
+def _pending(decided: Plan) -> bool:
+    """Something is to be done, or wanted and cannot be done."""
+    return not decided.converged or bool(decided.drift)
+
+
+def _print_plan(face: Face, seen: wiring.Look) -> None:
+    from rich.text import Text
+
+    zone = datetime.now().astimezone().tzinfo
+    assert zone is not None  # noqa: S101 - astimezone() gives one
+    for line in render_plan(seen.plan, gpu_indices(seen.observed), zone).splitlines():
+        style = _STYLES.get(line[:1], "") if line[1:2] == " " else ""
+        face.out.print(Text(line, style), soft_wrap=True)
+
+
+def _tell_notes(face: Face, seen: wiring.Look) -> None:
+    for problem in seen.spec.problems:
+        face.note(f"{problem}\n  (this file changes nothing until it is mended)")
+    for note in seen.notes:
+        face.note(note)
+
+
+def _moment(text: str) -> float:
+    """Epoch seconds.
+
+    Raises:
+        UsageError: not a time.
+    """
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            f"{text!r} is not a time", hint="write it as 2026-11-24T22:00:00+01:00; without an offset it is local"
+        ) from error

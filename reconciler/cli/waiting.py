@@ -1,0 +1,47 @@
+"""Waiting for the state directory to change, instead of asking it again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from watchfiles import Change, watch
+
+SETTLE_MS = 50
+"""Changes this close together are one: the journal commits several times in a tick."""
+_MISSING_S = 0.5
+
+
+def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[None]:
+    """Now, and then whenever a file of `folder` that ends so was written; at the latest after `patience_s`.
+
+    inotify does not see what reaches a file through a mapping or another machine, so patience is bounded. A folder that
+    is not there yet is looked for.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+
+    def counts(_: Change, path: str) -> bool:
+        return path.endswith(suffixes)
+
+    yield
+    while True:
+        if folder.is_dir():
+            # a folder that vanishes while it is watched ends the watch, and is looked for again
+            with suppress(FileNotFoundError):
+                for _ in watch(
+                    folder,
+                    watch_filter=counts,
+                    debounce=SETTLE_MS,
+                    step=SETTLE_MS,
+                    rust_timeout=round(patience_s * 1000),
+                    yield_on_timeout=True,
+                    recursive=False,
+                ):
+                    yield
+        else:
+            time.sleep(_MISSING_S)
+            yield
