@@ -33,11 +33,13 @@ from reconciler.spec.spec import Stop
 
 _SHIM = Path(__file__).resolve().with_name("shim.py")
 
+_LOCK_S = 1.0
+"""How long a start waits for the lock of a predecessor whose end is recorded: its shim only has to leave."""
 _START_S = 30.0
 """How long a shim may take to report; it takes 15 ms, and seconds on a box that swaps."""
 _LINGER_S = 0.5
 """What the others get when the leader ended by itself: resource trackers unlink /dev/shm files only then."""
-_LOOK_S = 0.02
+_LOOK_S = 0.005
 """Between two looks for the record of a shim that an earlier daemon spawned."""
 
 
@@ -93,7 +95,7 @@ class ProcessActor:
             await self._join_start(launch)
             return
         order = _encode_order(launch, self._state, self._boot_id)
-        ready = self._spawn(launch, order)
+        ready = self._spawn(launch, order, await self._lock(launch))
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
         start.add_done_callback(lambda _: self._starts.pop(launch.incarnation, None))
@@ -120,17 +122,25 @@ class ProcessActor:
         records = incarnations.read(self._state.run / incarnation)
         return records.run is not None or records.exit is not None
 
-    def _spawn(self, launch: Launch, order: bytes) -> int:
-        """Lock, port, intent, shim, in this order; the pipe that the shim will close."""
+    async def _lock(self, launch: Launch) -> int:
+        """The subject's lock. A predecessor's shim holds it for some ms after it recorded the end: that is waited for."""
         subject = launch.subject
-        try:
-            lock = take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
-        except OSError as error:
-            raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
-        if lock is None:
-            raise ActError(
-                f"{subject}: already running, or its predecessor is still ending", hint=f"reconciler explain {subject}"
-            )
+        deadline = self._clock.now().plus(_LOCK_S)
+        while True:
+            try:
+                lock = take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
+            except OSError as error:
+                raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
+            if lock is not None:
+                return lock
+            if self._clock.now().since(deadline) >= 0:
+                hint = f"reconciler explain {subject}"
+                raise ActError(f"{subject}: already running, or its predecessor is still ending", hint=hint)
+            await self._clock.sleep(_LOOK_S)
+
+    def _spawn(self, launch: Launch, order: bytes, lock: int) -> int:
+        """Port, intent, shim, in this order, under the lock; the pipe that the shim will close."""
+        subject = launch.subject
         try:
             if launch.port is not None:
                 ports.prove_free(launch.port)

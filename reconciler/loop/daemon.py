@@ -26,7 +26,7 @@ from reconciler.loop.history import predicted, record_durations
 from reconciler.loop.launching import launch_of
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
-from reconciler.observe.nvml import CACHED, FRESH
+from reconciler.observe.nvml import CACHED, WAITING
 from reconciler.observe.snapshot import ObserveOptions
 from reconciler.plan.actions import Action, Event, Plan
 from reconciler.plan.graph import stop_for
@@ -39,7 +39,9 @@ from reconciler.spec.spec import Spec, Stop
 
 MEMORY_POLL_S = 0.1
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
-WATCHED_OPS = frozenset({"wait_memory"})
+OUTSIDE_POLL_S = 1.0
+OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "PortInUse"})
+"""What strangers hold: nothing tells of its end either, and it is looked for once a second while somebody is blocked."""
 
 
 class Eyes(Protocol):
@@ -168,13 +170,12 @@ class Daemon:
         for incarnation in plan.archive:
             archive(parts.state, incarnation)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
+        self._last = Tick(in_force, observed, plan, incidents, idle=False)  # what the starts are launched with
         await self._executor.walk(plan)
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
-        tick = Tick(in_force, observed, plan, incidents, not self._executor.busy)
-        self._last = tick
-        return tick
+        return replace(self._last, idle=not self._executor.busy)
 
     def _load(self) -> SpecInForce:
         """The spec in force, read again if files may have changed."""
@@ -206,7 +207,7 @@ class Daemon:
         last = self._last.plan if self._last else None
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         quiet = last is not None and last.converged
-        return ObserveOptions(gpus=CACHED if quiet else FRESH, ready_before=ready)
+        return ObserveOptions(gpus=CACHED if quiet else WAITING, ready_before=ready)
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
         journal = self._parts.journal
@@ -221,8 +222,10 @@ class Daemon:
         """How long to wait if nothing wakes the loop, in seconds."""
         now = self._parts.clock.now()
         waits = [tick.spec.spec.policy.resync_s]
-        if any(a.op in WATCHED_OPS and a.ready for a in tick.plan.actions) or tick.plan.archive:
+        if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions) or tick.plan.archive:
             waits.append(MEMORY_POLL_S)
+        if any(b.reason in OUTSIDE for b in tick.plan.blocked):
+            waits.append(OUTSIDE_POLL_S)
         if tick.plan.next_wake is not None:
             waits.append(max(0.0, tick.plan.next_wake.since(now)) + 0.001)
         retry = self._executor.next_retry()
