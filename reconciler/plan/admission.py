@@ -16,6 +16,8 @@ from reconciler.plan.preemption import Consents, Refusal
 from reconciler.plan.seating import need_of, seat
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
+LOOK_AGAIN_S = 1.0
+
 
 def admit_all(draft: Draft) -> None:
     """Admit every waiting overlay that fits, the most important first; say of the others why they wait.
@@ -26,7 +28,12 @@ def admit_all(draft: Draft) -> None:
     waiting = [s for s in draft.steps.values() if s.record.state == "pending" and s.spec is not None]
     for step in sorted(waiting, key=lambda s: (-s.record.priority, s.record.window_start, s.record.name)):
         assert step.spec is not None  # noqa: S101 - narrowed by the filter above
-        if draft.now.wall < step.record.window_start:
+        if draft.situation.incarnations(Subject("workload", step.record.name)):
+            # Its end would be taken for the end of the run that begins.
+            subject = Subject("workload", step.record.name)
+            draft.block(Blocked(subject, "LastRun", "its last run is not put away yet", transient=True))
+            draft.wakes.append(draft.now.plus(LOOK_AGAIN_S))
+        elif draft.now.wall < step.record.window_start:
             subject, begin = Subject("workload", step.record.name), step.record.window_start
             draft.block(Blocked(subject, "NotYet", "its window has not begun", (), begin, transient=True))
         elif not draft.situation.observed.clock_jumped or step.record.window_start <= step.record.since.wall:

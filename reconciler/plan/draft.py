@@ -82,6 +82,7 @@ class Draft:
                 if step.wake is not None:
                     draft.wakes.append(step.wake)
         draft.leases = [x for x in situation.ledger.leases if x.overlay in draft.steps and draft.steps[x.overlay].live]
+        draft.bequeath()
         draft.quarantines = dict(situation.ledger.quarantines)
         draft.want()
         for name in situation.endpoint_names():
@@ -118,6 +119,20 @@ class Draft:
                 self.wanted[name] = base[name]
                 self.owners[name] = lease.overlay
 
+    def bequeath(self) -> None:
+        """Hand the leases on standby providers of overlays that ended to one in force that requires them as well."""
+        base = self.situation.spec.endpoints
+        heirs = [s for s in self.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+        kept = []
+        for lease in self.leases:
+            provider = base.get(lease.subject.name) if lease.subject.kind == "endpoint" else None
+            over = self.steps[lease.overlay].record.state not in OVERRIDING
+            if over and provider is not None and provider.state == "standby":
+                heir = next((s for s in heirs if s.spec and set(s.spec.requires) & set(provider.capabilities)), None)
+                lease = replace(lease, overlay=heir.record.name) if heir else lease  # noqa: PLW2901
+            kept.append(lease)
+        self.leases = kept
+
     def move(self, name: str, record: OverlayRecord) -> None:
         """Put an overlay into its next state, and say so."""
         self.steps[name] = replace(self.steps[name], record=record)
@@ -129,12 +144,17 @@ class Draft:
         return tuple(sorted(mine, key=lambda x: order.get(x.gpu, len(order))))
 
     def evicted_from(self, name: str) -> dict[str, set[str]]:
-        """The overlays that displaced this endpoint and still hold, each with the GPUs it holds."""
-        return {
-            step.record.name: {x.gpu for x in self.leases if x.overlay == step.record.name}
-            for step in self.steps.values()
-            if name in step.record.evicted and step.record.state in HOLDING
-        }
+        """The overlays that displaced this endpoint and still hold, each with the GPUs it holds against it.
+
+        An overlay that runs another version of the endpoint itself holds none against it.
+        """
+        found: dict[str, set[str]] = {}
+        for step in self.steps.values():
+            if name in step.record.evicted and step.record.state in HOLDING:
+                leases = [x for x in self.leases if x.overlay == step.record.name]
+                own = any(x.subject == Subject("endpoint", name) for x in leases)
+                found[step.record.name] = set() if own else {x.gpu for x in leases}
+        return found
 
     def block(self, blocked: Blocked) -> None:
         """Name what cannot happen now; the first reason given for a subject stays."""

@@ -52,7 +52,7 @@ def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Sta
     health = endpoint.health if endpoint else Health()
     record = _absorb_exits(situation, situation.record(name), endpoint)
     if current is not None:
-        record = _absorb_answer(situation, record, current)
+        record = _absorb_answer(situation, record, current, endpoint.restart if endpoint else Restart())
     state, reason, must_restart, wake = _judge(situation, record, current, health)
     if state == "unhealthy":
         record = replace(record, unhealthy_since=record.unhealthy_since or situation.now)
@@ -91,7 +91,9 @@ def _judge(
     return "unhealthy", "not ready", f"not ready within {health.startup_s:g} s", None  # 6
 
 
-def _absorb_answer(situation: Situation, record: EndpointRecord, current: Incarnation) -> EndpointRecord:
+def _absorb_answer(
+    situation: Situation, record: EndpointRecord, current: Incarnation, restart: Restart
+) -> EndpointRecord:
     """Remember the first readiness of this incarnation, and forgive the past once it lasted."""
     probe = situation.probe(current)
     portless = current.port is None and current.phase == "running"
@@ -102,6 +104,9 @@ def _absorb_answer(situation: Situation, record: EndpointRecord, current: Incarn
             ready_since=situation.now,
             last_gpus=current.gpus,
         )
+    calm = record.ready_incarnation == current.id and record.ready_since is not None and record.unhealthy_since is None
+    if record.streak and calm and situation.now.since(record.ready_since or situation.now) >= restart.reset_after_s:
+        record = replace(record, streak=0)
     return record
 
 

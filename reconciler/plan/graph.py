@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
+from reconciler.plan.ledger import Timings
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, predicted_end
 from reconciler.plan.placement import Hold, Tenant, place
@@ -162,21 +163,21 @@ class Graph:
                 "kill", subject, incarnation.gpus, (), reason=leaving.reason, cause=leaving.cause,
                 timeout_s=KILL_SLACK_S, predicted_s=0.1, incarnation=incarnation.id,
             )  # fmt: skip
+        endpoint = draft.situation.spec.endpoints.get(subject.name) if subject.kind == "endpoint" else None
+        times = draft.situation.timings(endpoint) if endpoint else Timings(load_s=0.0, drain_s=stop.drain_s, stop_s=1.0)
         drained_until = draining(draft, incarnation, stop)
         if drained_until is not None:
             left = drained_until.since(draft.now)
             drain = self._add(
                 "drain", subject, incarnation.gpus, needs, reason=leaving.reason, cause=leaving.cause,
-                timeout_s=stop.drain_s, predicted_s=min(left, stop.drain_s), incarnation=incarnation.id,
+                timeout_s=stop.drain_s, predicted_s=min(left, times.drain_s), incarnation=incarnation.id,
             )  # fmt: skip
             needs = [drain]
             if incarnation.stop is not None:
                 draft.wakes.append(drained_until)
-        endpoint = draft.situation.spec.endpoints.get(subject.name) if subject.kind == "endpoint" else None
-        predicted = draft.situation.timings(endpoint).stop_s if endpoint else 1.0
         return self._add(
             "stop" if subject.kind == "endpoint" else "stop_workload", subject, incarnation.gpus, needs,
-            reason=leaving.reason, cause=leaving.cause, timeout_s=stop.grace_s + KILL_SLACK_S, predicted_s=predicted,
+            reason=leaving.reason, cause=leaving.cause, timeout_s=stop.grace_s + KILL_SLACK_S, predicted_s=times.stop_s,
             incarnation=incarnation.id,
         )  # fmt: skip
 
@@ -236,10 +237,14 @@ class Graph:
             if who.name in draft.wanted and set(overlay.requires) & set(draft.wanted[who.name].capabilities)
         ]
         needs: list[int] = []
+        yielding = [
+            self._vacated_by[i] for i, x in draft.leaving.items() if x.overlay == record.name and i in self._vacated_by
+        ]
         if overlay.workload is not None and record.state in ("admitted", "evicting", "starting"):
             if not draft.situation.living(subject):
                 item = draft.arriving.get(subject)
-                needs = [*self._after_departures(subject, gpus, None), *self._after_loading(subject, gpus), *required]
+                needs = [*self._after_departures(subject, gpus, None), *self._after_loading(subject, gpus)]
+                needs += [*required, *yielding]
                 start = self._add(
                     "start_workload", subject, gpus, needs, reason=f"the work of overlay {record.name}", cause=cause,
                     timeout_s=SPAWN_TIMEOUT_S, predicted_s=SPAWN_S, held=item is None,
@@ -249,7 +254,7 @@ class Graph:
         elif record.state in ("admitted", "evicting", "starting"):
             for gpu in sorted({x.gpu for x in leases}):
                 needs.extend(self._after_departures(subject, (gpu,), None))
-            needs.extend(required)
+            needs += [*required, *yielding]
         span = overlay.makespan.duration_s
         if span is None:
             span = max(0.0, (overlay.makespan.deadline or draft.now.wall + UNKNOWN_RUN_S) - draft.now.wall)

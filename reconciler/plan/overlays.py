@@ -28,14 +28,19 @@ class OverlayStep:
     """None: its file is gone."""
     workload: Incarnation | None
     """The incarnation of the present attempt: living, or ended and not yet archived."""
-    stop_workload: str | None
-    """The workload must end, and why."""
     wake: Instant | None
 
     @property
     def live(self) -> bool:
         """It holds leases or waits for its victims' return."""
         return self.record.state in LIVE
+
+    @property
+    def stop_workload(self) -> str | None:
+        """Why what still runs of its work must end; None while it may run."""
+        if self.record.state in ("completing", "restoring", *TERMINAL):
+            return self.record.reason or "its overlay is over"
+        return None
 
 
 def next_window(makespan: Makespan, after: float) -> float:
@@ -112,10 +117,7 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     if spec is not None:
         record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
         record = _ran(record, spec, workload, situation)
-    stop = None
-    if workload is not None and workload.alive and record.state in ("completing", "restoring", *TERMINAL):
-        stop = record.reason or "its overlay is over"
-    return OverlayStep(record, spec, workload, stop, _wake(record, spec))
+    return OverlayStep(record, spec, workload, _wake(record, spec, now))
 
 
 def _asks_again(record: OverlayRecord, spec: OverlaySpec, now: Instant) -> bool:
@@ -196,7 +198,7 @@ def _ran(record: OverlayRecord, spec: OverlaySpec, workload: Incarnation | None,
     return finish(record, "failed", now, f"the workload failed: {how}")
 
 
-def _wake(record: OverlayRecord, spec: OverlaySpec | None) -> Instant | None:
+def _wake(record: OverlayRecord, spec: OverlaySpec | None, now: Instant) -> Instant | None:
     """When the time alone changes this overlay's state next."""
     if spec is None or record.state in TERMINAL:
         return None
@@ -215,4 +217,4 @@ def _wake(record: OverlayRecord, spec: OverlaySpec | None) -> Instant | None:
     if record.active_since is not None and makespan.duration_s is not None and record.state in ("active", "overrun"):
         grace = makespan.grace_s if spec.workload is not None else 0.0
         wakes.append(record.active_since.plus(makespan.duration_s + grace))
-    return min(wakes, key=lambda w: w.mono, default=None)
+    return min((w for w in wakes if w.mono > now.mono), key=lambda w: w.mono, default=None)

@@ -13,7 +13,7 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Plan, Symbol
 from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import forecast_entries, keep_agenda
-from reconciler.plan.draft import Draft
+from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
 from reconciler.plan.observed import Incarnation, Observed, Subject
@@ -66,7 +66,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         timings=ledger.timings,
     )
     blocked = tuple(sorted(draft.blocked.values(), key=lambda b: b.subject))
-    evictions = sum(len(s.record.evicted) for s in draft.steps.values() if s.record.since == now)
+    victims = _victims(draft)
     return Plan(
         spec_hash=spec.digest,
         observed_fingerprint=fingerprint(observed, situation),
@@ -78,14 +78,8 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         blocked=blocked,
         budgets=_budgets(draft),
         objective={
-            "victims": float(evictions),
-            "lost_readiness_s": sum(
-                draft.situation.timings(spec.endpoints[n]).load_s
-                for s in draft.steps.values()
-                if s.record.since == now
-                for n in s.record.evicted
-                if n in spec.endpoints
-            ),
+            "victims": float(len(victims)),
+            "lost_readiness_s": sum(draft.situation.timings(spec.endpoints[n]).load_s for n in victims),
         },
         proof="each overlay's victims and places are the least of all choices (exhaustive search)",
         agenda=forecast_entries(agenda, actions),
@@ -95,6 +89,17 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         next_wake=min((w for w in draft.wakes if w.mono > now.mono), key=lambda w: w.mono, default=None),
         archive=_archive(draft),
     )
+
+
+def _victims(draft: Draft) -> list[str]:
+    """Endpoints of the baseline that this decision displaces."""
+    before = draft.situation.ledger.overlays
+    admitted = [
+        step.record
+        for name, step in draft.steps.items()
+        if step.record.state in OVERRIDING and (name not in before or before[name].state not in OVERRIDING)
+    ]
+    return sorted({n for record in admitted for n in record.evicted if n in draft.situation.spec.endpoints})
 
 
 def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
@@ -257,13 +262,19 @@ def _changes(draft: Draft, actions: tuple[Action, ...], blocked: tuple[Blocked, 
         ending = action.op in ("drain", "stop", "kill", "sleep", "stop_workload", "wait_memory")
         groups.setdefault((action.subject, "ends" if ending else "begins"), []).append(action)
     back = {a.subject: a.expected[1] for a in actions if a.op == "wait_ready" and a.id in behind}
-    changes = []
+    changes: list[Change] = []
     for (subject, phase), group in groups.items():
-        first = group[0]
+        first, ids = group[0], tuple(a.id for a in group)
+        if all(a.op == "wait_memory" for a in group):  # it left already: the box is still busy with it, we are not
+            continue
         other = (subject, "begins") in groups if phase == "ends" else (subject, "ends") in groups
         symbol = _symbol(first, phase, edited=other)
         expected_back = back.get(subject) if phase == "ends" else None
-        changes.append(Change(subject, symbol, tuple(a.id for a in group), first.reason, first.cause, expected_back))
+        earlier = next((i for i, c in enumerate(changes) if symbol == "~" and c.subject == subject), None)
+        if earlier is not None:  # the second half of one edit
+            changes[earlier] = replace(changes[earlier], actions=(*changes[earlier].actions, *ids))
+            continue
+        changes.append(Change(subject, symbol, ids, first.reason, first.cause, expected_back))
     known = {c.subject for c in changes}
     for item in blocked:
         if item.subject not in known:
@@ -308,15 +319,9 @@ def _archive(draft: Draft) -> tuple[str, ...]:
     for incarnation in draft.situation.observed.incarnations:
         if incarnation.alive or not _counted(draft, incarnation):
             continue
-        lost = [u for u in incarnation.gpus if u in draft.quarantines or _lost(draft, u)]
-        if draft.situation.memory_returned(incarnation) or len(lost) == len(incarnation.gpus):
+        if draft.situation.memory_returned(incarnation):
             done.append(incarnation.id)
     return tuple(sorted(done))
-
-
-def _lost(draft: Draft, uuid: str) -> bool:
-    gpu = draft.situation.gpus.get(uuid)
-    return gpu is not None and gpu.state == "lost"
 
 
 def _counted(draft: Draft, incarnation: Incarnation) -> bool:
@@ -329,4 +334,4 @@ def _counted(draft: Draft, incarnation: Incarnation) -> bool:
     step = draft.steps.get(name)
     if step is None or incarnation.attempt < step.record.attempt:
         return True
-    return step.record.state in ("completing", "restoring", *TERMINAL)
+    return step.record.state in ("pending", "completing", "restoring", *TERMINAL)

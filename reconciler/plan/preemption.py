@@ -135,7 +135,7 @@ class Consents:
         return lacking(self.situation, needs)  # 3
 
     def _protected(self, rules: tuple[str, ...], placement: Placement) -> Refusal:
-        names = ", ".join(key.partition("/")[2] for key in sorted(placement.victims))
+        names = ", ".join(sorted({key.partition("/")[2] for key in placement.victims} | self.vacated))
         floors = {c: f for c, f in sorted(self.floors.items()) if f}
         texts = {
             "NoConsent": (

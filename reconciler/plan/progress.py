@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.draft import Arriving, Draft
 from reconciler.plan.ledger import TERMINAL, Lease, Quarantine
@@ -12,12 +13,24 @@ from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, enter, finis
 from reconciler.spec.spec import OverlaySpec
 
 
-def leavers(draft: Draft, leases: list[Lease]) -> list[Incarnation]:
-    """Who still has to leave these GPUs: incarnations that must go, and ended ones whose memory is not seen free."""
+def leavers(draft: Draft, overlay: str, leases: list[Lease]) -> list[Incarnation]:
+    """Who still has to go before an overlay may begin.
+
+    Whoever gives way to it, whoever has to leave its GPUs, work of other overlays that has to end there, and ended
+    incarnations whose memory is not seen free.
+    """
     gpus = {x.gpu for x in leases}
-    found = [x.incarnation for x in draft.leaving.values() if gpus & set(x.incarnation.gpus)]
-    found += [i for i in draft.situation.observed.incarnations if _lingers(draft, i) and gpus & set(i.gpus)]
-    return found
+    found = [x.incarnation for x in draft.leaving.values() if x.overlay == overlay or gpus & set(x.incarnation.gpus)]
+    here = [i for i in draft.situation.observed.incarnations if gpus & set(i.gpus)]
+    return found + [i for i in here if _lingers(draft, i) or _ends(draft, i)]
+
+
+def _ends(draft: Draft, incarnation: Incarnation) -> bool:
+    """Whether this is work that runs and has to end."""
+    if incarnation.subject.kind != "workload" or not incarnation.alive:
+        return False
+    step = draft.steps.get(incarnation.subject.name)
+    return step is None or step.stop_workload is not None
 
 
 def _lingers(draft: Draft, incarnation: Incarnation) -> bool:
@@ -28,9 +41,10 @@ def quarantine_overdue(draft: Draft) -> None:
     """Quarantine every GPU whose memory an ended process of ours has kept for too long."""
     situation = draft.situation
     for incarnation in situation.observed.incarnations:
-        if incarnation.alive or incarnation.exited is None or situation.memory_returned(incarnation):
+        ended = _ended(draft, incarnation)
+        if incarnation.alive or ended is None or situation.memory_returned(incarnation):
             continue
-        due = incarnation.exited.plus(MEMORY_TIMEOUT_S)
+        due = ended.plus(MEMORY_TIMEOUT_S)
         if draft.now.mono < due.mono:
             draft.wakes.append(due)
             continue
@@ -41,6 +55,16 @@ def quarantine_overdue(draft: Draft) -> None:
                 reason = f"memory of {incarnation.subject} not returned {MEMORY_TIMEOUT_S:g} s after it ended"
                 draft.quarantines[uuid] = Quarantine(uuid, draft.now, reason)
                 draft.say("quarantined", uuid, reason, Cause("drift"))
+
+
+def _ended(draft: Draft, incarnation: Incarnation) -> Instant | None:
+    """When it ended; of one that vanished: when that was first noticed."""
+    if incarnation.exited is not None:
+        return incarnation.exited
+    name = incarnation.subject.name
+    if incarnation.subject.kind == "workload":
+        return draft.steps[name].record.since if name in draft.steps else None
+    return next((e.at for e in draft.records[name].exits if e.incarnation == incarnation.id), None)
 
 
 def progress(draft: Draft) -> bool:
@@ -70,7 +94,7 @@ def _evicting(draft: Draft, step: OverlayStep) -> None:
     if bad:
         draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
         return
-    if leavers(draft, leases):
+    if leavers(draft, name, leases):
         return
     short = [x for x in leases if not _has_room(draft, x)]
     if not short:
@@ -80,7 +104,8 @@ def _evicting(draft: Draft, step: OverlayStep) -> None:
         message = "a leased GPU cannot be read at the moment"
         draft.block(Blocked(Subject("workload", name), "GpuUnknown", message, transient=True))
         return
-    due = step.record.since.plus(MEMORY_TIMEOUT_S)
+    ends = [draft.records[v].exits[-1].at for v in step.record.evicted if draft.records[v].exits]
+    due = max([step.record.since, *ends], key=lambda instant: instant.mono).plus(MEMORY_TIMEOUT_S)
     if now.mono >= due.mono:
         draft.move(name, finish(step.record, "failed", now, "the memory it leased was taken by someone else"))
         return
@@ -163,10 +188,10 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
             stays = subject.kind == "endpoint" and incarnation.alive and incarnation.id not in draft.leaving
             if stays:
                 continue
-            stuck = {u for u in incarnation.gpus if u in draft.quarantines}
-            if incarnation.alive or (not situation.memory_returned(incarnation) and not stuck):
+            if incarnation.alive or not situation.memory_returned(incarnation):
                 return
     draft.drop_leases(name)
+    draft.board.tenants.pop(f"overlay/{name}", None)  # those that wait for this place are looked at in this same round
     if step.record.outcome is None:
         assert step.spec is not None  # noqa: S101 - an overlay without a file is cancelled, which is an outcome
         again = replace(open_record(step.spec, draft.now), window_start=step.record.window_start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
@@ -46,18 +47,31 @@ def seat(draft: Draft) -> None:
     draft.leaving, draft.arriving, draft.blocked = {}, {}, {}
     _seat_leases(draft)
     homeless: list[EndpointSpec] = []
+    edited: list[EndpointSpec] = []
     for name, standing in draft.standings.items():
         endpoint = draft.wanted.get(name)
-        kept = _keep(draft, name, endpoint, standing)
-        if not kept and endpoint is not None and draft.records[name].failed is None:
+        fate = _keep(draft, name, endpoint, standing)
+        if endpoint is None or fate == "stays":
+            continue
+        if fate == "edited":
+            edited.append(endpoint)
+        elif draft.records[name].failed is None:
             homeless.append(endpoint)
+    moved = _carry_out_edits(draft, sorted(edited, key=_by_priority), homeless)
     pins: Counter[str] = Counter()
-    for endpoint in homeless:
+    for endpoint in (*homeless, *moved):
         if isinstance(endpoint.gpus, GpuPins):
             pins.update(situation.resolve_pins(endpoint.gpus) or ())
     draft.board.contested = pins
-    for endpoint in sorted(homeless, key=lambda e: (-e.priority, e.name)):
+    # Who ran up to now keeps its place before one that had none: nothing was stopped in vain.
+    ran = [e for e in homeless if situation.incarnations(Subject("endpoint", e.name))]
+    new = [e for e in homeless if e not in ran]
+    for endpoint in (*sorted(ran, key=_by_priority), *moved, *sorted(new, key=_by_priority)):
         _settle(draft, endpoint, draft.standings[endpoint.name])
+
+
+def _by_priority(endpoint: EndpointSpec) -> tuple[int, str]:
+    return -endpoint.priority, endpoint.name
 
 
 def _seat_leases(draft: Draft) -> None:
@@ -71,25 +85,35 @@ def _seat_leases(draft: Draft) -> None:
         draft.board.add(Tenant(f"overlay/{name}", draft.steps[name].record.priority, holds))
 
 
-def _keep(draft: Draft, name: str, endpoint: EndpointSpec | None, standing: Standing) -> bool:
-    """Decide on what runs of one endpoint; True when something runs and keeps its place."""
+def _keep(
+    draft: Draft, name: str, endpoint: EndpointSpec | None, standing: Standing
+) -> Literal["stays", "leaves", "edited"]:
+    """Decide on what runs of one endpoint.
+
+    It stays where it is, it leaves (or nothing runs), or the files want another process in its stead.
+    """
     situation, subject = draft.situation, Subject("endpoint", name)
     for extra in situation.living(subject)[1:]:  # two at once: the older one counts, the other has no place
         if standing.state != "unknown" and extra.phase != "unknown":
             draft.leaving[extra.id] = Leaving(extra, "a second incarnation", Cause("cleanup"))
     current = standing.current
     if current is None:
-        return False
+        return "leaves"
     leaving = _must_leave(draft, name, endpoint, standing, current)
+    same = endpoint is None or (
+        current.process_hash == endpoint.process_hash and _placed_as_wanted(draft, endpoint, current)
+    )
+    if leaving is None and not same and standing.state != "unknown" and situation.sees(current.gpus):
+        return "edited"
     if leaving is not None and not situation.sees(current.gpus):
         message = "its GPUs cannot be read at the moment; nothing is done to it"
         draft.block(Blocked(subject, "GpuUnknown", message, transient=True))
         leaving = None
     if leaving is None:
         _seat_incarnation(draft, name, current, endpoint)
-        return True
+        return "stays"
     draft.leaving[current.id] = leaving
-    return False
+    return "leaves"
 
 
 def _must_leave(
@@ -105,7 +129,6 @@ def _must_leave(
     4. it does not serve: its leader is gone, unhealthy for too long, or never ready
     5. a stop is under way already: it is seen through
     6. a clean start was asked for
-    7. the files want another process, and that one has a place
     """
     situation = draft.situation
     if standing.state == "unknown":
@@ -134,14 +157,7 @@ def _must_leave(
     renew = draft.records[name].renew_before
     if renew is not None and current.started.mono < renew.mono:
         return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 6
-    if current.process_hash == endpoint.process_hash and _placed_as_wanted(draft, endpoint, current):
-        return None
-    if not _fits_anew(draft, endpoint, current):
-        message = "its edit waits: the new version has no place yet, so the running one stays"
-        draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
-        return None
-    cause = Cause("overlay" if owner else "edit", endpoint.source, owner)
-    return Leaving(current, "its set points were edited", cause, owner)  # 7
+    return None
 
 
 def _placed_as_wanted(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
@@ -151,18 +167,58 @@ def _placed_as_wanted(draft: Draft, endpoint: EndpointSpec, current: Incarnation
     return draft.situation.satisfies(endpoint.gpus, current.gpus)
 
 
-def _fits_anew(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
-    """Whether the edited version would have a place once the running one is gone: no stop in vain."""
-    if draft.leased(current.subject):
+def _carry_out_edits(
+    draft: Draft, edited: list[EndpointSpec], homeless: list[EndpointSpec]
+) -> tuple[EndpointSpec, ...]:
+    """Have those leave whose new version has a place; the others stay as they are, and their edit waits.
+
+    All edits together, so that endpoints may change places; where that does not fit, one after the other. Places are
+    sought in the order in which they are given out afterwards: nobody is stopped for a place that is not there.
+    """
+    board = draft.board.without(frozenset())
+    for endpoint in homeless:  # who restarts holds its place
+        current = draft.standings[endpoint.name].current
+        if current is not None:
+            board.add(_tenant(draft, endpoint.name, current, endpoint))
+    together = board.without(frozenset())
+    if all(_fit_anew(draft, endpoint, together) for endpoint in edited):
+        going = edited
+    else:
+        going = []
+        for endpoint in edited:
+            current = draft.standings[endpoint.name].current
+            if current is not None and not draft.leased(current.subject):
+                board.add(_tenant(draft, endpoint.name, current, endpoint))
+        going = [endpoint for endpoint in edited if _fit_anew(draft, endpoint, board)]
+    for endpoint in edited:
+        current = draft.standings[endpoint.name].current
+        if current is None:
+            continue
+        if endpoint in going:
+            owner = draft.owners.get(endpoint.name)
+            cause = Cause("overlay" if owner else "edit", endpoint.source, owner)
+            draft.leaving[current.id] = Leaving(current, "its set points were edited", cause, owner)
+        else:
+            _seat_incarnation(draft, endpoint.name, current, endpoint)
+            message = "its edit waits: the new version has no place yet, so the running one stays"
+            draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
+    return tuple(going)
+
+
+def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
+    """Whether the new version has a place on the board, which it then takes."""
+    subject, current = Subject("endpoint", endpoint.name), draft.standings[endpoint.name].current
+    if draft.leased(subject):
         return True
-    need = need_of(draft.situation, current.subject, endpoint.gpus, endpoint.memory, current.gpus)
-    if need is None:
+    prefer = current.gpus if current is not None else ()
+    need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
+    without = board.without(frozenset({_key(endpoint.name)}))
+    placement = place([need], without, may_displace=lambda _: False) if need else None
+    if need is None or placement is None:
         return False
-    others = draft.board.without(frozenset({_key(endpoint.name)}))
-    for name, standing in draft.standings.items():  # those not seated yet hold their places all the same
-        if name != endpoint.name and standing.current is not None and name in draft.wanted:
-            others.add(_tenant(draft, name, standing.current, draft.wanted[name]))
-    return place([need], others, may_displace=lambda _: False) is not None
+    holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
+    board.add(Tenant(_key(endpoint.name), endpoint.priority, holds))
+    return True
 
 
 def _key(name: str) -> str:
@@ -190,13 +246,13 @@ def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
     """Find a place for a wanted endpoint that has none, and arrange its start."""
     situation, subject = draft.situation, Subject("endpoint", endpoint.name)
     record = draft.records[endpoint.name]
-    owner = draft.owners.get(endpoint.name)
     leases = draft.leased(subject)
     if leases:
         gpus = tuple(x.gpu for x in leases)
         sizes, exclusive = tuple(x.memory_bytes for x in leases), leases[0].exclusive
     else:
-        need = need_of(situation, subject, endpoint.gpus, endpoint.memory, record.last_gpus)
+        prefer = standing.current.gpus if standing.current is not None else record.last_gpus
+        need = need_of(situation, subject, endpoint.gpus, endpoint.memory, prefer)
         if need is None:
             message = "it is pinned to a GPU that this node does not have"
             draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
@@ -213,21 +269,7 @@ def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         draft.board.add(Tenant(_key(endpoint.name), endpoint.priority, holds))
     if _port_blocked(draft, endpoint):
         return
-    restored = record.evicted_by
-    if owner is not None:
-        cause = Cause("overlay", draft.steps[owner].record.source, owner)
-    elif restored is not None:
-        cause = Cause("restore", endpoint.source, restored)
-    elif standing.current is not None and draft.leaving[standing.current.id].cause.kind in (
-        "edit",
-        "request",
-        "overlay",
-    ):
-        cause = draft.leaving[standing.current.id].cause
-    elif record.exits and not record.exits[-1].planned:
-        cause = Cause("drift", endpoint.source, detail="it ended by itself")
-    else:
-        cause = Cause("setpoint", endpoint.source)
+    reason, cause = _why_started(draft, endpoint, standing)
     not_before = earliest_restart(record, endpoint.restart)
     if not_before is not None and not_before.mono <= draft.now.mono:
         not_before = None
@@ -245,12 +287,28 @@ def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
                 transient=True,
             )
         )
-    reason = {"restore": f"{restored} no longer needs its place", "drift": "it should run and does not"}.get(
-        cause.kind, "its set point is running"
-    )
     draft.arriving[subject] = Arriving(
-        subject, gpus, sizes, exclusive, endpoint.process_hash, reason, cause, owner, not_before
-    )
+        subject, gpus, sizes, exclusive, endpoint.process_hash, reason, cause,
+        draft.owners.get(endpoint.name), not_before,
+    )  # fmt: skip
+
+
+def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tuple[str, Cause]:
+    """Why an endpoint is to be started, for people; the first that holds."""
+    record, owner = draft.records[endpoint.name], draft.owners.get(endpoint.name)
+    if owner is not None:
+        return f"overlay {owner} asks for it", Cause("overlay", draft.steps[owner].record.source, owner)
+    for overlay in sorted(draft.evicted_from(endpoint.name)):
+        return f"{overlay} took its place; it moves", Cause("evict", draft.steps[overlay].record.source, overlay)
+    if record.evicted_by is not None:
+        overlay = record.evicted_by
+        return f"{overlay} no longer needs its place", Cause("restore", endpoint.source, overlay)
+    if standing.current is not None and draft.leaving[standing.current.id].cause.kind in ("edit", "request"):
+        leaving = draft.leaving[standing.current.id]
+        return leaving.reason, leaving.cause
+    if record.exits and not record.exits[-1].planned:
+        return "it should run and does not", Cause("drift", endpoint.source, detail="it ended by itself")
+    return "its set point is running", Cause("setpoint", endpoint.source)
 
 
 def _wall(draft: Draft, instant: Instant) -> float:

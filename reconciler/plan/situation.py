@@ -196,10 +196,13 @@ class Situation:
     def memory_returned(self, incarnation: Incarnation) -> bool:
         """Whether the memory of an ended incarnation is seen free on each of its GPUs.
 
-        A GPU that cannot be read answers no: unknown is not free.
+        A GPU that cannot be read answers no: unknown is not free. One that is lost or quarantined is not waited for:
+        nothing is placed on it.
         """
         for uuid in incarnation.gpus:
             gpu = self.gpus.get(uuid)
+            if uuid in self.ledger.quarantines or (gpu is not None and gpu.state == "lost"):
+                continue
             if gpu is None or gpu.used_bytes is None or gpu.state != "ok" or gpu.at.mono < self._ended_at(incarnation):
                 return False
             if any(p.owner == incarnation.subject for p in gpu.processes or ()) and not self.living(
