@@ -23,9 +23,9 @@ _EXACT_UP_TO = 10  # providers of one capability for which every set is tried; b
 
 
 def check_ports(endpoints: Sequence[EndpointSpec], texts: Mapping[str, Node], findings: Findings) -> None:
-    """Note every port that two endpoints claim."""
+    """Note every port that two endpoints claim; the first of `endpoints` has it."""
     first: dict[int, EndpointSpec] = {}
-    for endpoint in sorted(endpoints, key=lambda e: e.source):
+    for endpoint in endpoints:
         if endpoint.port is None:
             continue
         if other := first.get(endpoint.port):

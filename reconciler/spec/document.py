@@ -125,7 +125,8 @@ class _Composer:
             mark = error.problem_mark or error.context_mark
             if error.context_mark and re.search("stream|',' or", error.problem or ""):
                 mark = error.context_mark  # what was never closed, not the end of the file
-            line = text.split("\n", mark.line + 1)[mark.line] if mark else ""
+            lines = text.split("\n", mark.line + 1) if mark else []
+            line = lines[mark.line] if mark and mark.line < len(lines) else ""
             self._fail(_at(mark, self.file), *_explain(error, line))
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             # the pure-Python scanner lets int() and chr() errors of directives and escapes through

@@ -94,11 +94,11 @@ class Context:
             try:
                 self.secrets[path] = digest(parse_env_file(self.read_env_file(path)))
             except OSError as error:
-                self.findings.add(at, f"env_file {clip(path)}: {error.strerror or 'cannot be read'}")
+                self.findings.add(at, f"env_file {path}: {error.strerror or 'cannot be read'}")
             except ValueError as error:
-                self.findings.add(at, f"env_file {clip(path)} {error}", "write KEY=VALUE lines")
+                self.findings.add(at, f"env_file {path} {error}", "write KEY=VALUE lines")
         elif self.secrets[path] is None:
-            self.findings.add(at, f"env_file {clip(path)} cannot be used")
+            self.findings.add(at, f"env_file {path} cannot be used")
         return path, self.secrets[path]
 
 

@@ -161,7 +161,7 @@ class _Setpoints:
             elif sound := self.findings.salvage(EndpointModel, merged, {}):
                 resolve_endpoint(name, sound, merged, entry.key_at, context)
         whole = self.sound and len(endpoints) == len(self.listed)
-        check_ports(tuple(endpoints.values()), texts, self.findings)
+        check_ports(sorted(endpoints.values(), key=lambda e: e.source), texts, self.findings)
         check_pins(tuple(endpoints.values()), texts, self.findings)
         if whole:  # a floor can be judged only when every endpoint is understood
             count = None if self.node.gpus is None else len(self.node.gpus)

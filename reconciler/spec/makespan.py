@@ -65,8 +65,6 @@ def _check_schedule(model: MakespanModel, node: Node, findings: Findings) -> Non
     if model.deadline is not None:
         hint = "bound each run with `duration` and `on_overrun: stop`"
         findings.add(locate(node, ("deadline",)), "a deadline is one moment, and a schedule has many", hint)
-    elif model.duration is None:
-        findings.add(where, "a schedule needs a duration", "write `duration: 20m`")
     if model.timezone is None:
         findings.add(where, "a schedule needs a time zone", "write `timezone: Europe/Berlin`")
     if reason := _schedule_problem(model.schedule or ""):

@@ -159,20 +159,11 @@ def _endpoints(
         home = known.source if known else None
         resolved[name] = resolve_endpoint(name, whole, merged, entry.key_at, context, home=home)
         patches[name] = _patch(model.set[name], resolved[name], context)
-    temporary = [endpoint for name, endpoint in resolved.items() if name not in baseline.endpoints]
-    wanted = {**baseline.endpoints, **resolved}
-    if temporary or any(e.port != baseline.endpoints[n].port for n, e in resolved.items() if n in baseline.endpoints):
-        # an endpoint that the overlay stops lends its port to another
-        active = [e for e in wanted.values() if e.state != "stopped" or e.name in baseline.endpoints]
-        lent = {e.name for e in resolved.values() if e.state == "stopped"}
-        mine = [e for e in active if e.name not in lent]
-        check_ports(_own_last(mine, resolved), texts, context.findings)
+    # an endpoint that the overlay stops lends its port to another
+    others = {e.port: e for name, e in baseline.endpoints.items() if name not in resolved}
+    check_ports((*others.values(), *(e for e in resolved.values() if e.state != "stopped")), texts, context.findings)
     check_pins(tuple(resolved.values()), texts, context.findings)
     return resolved, patches
-
-
-def _own_last(endpoints: list[EndpointSpec], own: Mapping[str, EndpointSpec]) -> tuple[EndpointSpec, ...]:
-    return tuple(sorted(endpoints, key=lambda e: (e.name in own, e.source)))
 
 
 def _is_complete(node: Node) -> bool:

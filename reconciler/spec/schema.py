@@ -28,6 +28,9 @@ def schema(which: Format) -> dict[str, Any]:
     for part in (generated, *generated.get("$defs", {}).values()):
         part.pop("title", None)
         for name, field in part.get("properties", {}).items():
+            if "$ref" in field:  # left out by the generator where it equals the part's own
+                part_of = generated["$defs"][field["$ref"].rpartition("/")[2]]
+                field.setdefault("description", part_of.get("description", ""))
             _tidy(name, field)
     generated["patternProperties"] = {"^x-": {"description": "Yours: a place for anchors and notes."}}
     return {

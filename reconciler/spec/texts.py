@@ -86,7 +86,7 @@ def read_trusted(path: str) -> bytes:
     """
     # O_NONBLOCK: a FIFO of that name must not hang the daemon; the descriptor is judged, not the path
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
             raise OSError(errno.EISDIR, "is a folder")
@@ -96,7 +96,10 @@ def read_trusted(path: str) -> bytes:
             raise OSError(errno.EPERM, f"belongs to another user (uid {status.st_uid})")
         if status.st_mode & stat.S_IWOTH:
             raise OSError(errno.EACCES, "can be written by everybody")
-        return file.read(MAX_BYTES + 1)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES + 1)
+    finally:
+        os.close(fd)
 
 
 _ACCESS_HINTS = {
@@ -124,8 +127,5 @@ def _is_overlay(name: str) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    return (
-        (error.strerror or "cannot be read").lower()
-        if error.errno == errno.ENOENT
-        else error.strerror or "cannot be read"
-    )
+    reason = error.strerror or "cannot be read"
+    return reason.lower() if error.errno == errno.ENOENT else reason
