@@ -34,13 +34,13 @@ from reconciler.spec.spec import Stop
 _SHIM = Path(__file__).resolve().with_name("shim.py")
 
 _LOCK_S = 1.0
-"""How long a start waits for the lock of a predecessor whose end is recorded: its shim only has to leave."""
+"""How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
 _START_S = 30.0
 """How long a shim may take to report; it takes 15 ms, and seconds on a box that swaps."""
 _LINGER_S = 0.5
 """What the others get when the leader ended by itself: resource trackers unlink /dev/shm files only then."""
 _LOOK_S = 0.005
-"""Between two looks for the record of a shim that an earlier daemon spawned."""
+"""Between two looks for that lock, or for the record of a shim that an earlier daemon spawned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,22 @@ class ProcessActor:
         """
         if (self._state.ended / launch.incarnation).exists():  # 1
             return
-        if (self._state.run / launch.incarnation).exists():
-            await self._join_start(launch)
-            return
         order = _encode_order(launch, self._state, self._boot_id)
-        ready = self._spawn(launch, order, await self._lock(launch))
+        deadline = self._clock.now().plus(_LOCK_S)
+        while True:
+            if (self._state.run / launch.incarnation).exists():  # looked for before each try: a twin call may be first
+                await self._join_start(launch)
+                return
+            lock = self._take_lock(launch.subject)
+            if lock is not None:
+                break
+            if self._clock.now().since(deadline) >= 0:  # 3
+                raise ActError(
+                    f"{launch.subject}: already running, or its predecessor is still ending",
+                    hint=f"reconciler explain {launch.subject}",
+                )
+            await self._clock.sleep(_LOOK_S)
+        ready = self._spawn(launch, order, lock)
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
         start.add_done_callback(lambda _: self._starts.pop(launch.incarnation, None))
@@ -122,21 +133,11 @@ class ProcessActor:
         records = incarnations.read(self._state.run / incarnation)
         return records.run is not None or records.exit is not None
 
-    async def _lock(self, launch: Launch) -> int:
-        """The subject's lock. A predecessor's shim holds it for some ms after it recorded the end: that is waited for."""
-        subject = launch.subject
-        deadline = self._clock.now().plus(_LOCK_S)
-        while True:
-            try:
-                lock = take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
-            except OSError as error:
-                raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
-            if lock is not None:
-                return lock
-            if self._clock.now().since(deadline) >= 0:
-                hint = f"reconciler explain {subject}"
-                raise ActError(f"{subject}: already running, or its predecessor is still ending", hint=hint)
-            await self._clock.sleep(_LOOK_S)
+    def _take_lock(self, subject: Subject) -> int | None:
+        try:
+            return take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
+        except OSError as error:
+            raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
 
     def _spawn(self, launch: Launch, order: bytes, lock: int) -> int:
         """Port, intent, shim, in this order, under the lock; the pipe that the shim will close."""
@@ -326,7 +327,7 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str) -> bytes:
     environment = {
         **launch.env,
         census.MARKER: launch.incarnation,
-        "RECONCILER_SUBJECT": f"{subject.kind}/{subject.name}",
+        "RECONCILER_SUBJECT": subject.name,
         "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
     }
     fields = [

@@ -41,7 +41,7 @@ MEMORY_POLL_S = 0.1
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "PortInUse"})
-"""What strangers hold: nothing tells of its end either, and it is looked for once a second while somebody is blocked."""
+"""What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
 
 
 class Eyes(Protocol):
