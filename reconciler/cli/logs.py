@@ -1,0 +1,71 @@
+"""`logs`: what an endpoint or a workload wrote."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Annotated
+
+import typer
+
+from reconciler.cli import wiring
+from reconciler.cli.arguments import group
+from reconciler.cli.face import Face
+from reconciler.cli.output_files import Tail, last_lines, names_with_output, outputs_of
+from reconciler.cli.waiting import changes
+from reconciler.errors import ReconcilerError
+
+SHOWN = 200
+
+app = group()
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Endpoint or overlay.")],
+    *,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what is written, over restarts; Ctrl-C ends it.")
+    ] = False,
+    count: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="At most this many lines.")] = SHOWN,
+) -> None:
+    """Show what an endpoint or workload wrote.
+
+    Its latest start; earlier ones lie in the state directory's `logs` folder. With --format json: the lines as data.
+
+    Example: reconciler logs thinking -f
+    """
+    face = Face.of(ctx)
+    state = wiring.state_dir(face.options)
+    found = outputs_of(state, name)
+    if not found:
+        raise _no_output(name, names_with_output(state))
+    tail = Tail(state, name)
+    tail.skip()
+    text = last_lines(found[-1].path, count)
+    if face.is_json and not follow:
+        latest = found[-1]
+        lines = text.decode(errors="replace").splitlines()
+        face.answer({"name": name, "incarnation": latest.incarnation, "file": str(latest.path), "lines": lines})
+        return
+    write_raw([text])
+    if follow:
+        for _ in changes(state.logs, ".log"):
+            write_raw(tail.new())
+
+
+def write_raw(blocks: Iterable[bytes]) -> None:
+    """Bytes to stdout as they are, at once."""
+    for block in blocks:
+        sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
+
+
+def _no_output(name: str, known: set[str]) -> ReconcilerError:
+    near = get_close_matches(name, known, 1)
+    if near:
+        return ReconcilerError(f"nothing was ever started for {name!r}", hint=f"did you mean {near[0]!r}?")
+    listed = ", ".join(sorted(known)) or "nothing was started here yet"
+    return ReconcilerError(f"nothing was ever started for {name!r}", hint=f"there is output of: {listed}")

@@ -1,0 +1,109 @@
+"""The files that endpoints and workloads write their output to: which is whose, and reading them as they grow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler.journal.incarnations import Intent, list_ended, list_ids, read
+from reconciler.journal.layout import StateDir
+from reconciler.plan.observed import SubjectKind
+
+_BLOCK = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """Where one incarnation's output goes."""
+
+    incarnation: str
+    kind: SubjectKind
+    started: float
+    """Epoch seconds."""
+    path: Path
+
+
+def outputs_of(state: StateDir, name: str, kind: SubjectKind | None = None) -> list[OutputFile]:
+    """The output files of every incarnation of `name` that is remembered, oldest first.
+
+    Raises:
+        OSError: the records cannot be listed.
+    """
+    found: dict[str, OutputFile] = {}
+    # run first: a record that is put away between the two listings is then found in the second
+    for folder, names in ((state.run, list_ids(state)), (state.ended, list_ended(state))):
+        for identity in names:
+            intent = read(folder / identity).intent
+            if isinstance(intent, Intent) and intent.name == name and kind in (None, intent.kind):
+                found[identity] = OutputFile(identity, intent.kind, intent.started.wall, Path(intent.log))
+    return sorted(found.values(), key=lambda output: (output.started, output.incarnation))
+
+
+def names_with_output(state: StateDir) -> set[str]:
+    """Every endpoint and overlay that something was started for."""
+    places = [state.run / i for i in list_ids(state)] + [state.ended / i for i in list_ended(state)]
+    intents = (read(place).intent for place in places)
+    return {intent.name for intent in intents if isinstance(intent, Intent)}
+
+
+class Tail:
+    """What was written to one subject's output since the last look, from one incarnation to the next."""
+
+    def __init__(self, state: StateDir, name: str, kind: SubjectKind | None = None) -> None:
+        self._state, self._name, self._kind = state, name, kind
+        self._offsets: dict[str, int] = {}
+
+    def skip(self) -> None:
+        """Count everything there is as seen."""
+        for output in outputs_of(self._state, self._name, self._kind):
+            self._offsets[output.incarnation] = _size(output.path)
+
+    def new(self) -> Iterator[bytes]:
+        """What is new, in order; the holes that rotation leaves are passed over."""
+        for output in outputs_of(self._state, self._name, self._kind):
+            offset = self._offsets.get(output.incarnation, 0)
+            for block in _read_from(output.path, offset):
+                offset += len(block)
+                if text := block.replace(b"\0", b""):
+                    yield text
+            self._offsets[output.incarnation] = offset
+
+
+def last_lines(path: Path, count: int) -> bytes:
+    """The last `count` lines of a file that may be large; empty when it is not there."""
+    if count <= 0:
+        return b""
+    try:
+        with path.open("rb") as file:
+            position = file.seek(0, os.SEEK_END)
+            text = b""
+            while position > 0 and text.rstrip(b"\n").count(b"\n") < count:
+                step = min(_BLOCK, position)
+                position -= step
+                file.seek(position)
+                block = file.read(step)
+                text = block + text
+                if not block.strip(b"\0"):
+                    break  # a hole: what was before has been rotated away
+    except FileNotFoundError:
+        return b""
+    return b"".join(text.replace(b"\0", b"").splitlines(keepends=True)[-count:])
+
+
+def _read_from(path: Path, offset: int) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while block := file.read(_BLOCK):
+                yield block
+    except FileNotFoundError:
+        return
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

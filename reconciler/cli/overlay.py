@@ -1,0 +1,206 @@
+"""`overlay submit`, `overlay list`, `overlay cancel`: the overlays folder, for people in a hurry."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Annotated
+
+import typer
+
+from reconciler.cli import wiring
+from reconciler.cli.arguments import group
+from reconciler.cli.face import Face
+from reconciler.cli.logs import write_raw
+from reconciler.cli.output_files import Tail
+from reconciler.cli.submission import DEFAULT_DURATION, Job, choose_name, overlay_text, write_overlay
+from reconciler.cli.values import Bytes, Seconds
+from reconciler.cli.waiting import changes
+from reconciler.errors import ReconcilerError, StateError, UsageError
+from reconciler.journal.layout import writer
+from reconciler.plan.ledger import TERMINAL, OverlayRecord
+from reconciler.spec.load import Texts, read_texts
+
+app = group()
+overlay = group("""Submit, list and cancel overlays.
+
+An overlay is a file in the overlays folder; these commands write, show and remove such files.""")
+app.add_typer(overlay, name="overlay")
+
+
+@overlay.command()
+def submit(
+    ctx: typer.Context,
+    *,
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="Program and arguments, no shell line.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: from the command, made unique.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", min=0, help="How many GPUs, all or none.")] = 1,
+    duration: Annotated[
+        Seconds | None,
+        typer.Option(
+            "--for",
+            parser=Seconds.parse,
+            metavar="D",
+            help=f"How long it is expected to take. [default: {DEFAULT_DURATION}]",
+        ),
+    ] = None,
+    priority: Annotated[
+        str | None, typer.Option(metavar="P", help="A number, or a name from the set points. [default: 100]")
+    ] = None,
+    evict: Annotated[bool, typer.Option("--evict", help="Endpoints of lower priority may be displaced.")] = False,
+    memory: Annotated[
+        Bytes | None,
+        typer.Option(parser=Bytes.parse, metavar="S", help="On each GPU, such as 16GiB. [default: the whole GPU]"),
+    ] = None,
+    requires: Annotated[
+        list[str] | None, typer.Option(metavar="CAPABILITY", help="Must be ready while it runs; may be repeated.")
+    ] = None,
+    retries: Annotated[int, typer.Option(metavar="N", min=0, help="Tries after a failure.")] = 0,
+    wait: Annotated[bool, typer.Option("--wait", help="Show what it writes, and exit with its exit code.")] = False,
+) -> int:
+    """Write an overlay that runs a command on borrowed GPUs.
+
+    It runs in this folder, with the daemon's environment. Prints the overlay's name.
+
+    Example: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg
+    """
+    face = Face.of(ctx)
+    texts = read_texts(wiring.setpoints_path(face.options))
+    has_daemon = _has_daemon(face)
+    if wait and not has_daemon:
+        raise StateError("no daemon runs, so nothing would start this; nothing was written", hint="`reconciler run`")
+    taken = {known.name: known for known in texts.overlays or ()}
+    chosen = name or choose_name(command, taken)
+    job = Job(
+        command=tuple(command),
+        cwd=os.getcwd(),  # noqa: PTH109 - as the shell names it
+        gpus=gpus,
+        duration=duration.text if duration else DEFAULT_DURATION,
+        priority=priority,
+        evict=evict,
+        memory=memory.text if memory else None,
+        requires=tuple(requires or ()),
+        retries=retries,
+    )
+    path = write_overlay(texts, chosen, overlay_text(job))
+    if wait:
+        return _wait(face, chosen)
+    if face.is_json:
+        face.answer({"name": chosen, "file": str(path), "daemon": has_daemon})
+    else:
+        face.line(chosen)
+        if not has_daemon:
+            face.note(f"{path} is written; no daemon runs yet, it begins with `reconciler run`")
+    return 0
+
+
+@overlay.command("list")
+def list_overlays(ctx: typer.Context) -> None:
+    """List overlays: waiting, live, and lately finished.
+
+    Example: reconciler overlay list
+    """
+    face = Face.of(ctx)
+    found = wiring.status(face.options)["overlays"]
+    if face.is_json:
+        face.answer({"overlays": found})
+    elif found:
+        from reconciler.cli.tables import overlays_table
+
+        face.out.print(overlays_table(found))
+    else:
+        face.note("no overlays")
+
+
+@overlay.command()
+def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Remove an overlay's file: what runs of it is ended, and the baseline comes back.
+
+    Example: reconciler overlay cancel render
+    """
+    face = Face.of(ctx)
+    texts = read_texts(wiring.setpoints_path(face.options))
+    files = _files(texts)
+    if name not in files:
+        near = get_close_matches(name, files, 1)
+        listed = ", ".join(sorted(files)) or "none"
+        hint = f"did you mean {near[0]!r}?" if near else f"overlays in {texts.overlays_folder}: {listed}"
+        raise UsageError(f"there is no overlay {name!r}", hint=hint)
+    path = texts.overlays_folder / files[name]
+    with suppress(FileNotFoundError):  # somebody else was faster
+        try:
+            path.unlink()
+        except PermissionError as error:
+            raise ReconcilerError(f"{path}: cannot be removed: {error.strerror}") from error
+    if face.is_json:
+        face.answer({"name": name, "file": str(path)})
+    else:
+        face.line(f"{name} is cancelled" if _has_daemon(face) else f"{path} is removed")
+
+
+def _files(texts: Texts) -> dict[str, str]:
+    """Name → file name of every overlay in the folder, the unreadable ones included."""
+    try:
+        names = os.listdir(texts.overlays_folder)  # noqa: PTH208
+    except OSError:
+        return {}
+    return {
+        file.rpartition(".")[0]: file
+        for file in sorted(names)
+        if file.endswith((".yaml", ".yml")) and not file.startswith((".", "#"))
+    }
+
+
+def _has_daemon(face: Face) -> bool:
+    state = wiring.state_dir(face.options)
+    return state.path.is_dir() and writer(state) is not None
+
+
+# ---------------------------------------------------------------- --wait
+
+
+def _wait(face: Face, name: str) -> int:
+    """Show what the workload writes until its exit code is known; Ctrl-C leaves it running.
+
+    1. its end is decided             → its exit code (128 + the number of a signal)
+    2. it ended before it began       → 1, and why
+    3. the daemon went away meanwhile → 1; the job goes on, or will
+    """
+    state = wiring.state_dir(face.options)
+    tail = Tail(state, name, "workload")
+    tail.skip()
+    said = ""
+    face.note(f"overlay {name}; Ctrl-C leaves it running")
+    try:
+        for _ in changes(state.path, ".sqlite-wal", patience_s=0.25):
+            record = _record(face, name)
+            write_raw(tail.new())
+            if record is None:
+                if not _has_daemon(face):
+                    raise StateError(f"the daemon is gone; {name} begins with the next one")
+                continue
+            words = record.state + (f": {record.reason}" if record.reason else "")
+            if words != said:
+                said = words
+                face.note(f"overlay {name} is {words}")
+            if record.state in TERMINAL or (record.outcome is not None and record.exit_code is not None):
+                write_raw(tail.new())
+                return _code(record)  # 1, 2
+            if not _has_daemon(face):
+                raise StateError(f"the daemon is gone; {name} is {record.state}", hint="`reconciler run`")  # 3
+    except KeyboardInterrupt:
+        face.note(f"\n{name} goes on; `reconciler overlay cancel {name}` ends it")
+        raise
+    raise AssertionError  # changes() never ends
+
+
+def _code(record: OverlayRecord) -> int:
+    if record.exit_code is None:
+        return 0 if record.state == "done" else 1
+    return record.exit_code if record.exit_code >= 0 else 128 - record.exit_code
+
+
+def _record(face: Face, name: str) -> OverlayRecord | None:
+    with wiring.journal_reader(face.options) as journal:
+        return journal.ledger().overlays.get(name)
