@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_texts import BASE, overlay, read
@@ -274,3 +276,41 @@ def test_a_wrong_env_file_is_told_by_line_and_never_by_value(content: bytes) -> 
     with pytest.raises(ValueError, match="line 2") as caught:
         parse_env_file(content)
     assert "ter2" not in str(caught.value)
+
+
+FIELDS = {
+    "priority": st.integers(-9, 9),
+    "memory": st.sampled_from(["20GiB", 0.5]),
+    "args": st.lists(st.text("ab-", max_size=3), max_size=3),
+    "env": st.dictionaries(st.sampled_from("ABC"), st.text("xy", max_size=2)),
+    "capabilities": st.lists(st.sampled_from(["chat", "code"]), unique=True),
+    "stop": st.fixed_dictionaries({}, optional={"grace": st.sampled_from(["1s", "60s", "1m"]), "drain": st.just("3s")}),
+    "state": st.sampled_from(["running", "standby", "stopped"]),
+}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.fixed_dictionaries({}, optional=FIELDS), max_size=4),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
+def test_any_order_and_style_of_the_same_data_is_the_same_spec(
+    endpoints: dict[str, dict[str, object]], random: Random, flow: bool
+) -> None:
+    def shuffled(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        items = list(value.items())
+        random.shuffle(items)
+        return {key: shuffled(item) for key, item in items}
+
+    data = {
+        "version": 1,
+        "endpoints": {n: {"model": "m", "port": 8000 + i, **e} for i, (n, e) in enumerate(sorted(endpoints.items()))},
+    }
+    one = read(yaml.safe_dump(data))
+    two = read("# a comment\n" + yaml.safe_dump(shuffled(data), sort_keys=False, default_flow_style=flow))
+    assert one.digest == two.digest
+    assert list(one.endpoints) == list(two.endpoints)
+    assert [e.process_hash for e in one.endpoints.values()] == [e.process_hash for e in two.endpoints.values()]
