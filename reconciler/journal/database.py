@@ -35,6 +35,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 """Entry n takes a file from schema n to n + 1, in one transaction. Never edited, only added to."""
 
+_TABLES = ("meta", "records", "events", "incidents", "texts", "timings")
+
 SCHEMA = len(MIGRATIONS)
 OLDEST_READABLE = 1
 """The oldest schema that a reader, who must not migrate, can still answer from."""
@@ -216,10 +218,15 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
     )
-    connection.execute("PRAGMA foreign_keys = ON")
-    # NORMAL in WAL mode syncs at checkpoints, not at commits. A killed process loses nothing by it: its commits are in
-    # the page cache. A power cut may take the last commits, whole ones, and ends every process that they speak of too.
-    connection.execute("PRAGMA synchronous = NORMAL")
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        # NORMAL in WAL mode syncs at checkpoints, not at commits. A killed process loses nothing by it: its commits
+        # are in the page cache. A power cut may take the last commits, whole ones, and ends every process that they
+        # speak of too.
+        connection.execute("PRAGMA synchronous = NORMAL")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -239,31 +246,54 @@ def _open_sound(path: Path) -> sqlite3.Connection:
         _UnusableError: it is damaged or newer.
     """
     _make_private(path)
-    connection = _connect(path)
-    try:
+    if path.stat().st_size == 0:
+        raise _UnusableError(
+            "corrupt", "it is empty"
+        )  # before SQLite sees it: it would delete the log of an empty file
+    with _damage_recognised():
+        connection = _connect(path)
         try:
-            schema = _schema(connection)
-            if schema == 0:
-                raise _UnusableError("corrupt", "it holds no journal")
-            if schema > SCHEMA:
-                raise _UnusableError(
-                    "newer", f"it has schema {schema}, of a newer reconciler; this one knows up to schema {SCHEMA}"
-                )
+            _prove_sound(connection)
+            _migrate(connection, _schema(connection))
             connection.execute("PRAGMA journal_mode = WAL")  # a copy restored by hand may have lost it
-            verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-            if verdict != "ok":
-                raise _UnusableError("corrupt", verdict)
-            _migrate(connection, schema)
-        except sqlite3.DatabaseError as error:
-            if _name(error) in _DAMAGE or _name(error).startswith("SQLITE_CORRUPT_"):
-                raise _UnusableError("corrupt", str(error)) from error
-            if _name(error) == "SQLITE_ERROR":  # a migration met tables that are not ours
-                raise _UnusableError("corrupt", f"its tables are not a journal's: {error}") from error
+        except BaseException:
+            connection.close()
             raise
-    except BaseException:
-        connection.close()
-        raise
     return connection
+
+
+def _prove_sound(connection: sqlite3.Connection) -> None:
+    """See that this is a journal and whole, and change nothing before that is seen.
+
+    Raises:
+        _UnusableError: it is not.
+        sqlite3.DatabaseError: SQLite cannot read it.
+    """
+    schema = _schema(connection)
+    if schema == 0:
+        raise _UnusableError("corrupt", "it holds no journal")
+    if schema > SCHEMA:
+        detail = f"it has schema {schema}, of a newer reconciler; this one knows up to schema {SCHEMA}"
+        raise _UnusableError("newer", detail)
+    verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    if verdict != "ok":
+        raise _UnusableError("corrupt", verdict)
+    for table in _TABLES:
+        connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone()  # noqa: S608 - our own names
+
+
+@contextmanager
+def _damage_recognised() -> Iterator[None]:
+    """Tell a file that is no journal (which makes room) from a box that does not let us (which is an error)."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        name = _name(error)
+        if name in _DAMAGE or name.startswith("SQLITE_CORRUPT_"):
+            raise _UnusableError("corrupt", str(error)) from error
+        if name == "SQLITE_ERROR":  # our own statements are sound: it is the tables that are not ours
+            raise _UnusableError("corrupt", f"its tables are not a journal's: {error}") from error
+        raise
 
 
 def _empty() -> sqlite3.Connection:
