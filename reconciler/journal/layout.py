@@ -22,7 +22,7 @@ _PRIVATE_FILE = 0o600
 
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.01
-"""Readers test a lock by taking it, shared, for microseconds; an owner-to-be that meets one tries again."""
+"""How often, and how far apart, a writer-to-be tries again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,8 @@ def _unusable(path: Path, error: OSError) -> StateError:
 def take_lock(path: Path) -> int | None:
     """Take `path` exclusively (flock); the descriptor that holds it, or None when someone else does.
 
-    The lock lasts until every copy of the descriptor is closed. It is not inherited unless passed on by name.
+    The lock lasts until every copy of the descriptor is closed. It is not inherited unless passed on by name. Readers
+    test a lock by taking it, shared, for microseconds: None may mean no more than that, so callers try again.
 
     Raises:
         OSError: the lock file cannot be opened.
@@ -182,17 +183,14 @@ def take_lock(path: Path) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _PRIVATE_FILE)
     try:
         os.fchmod(fd, _PRIVATE_FILE)
-        for attempt in range(_LOCK_TRIES):
-            if attempt:
-                time.sleep(_LOCK_PAUSE_S)
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
     except BaseException:
         os.close(fd)
         raise
-    os.close(fd)
-    return None
+    return fd
 
 
 def is_locked(path: Path) -> bool:
@@ -273,6 +271,11 @@ def acquire_writer(state: StateDir) -> WriterLock:
     """
     try:
         fd = take_lock(state.daemon_lock)
+        for _ in range(_LOCK_TRIES):
+            if fd is not None:
+                break
+            time.sleep(_LOCK_PAUSE_S)
+            fd = take_lock(state.daemon_lock)
     except OSError as error:
         raise _unusable(state.daemon_lock, error) from error
     if fd is None:
