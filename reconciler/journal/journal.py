@@ -138,6 +138,7 @@ class Journal(JournalReader):
         Raises:
             StateError: it could not be written.
         """
+        files = {storable(path): storable(text) for path, text in files.items()}
         if self.texts() == Texts(files, digest):
             return
         with database.transaction(self._connection, self.path) as connection:
@@ -190,8 +191,8 @@ def _rows(ledger: Ledger) -> dict[_Key, object]:
 
 
 def _tables(ledger: Ledger) -> Iterator[tuple[str, Iterable[tuple[str, object]]]]:
-    yield "overlay", ledger.overlays.items()
-    yield "endpoint", ledger.endpoints.items()
-    yield "quarantine", ledger.quarantines.items()
+    yield "overlay", ((storable(name), record) for name, record in ledger.overlays.items())
+    yield "endpoint", ((storable(name), record) for name, record in ledger.endpoints.items())
+    yield "quarantine", ((storable(uuid), quarantine) for uuid, quarantine in ledger.quarantines.items())
     yield "lease", ((f"{place:06d}", lease) for place, lease in enumerate(ledger.leases))
     yield "agenda", ((f"{place:06d}", entry) for place, entry in enumerate(ledger.agenda))

@@ -81,11 +81,11 @@ class JournalReader:
         with database.snapshot(self._connection, self.path):
             return Ledger(
                 boot_id=self._meta("boot_id", ""),
-                overlays=dict(self._records("overlay", OverlayRecord)),
-                leases=tuple(lease for _, lease in self._records("lease", Lease)),
-                endpoints=dict(self._records("endpoint", EndpointRecord)),
-                quarantines=dict(self._records("quarantine", Quarantine)),
-                agenda=self._agenda(),
+                overlays={record.name: record for record in self._records("overlay", OverlayRecord)},
+                leases=tuple(self._records("lease", Lease)),
+                endpoints={record.name: record for record in self._records("endpoint", EndpointRecord)},
+                quarantines={quarantine.gpu: quarantine for quarantine in self._records("quarantine", Quarantine)},
+                agenda=tuple(self._records("agenda", AgendaEntry)),
             )
 
     def agenda(self) -> tuple[AgendaEntry, ...]:
@@ -95,7 +95,7 @@ class JournalReader:
             StateError: a record that this program cannot read.
         """
         with database.snapshot(self._connection, self.path):
-            return self._agenda()
+            return tuple(self._records("agenda", AgendaEntry))
 
     def events(
         self,
@@ -162,14 +162,11 @@ class JournalReader:
         with database.errors_explained(self.path, "read"):
             return int(self._meta("generation", "0"))
 
-    def _agenda(self) -> tuple[AgendaEntry, ...]:
-        return tuple(entry for _, entry in self._records("agenda", AgendaEntry))
-
-    def _records(self, kind: str, of: type[T]) -> Iterator[tuple[str, T]]:
+    def _records(self, kind: str, of: type[T]) -> Iterator[T]:
         for name, body in self._connection.execute(
             "SELECT name, body FROM records WHERE kind = ? ORDER BY name", (kind,)
         ):
-            yield name, self._decode(of, f"{kind} {name}", body)
+            yield self._decode(of, f"{kind} {name}", body)
 
     def _decode(self, of: type[T], what: str, body: str) -> T:
         try:
