@@ -1,0 +1,192 @@
+"""Every state, agenda and time: trouble, or none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from health_box import T0, Box, asked, crash, entry, gpu, overlay_record, view
+
+from reconciler.errors import Problem
+from reconciler.health.rules import ESCALATE_AFTER_S
+from reconciler.plan.actions import Blocked
+from reconciler.plan.ledger import EndpointRecord, Quarantine
+from reconciler.plan.observed import Subject
+
+STATES = ("pending", "starting", "healthy", "unhealthy", "failed", "stopping", "stopped", "sleeping", "unknown")
+A = "thinking"
+NEW = EndpointRecord(A)
+CRASHED = EndpointRecord(A, exits=(crash(),))
+ASKED = EndpointRecord(A, exits=(crash(T0.plus(-90)), asked()))
+RECOVERED = EndpointRecord(A, exits=(crash(T0.plus(-90)),), ready_since=T0.plus(-60))
+COVER = entry(A)
+LEAVE = entry(A, "stopping", "stopped")
+PAST = entry(A, until=-1.0)
+LONG_PAST = entry(A, until=-1.0 - ESCALATE_AFTER_S)
+TO_COME = entry(A, start=50.0)
+PAST_OF_OTHER = entry("other", until=-1.0)
+
+W, C = "warning", "critical"
+
+# (record, agenda) → per state the kind and severity; states left out are explained
+TABLE = [
+    ("first start", NEW, (), {"unhealthy": f"Unplanned {W}", "sleeping": f"Unplanned {W}", "failed": f"CrashLoop {C}"}),
+    ("after an end that was asked for", ASKED, (), {
+        "unhealthy": f"Unplanned {W}", "sleeping": f"Unplanned {W}", "failed": f"CrashLoop {C}"}),
+    ("a crash, and ready again since", RECOVERED, (), {
+        "unhealthy": f"Unplanned {W}", "sleeping": f"Unplanned {W}", "failed": f"CrashLoop {C}"}),
+    ("a crash", CRASHED, (), {
+        **dict.fromkeys(("pending", "starting", "stopping", "stopped", "sleeping", "unhealthy"), f"Unplanned {W}"),
+        "failed": f"CrashLoop {C}"}),
+    ("a crash, the agenda speaks of another", CRASHED, (PAST_OF_OTHER, entry("other")), {
+        **dict.fromkeys(("pending", "starting", "stopping", "stopped", "sleeping", "unhealthy"), f"Unplanned {W}"),
+        "failed": f"CrashLoop {C}"}),
+    ("a crash, and an entry still to come", CRASHED, (TO_COME,), {
+        **dict.fromkeys(("pending", "starting", "stopping", "stopped", "sleeping", "unhealthy"), f"Unplanned {W}"),
+        "failed": f"CrashLoop {C}"}),
+    ("covered", NEW, (COVER,), {
+        "unhealthy": f"WrongWay {W}", "sleeping": f"WrongWay {W}", "failed": f"CrashLoop {C}"}),
+    ("a crash inside an entry that expects the state", CRASHED, (COVER,), {
+        "unhealthy": f"WrongWay {W}", "sleeping": f"WrongWay {W}", "failed": f"CrashLoop {C}"}),
+    ("an entry that expects it to leave", NEW, (LEAVE,), {
+        **dict.fromkeys(("pending", "starting", "sleeping", "unhealthy"), f"WrongWay {W}"),
+        "failed": f"CrashLoop {C}"}),
+    ("past the end of its entry", NEW, (PAST,), {
+        **dict.fromkeys(("pending", "starting", "stopping", "stopped", "sleeping", "unhealthy"), f"Overdue {W}"),
+        "failed": f"CrashLoop {C}"}),
+    ("long past the end of its entry", CRASHED, (LONG_PAST,), {
+        **dict.fromkeys(("pending", "starting", "stopping", "stopped", "sleeping", "unhealthy"), f"Overdue {C}"),
+        "failed": f"CrashLoop {C}"}),
+    ("past one entry and inside the next", NEW, (COVER, PAST), {
+        "unhealthy": f"WrongWay {W}", "sleeping": f"WrongWay {W}", "failed": f"CrashLoop {C}"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(("name", "record", "agenda", "wrong"), TABLE, ids=[row[0] for row in TABLE])
+def test_an_endpoint_that_should_run_is_trouble_only_where_nothing_explains_its_state(
+    name: str, record: EndpointRecord, agenda: tuple, wrong: dict, state: str
+) -> None:  # type: ignore[type-arg]
+    box = Box(views=(view(A, state),), records=(record,), agenda=agenda)
+    expected = [f"{kind}/{A}:{severity}" for kind, severity in [wrong[state].split()]] if state in wrong else []
+    assert box.wrong() == expected
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("desired", ["stopped", "standby"])
+@pytest.mark.parametrize("record", [NEW, CRASHED])
+def test_an_endpoint_that_need_not_run_is_no_trouble(state: str, desired: str, record: EndpointRecord) -> None:
+    box = Box(views=(view(A, state, desired),), records=(record,))
+    assert box.wrong() == []
+    assert replace(box, agenda=(COVER,)).wrong() == []
+
+
+@pytest.mark.parametrize(("state", "late"), [("stopping", True), ("healthy", True), ("stopped", False)])
+def test_an_endpoint_that_does_not_stop_in_its_time_is_overdue(state: str, *, late: bool) -> None:
+    box = Box(views=(view(A, state, "stopped"),), agenda=(PAST,))
+    assert box.wrong() == ([f"Overdue/{A}:warning"] if late else [])
+
+
+@pytest.mark.parametrize("state", ["stopping", "stopped", "pending", "sleeping"])
+def test_a_displaced_endpoint_is_explained_by_its_overlay_until_its_entry_ends(state: str) -> None:
+    box = Box(views=(view(A, state, "displaced"),), records=(replace(NEW, evicted_by="render"),))
+    assert box.wrong() == []
+    assert replace(box, agenda=(PAST,)).wrong() == [f"Overdue/{A}:warning"]
+
+
+@pytest.mark.parametrize(
+    ("at_s", "wrong"),
+    [
+        (-10.0, []),
+        (99.9, []),
+        (100.0, [f"Overdue/{A}:warning"]),
+        (400.0, [f"Overdue/{A}:warning"]),
+        (400.1, [f"Overdue/{A}:critical"]),
+    ],
+)
+def test_an_entry_covers_from_its_start_to_its_end_and_not_a_moment_longer(at_s: float, wrong: list[str]) -> None:
+    assert Box(views=(view(A, "pending"),), agenda=(COVER,)).wrong(at_s) == wrong
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [("GpuOccupied: pid 4711 (train.py)", "ForeignMemory"), ("PortInUse: port 8080", "PortInUse")],
+)
+@pytest.mark.parametrize("record", [NEW, CRASHED])
+def test_what_a_stranger_blocks_is_named_after_the_stranger(reason: str, kind: str, record: EndpointRecord) -> None:
+    box = Box(views=(view(A, "pending", reason=reason),), records=(record,))
+    assert box.wrong() == [f"{kind}/{A}:warning"]
+    assert replace(box, agenda=(COVER,)).wrong() == []
+
+
+# ---------------------------------------------------------------- floors
+
+STUCK = Blocked(Subject("endpoint", "b"), "InsufficientGpus", "its GPUs are held", transient=False)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "box", "wrong"),
+    [
+        (view("a", "healthy"), view("b", "healthy"), Box(), []),
+        (view("a", "healthy"), view("b", "starting"), Box(), []),
+        (view("a", "healthy"), view("b", "unknown"), Box(), []),
+        (view("a", "starting"), view("b", "pending"), Box(), []),
+        (view("a", "healthy"), view("b", "pending"), Box(blocked=(STUCK,)), ["FloorBroken/ask:critical"]),
+        (view("a", "healthy"), view("b", "stopped", "stopped"), Box(), ["FloorBroken/ask:critical"]),
+        (view("a", "healthy"), view("b", "stopped", "displaced"), Box(), ["FloorBroken/ask:critical"]),
+        (view("a", "healthy"), view("b", "stopped", "displaced"), Box(agenda=(entry("b"),)), []),
+        (view("a", "healthy"), view("b", "unhealthy"), Box(), ["Unplanned/b:critical"]),
+        (view("a", "stopped", "stopped"), view("b", "failed"), Box(), ["CrashLoop/b:critical"]),
+        (view("a", "stopping"), view("b", "unhealthy"), Box(agenda=(entry("a"),)), ["Unplanned/b:critical"]),
+    ],
+)
+def test_a_broken_floor_has_one_incident_that_of_the_provider_if_it_has_one(a, b, box: Box, wrong: list[str]) -> None:  # type: ignore[no-untyped-def]
+    assert replace(box, views=(a, b), floors={"ask": 2}).wrong() == wrong
+
+
+# ---------------------------------------------------------------- overlays, GPUs, files
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, []),
+        ({"state": "overrun"}, ["OverlayOverdue/render:warning"]),
+        ({"state": "failed", "exit_code": 3, "outcome": "failed"}, ["WorkloadFailed/render:warning"]),
+        ({"state": "restoring", "exit_code": -9, "outcome": "failed"}, ["WorkloadFailed/render:warning"]),
+        ({"state": "failed", "exit_code": None}, ["OverlayFailed/render:warning"]),
+        ({"state": "failed", "exit_code": 0}, ["OverlayFailed/render:warning"]),
+        ({"state": "done", "exit_code": 0, "outcome": "done"}, []),
+        ({"state": "cancelled", "exit_code": -15, "outcome": "cancelled"}, []),
+        ({"state": "restoring", "exit_code": -15, "outcome": "cancelled"}, []),
+        ({"state": "starting", "exit_code": 1, "attempt": 1}, []),
+        ({"state": "expired"}, []),
+    ],
+)
+def test_an_overlay_is_trouble_when_it_failed_or_runs_too_long(changes: dict[str, object], wrong: list[str]) -> None:
+    assert Box(overlays=(overlay_record("render", **changes),)).wrong() == wrong
+
+
+def test_a_failed_workload_is_never_suppressed_by_the_agenda() -> None:
+    failed = overlay_record("render", state="restoring", outcome="failed", exit_code=1)
+    assert Box(overlays=(failed,), agenda=(entry("render"), COVER)).wrong() == ["WorkloadFailed/render:warning"]
+
+
+def test_lost_and_quarantined_gpus_are_one_incident_each() -> None:
+    quarantine = [Quarantine(f"GPU-{n}", T0, "memory not returned") for n in (1, 2, 7)]
+    box = Box(gpus=(gpu(0), gpu(1, "lost"), gpu(2), gpu(3, "unknown")), quarantines=tuple(quarantine))
+    assert sorted(box.wrong()) == [
+        "GpuLost/GPU-1:critical",
+        "GpuQuarantined/GPU-2:warning",
+        "GpuQuarantined/GPU-7:warning",
+    ]
+
+
+def test_gpus_that_the_driver_does_not_tell_of_are_not_lost() -> None:
+    assert Box(gpus=(gpu(1, "lost"),), gpus_known=False).wrong() == []
+
+
+def test_a_rejected_file_is_one_incident_however_many_problems_it_has() -> None:
+    problems = (Problem("b.yaml", 2, 1, "second"), Problem("b.yaml", 1, 1, "first"), Problem("a.yaml", 0, 0, "gone"))
+    box = Box(problems=problems)
+    assert sorted(box.wrong()) == ["SpecRejected/a.yaml:warning", "SpecRejected/b.yaml:warning"]
