@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reconciler.health.incident import Incident
     from reconciler.journal.reader import JournalReader
     from reconciler.loop.daemon import Daemon
+    from reconciler.observe.gpus import NvmlReader
     from reconciler.observe.probe import OwnsListener, ProbeTarget
     from reconciler.observe.snapshot import ObserveOptions
     from reconciler.plan.actions import Plan
@@ -124,6 +125,19 @@ def _prepare_node(options: Options, state: StateDir) -> Mapping[str, str]:
 # ---------------------------------------------------------------- looking
 
 
+def _open_driver(nvml: NvmlReader, state: StateDir) -> None:
+    """Initialise the driver; where there is none and a simulated node lived, say how to have it back."""
+    from reconciler.errors import DriverError
+
+    try:
+        nvml.open()
+    except DriverError as error:
+        if not (state.sim / "node.json").exists():
+            raise
+        hint = "this state directory belongs to a simulated node: add the --simulate it was used with"
+        raise DriverError(error.message, hint=hint) from error
+
+
 class _Watching:
     """A daemon's eyes: an observer with a prober that keeps asking."""
 
@@ -135,7 +149,7 @@ class _Watching:
 
         clock = SystemClock()
         self._nvml = NvmlReader(clock)
-        self._nvml.open()
+        _open_driver(self._nvml, state)
         self._processes = ProcessReader(state, clock)
         self._prober = Prober(clock, wake, owns=self._processes.owns_listener)
         self._observer = Observer(self._nvml, self._processes, self._prober, clock)
@@ -181,7 +195,7 @@ def _look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
     clock = SystemClock()
     nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
     try:
-        nvml.open()
+        _open_driver(nvml, state)
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         probes = _AskedOnce(processes.owns_listener)
         return Observer(nvml, processes, probes, clock).observe(spec, ObserveOptions(ready_before=ready))
