@@ -18,6 +18,7 @@ from reconciler.plan.observed import Observed
 
 _QUIET = ("pending", "done", "failed", "cancelled", "expired")
 """States of overlays that a convergence does not touch."""
+_SETTLED = ("healthy", "stopped", "done", "failed", "cancelled", "expired")
 
 
 class Progress:
@@ -45,9 +46,9 @@ class Progress:
             return
         for name, words in _lines(plan):
             if self._said.get(name) != words:
-                before = self._said.get(name)
+                known = name in self._said
                 self._said[name] = words
-                if before is not None or not words.startswith(("healthy", "stopped", "done")):
+                if known or words.partition(" ")[0] not in _SETTLED:  # what rests from the start is no progress
                     self._face.note(f"{name}: {words}")
 
 
