@@ -42,8 +42,8 @@ class Graph:
     """Subject → the action after which it is loaded."""
     _loading_on: dict[str, list[tuple[Subject, int]]] = field(default_factory=dict)
     """GPU → who loads there, and the action after which that is over."""
-    _ended_by: dict[str, int] = field(default_factory=dict)
-    """Overlay → the action after which it is over and its memory free."""
+    _ended_by: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Overlay → the actions after which it is over and its memory free."""
 
     def build(self) -> tuple[Action, ...]:
         """The whole graph of the draft."""
@@ -56,6 +56,8 @@ class Graph:
         for step in self.draft.steps.values():
             if step.spec is not None and step.record.state in OVERRIDING:
                 self._overlay_run(step)
+            elif step.record.state == "completing":
+                self._overlay_end(step)
         self._restorations()
         return tuple(self.actions)
 
@@ -269,7 +271,15 @@ class Graph:
                 "wait_memory", subject, tuple(sorted({x.gpu for x in leases})), (end,), reason="its memory comes back",
                 cause=cause, timeout_s=MEMORY_TIMEOUT_S, predicted_s=MEMORY_RETURN_S,
             )  # fmt: skip
-        self._ended_by[record.name] = end
+        self._ended_by[record.name] = (end,)
+
+    def _overlay_end(self, step: OverlayStep) -> None:
+        """What is left of an overlay that is over: its work and providers end, and their memory comes back."""
+        name = step.record.name
+        gpus = tuple(x.gpu for x in self.draft.leases if x.overlay == name)
+        gone = self._after_departures(Subject("workload", name), gpus, None)
+        if gone:
+            self._ended_by[name] = tuple(gone)
 
     def _restorations(self) -> None:
         """The predicted way back of everything an overlay displaced."""
@@ -310,7 +320,7 @@ class Graph:
         )  # fmt: skip
         # Whoever else's overlay still holds one of these GPUs has to end first, too: no prefix may oversubscribe.
         held = {x.overlay for x in self.draft.leases if x.gpu in gpus and x.overlay in self._ended_by}
-        self._endpoint_start(item, [self._ended_by[o] for o in {*holders, *held}])
+        self._endpoint_start(item, [action for o in {*holders, *held} for action in self._ended_by[o]])
 
 
 def stop_for(spec: Spec, subject: Subject) -> Stop:

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import replace
 
 from reconciler.clock import Instant
-from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Plan, Symbol
+from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Op, Plan, Symbol
 from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.draft import OVERRIDING, Draft
@@ -21,6 +21,7 @@ from reconciler.plan.progress import arrange_workload, progress, quarantine_over
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Spec
 
+ENDINGS: frozenset[Op] = frozenset({"drain", "stop", "kill", "sleep", "stop_workload", "wait_memory"})
 MAX_ROUNDS = 100
 """Each round moves an overlay at least one state on, and there are four states to pass in one decision."""
 
@@ -255,25 +256,25 @@ def _changes(draft: Draft, actions: tuple[Action, ...], blocked: tuple[Blocked, 
     behind: set[int] = set()
     groups: dict[tuple[Subject, str], list[Action]] = {}
     for action in actions:
-        if action.op == "wait_end" or behind & set(action.needs):
+        later = bool(behind & set(action.needs))
+        if action.op == "wait_end" or later:
             behind.add(action.id)
-        if action.op == "wait_end" or (action.op == "wait_memory" and action.id in behind):
+        if action.op == "wait_end" or (action.op == "wait_memory" and later):
             continue
-        ending = action.op in ("drain", "stop", "kill", "sleep", "stop_workload", "wait_memory")
-        groups.setdefault((action.subject, "ends" if ending else "begins"), []).append(action)
+        phase = "ends" if action.op in ENDINGS else ("returns" if later else "begins")
+        groups.setdefault((action.subject, phase), []).append(action)
+    # Whose memory alone is waited for has left already: the box is still busy with it, we are not.
+    groups = {key: group for key, group in groups.items() if any(a.op != "wait_memory" for a in group)}
     back = {a.subject: a.expected[1] for a in actions if a.op == "wait_ready" and a.id in behind}
     changes: list[Change] = []
     for (subject, phase), group in groups.items():
         first, ids = group[0], tuple(a.id for a in group)
-        if all(a.op == "wait_memory" for a in group):  # it left already: the box is still busy with it, we are not
-            continue
-        other = (subject, "begins") in groups if phase == "ends" else (subject, "ends") in groups
-        symbol = _symbol(first, phase, edited=other)
-        expected_back = back.get(subject) if phase == "ends" else None
+        symbol = _symbol(first, phase, edited=(subject, "begins") in groups and (subject, "ends") in groups)
         earlier = next((i for i, c in enumerate(changes) if symbol == "~" and c.subject == subject), None)
         if earlier is not None:  # the second half of one edit
             changes[earlier] = replace(changes[earlier], actions=(*changes[earlier].actions, *ids))
             continue
+        expected_back = back.get(subject) if phase == "ends" else None
         changes.append(Change(subject, symbol, ids, first.reason, first.cause, expected_back))
     known = {c.subject for c in changes}
     for item in blocked:
@@ -309,7 +310,8 @@ def _budgets(draft: Draft) -> tuple[str, ...]:
             lines.append(f"{name}: {len(record.evictions)} of {limit} evictions this hour")
         endpoint = draft.wanted.get(name)
         if endpoint is not None and record.streak:
-            lines.append(f"{name}: ended {record.streak} times in a row (at most {endpoint.restart.max_restarts})")
+            ends = "1 unplanned end" if record.streak == 1 else f"{record.streak} unplanned ends in a row"
+            lines.append(f"{name}: {ends} (at most {endpoint.restart.max_restarts})")
     return tuple(lines)
 
 

@@ -125,45 +125,53 @@ class Consents:
         for rule in RULES:  # 1
             placement = self.seek(needs, board, waive=frozenset({rule}))
             if placement is not None:
-                return self._protected((rule,), placement)
+                return self._protected((rule,), placement, board)
         placement = self.seek(needs, board, waive=frozenset(RULES))
         if placement is not None:  # 2
             broken = {r for key in placement.victims for r in self.broken_by(board.tenants[key])}
             if not self.floors_hold(placement.victims):
                 broken.add("FloorWouldBreak")
-            return self._protected(tuple(r for r in RULES if r in broken), placement)
+            return self._protected(tuple(r for r in RULES if r in broken), placement, board)
         return lacking(self.situation, needs)  # 3
 
-    def _protected(self, rules: tuple[str, ...], placement: Placement) -> Refusal:
-        names = ", ".join(sorted({key.partition("/")[2] for key in placement.victims} | self.vacated))
-        floors = {c: f for c, f in sorted(self.floors.items()) if f}
-        texts = {
-            "NoConsent": (
-                f"it would need the place of {names}, and the overlay does not allow eviction",
-                "set allow_baseline_eviction: true",
-            ),
-            "PriorityTooLow": (
-                f"{names}, in whose place it would run, has the same or a higher priority than {self.overlay.priority}",
-                "raise the overlay's priority above it",
-            ),
-            "NotPreemptible": (f"{names}, in whose place it would run, is not preemptible", f"wait for {names} to end"),
-            "FloorWouldBreak": (
-                (
-                    f"without {names} fewer ready providers than min_available would be left "
-                    f"({', '.join(f'{c}: {f}' for c, f in floors.items())})"
-                ),
-                "lower min_available, or add a provider",
-            ),
-            "CoolDown": (f"{names} was evicted too often or too lately", "wait; or `reconciler reset` it"),
-            "GpuUnknown": (f"the GPUs of {names} cannot be read at the moment", "see `reconciler doctor`"),
-        }
-        chosen = [texts[rule] for rule in rules]
+    def _protected(self, rules: tuple[str, ...], placement: Placement, board: Board) -> Refusal:
+        chosen = [
+            self._told(rule, self._protected_by(rule, [board.tenants[k] for k in sorted(placement.victims)]))
+            for rule in rules
+        ]
         return Refusal(
             reason=rules[0],
             message="; and ".join(message for message, _ in chosen),
             alternatives=tuple(hint for _, hint in chosen),
             transient=rules[0] in ("CoolDown", "GpuUnknown", "NotPreemptible"),
         )
+
+    def _protected_by(self, rule: str, tenants: Sequence[Tenant]) -> str:
+        """Names of those whose place it would need, and whom this rule keeps there."""
+        victims = {tenant.key.partition("/")[2]: self.broken_by(tenant) for tenant in tenants}
+        if rule == "FloorWouldBreak":
+            return ", ".join(sorted({*victims, *self.vacated}))
+        return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
+
+    def _told(self, rule: str, names: str) -> tuple[str, str]:
+        """What stands in the way, and what would help."""
+        place = f"it would need the place of {names}"
+        match rule:
+            case "NoConsent":
+                return f"{place}, and may not evict", "set allow_baseline_eviction: true"
+            case "PriorityTooLow":
+                than = self.overlay.priority
+                return f"{place}, whose priority is not lower than {than}", f"give it a priority above that of {names}"
+            case "NotPreemptible":
+                return f"{place}, which may not be displaced", f"wait for {names} to end, or make it preemptible"
+            case "FloorWouldBreak":
+                least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f)
+                message = f"without {names} fewer providers would be ready than have to be ({least})"
+                return message, "lower min_available, or add a provider"
+            case "CoolDown":
+                return f"{names} was evicted too often or too lately", f"wait, or `reconciler reset {names}`"
+            case _:
+                return f"the GPUs of {names} cannot be read at the moment", "see `reconciler doctor`"
 
 
 def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
@@ -189,10 +197,16 @@ def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
             )
         if broken and len(fitting) + len(occupied) + len(broken) >= need.count:
             first = broken[0]
+            quarantine = situation.ledger.quarantines.get(first.gpu.uuid)
+            why = quarantine.reason if quarantine else first.gpu.detail or first.unusable
             return Refusal(
                 first.unusable or "GpuUnknown",
-                f"GPU {first.gpu.index} cannot be used: {first.gpu.detail or first.unusable}",
-                ("see `reconciler doctor`",),
+                f"GPU {first.gpu.index} cannot be used: {why}",
+                (
+                    f"`reconciler reset {first.gpu.index}` once it is mended"
+                    if quarantine
+                    else "see `reconciler doctor`",
+                ),
                 transient=first.unusable == "GpuUnknown",
             )
         biggest = max((r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms), default=0)

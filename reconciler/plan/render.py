@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, tzinfo
 
-from reconciler.plan.actions import Action, Blocked, Cause, Change, Plan
+from reconciler.plan.actions import WAITS, Action, Blocked, Cause, Change, Drift, Plan
 from reconciler.plan.observed import Observed
 from reconciler.units import format_duration
 
@@ -32,10 +32,12 @@ def render_plan(plan: Plan, indices: Mapping[str, int], zone: tzinfo = UTC) -> s
         indices: GPU UUID → index (`gpu_indices`); a UUID that is not in it is shown as it is
         zone: time zone of the wall-clock times shown
     """
-    if not plan.changes and not plan.actions and not plan.blocked:
+    if not plan.changes and not plan.actions and not plan.blocked and not plan.drift:
         return NO_CHANGES
+    subjects = [c.subject for c in plan.changes] + [d.subject for d in _undone(plan)]
+    width = max((len(s.name) for s in subjects), default=0)
     parts = [
-        _change_lines(plan, zone),
+        [*_change_lines(plan, width, zone), *_undone_lines(plan, width)],
         [_action_line(a, plan.now.wall, indices) for a in plan.actions],
         [f"Budget: {line}" for line in plan.budgets],
         _victims_lines(plan),
@@ -44,12 +46,11 @@ def render_plan(plan: Plan, indices: Mapping[str, int], zone: tzinfo = UTC) -> s
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _change_lines(plan: Plan, zone: tzinfo) -> list[str]:
-    width = max((len(str(c.subject)) for c in plan.changes), default=0)
+def _change_lines(plan: Plan, width: int, zone: tzinfo) -> list[str]:
     waits = {b.subject: b for b in plan.blocked}
     lines = []
     for change in plan.changes:
-        line = f"{change.symbol} {change.subject!s:<{width}}  {change.reason}  [{_cause(change.cause)}]"
+        line = f"{change.symbol} {change.subject.name:<{width}}  {change.reason}  [{_cause(change.cause)}]"
         if change.expected_back is not None:
             word = "back" if change.actions else "not before"
             line += f"  ({word} {_moment(change.expected_back, plan.now.wall, zone)})"
@@ -57,6 +58,24 @@ def _change_lines(plan: Plan, zone: tzinfo) -> list[str]:
         blocked = waits.pop(change.subject, None)
         if blocked is not None:
             lines += _blocked_lines(change, blocked)
+    return lines
+
+
+def _undone(plan: Plan) -> list[Drift]:
+    """What is not as it should be and nothing is done about: given up, not to be told, or not worth worrying about."""
+    told = {c.subject for c in plan.changes} | {a.subject for a in plan.actions}
+    return [drift for drift in plan.drift if drift.subject not in told]
+
+
+def _undone_lines(plan: Plan, width: int) -> list[str]:
+    lines = []
+    for drift in _undone(plan):
+        name, failed = drift.subject.name, drift.observed == "failed"
+        reason = plan.endpoints[name].reason
+        why = f": {reason}" if reason else ""
+        lines.append(f"{'x' if failed else '?'} {name:<{width}}  should be {drift.expected}, is {drift.observed}{why}")
+        if failed:
+            lines.append(f"    hint: edit it, or `reconciler reset {name}`")
     return lines
 
 
@@ -114,12 +133,12 @@ def _victims_lines(plan: Plan) -> list[str]:
 
 def _summary(plan: Plan) -> str:
     counts = {symbol: 0 for symbol, _ in _COUNTED}
-    blocked = 0
+    blocked = sum(drift.observed == "failed" for drift in _undone(plan))
     for change in plan.changes:
-        if change.symbol in counts:
-            counts[change.symbol] += 1
-        else:
+        if change.symbol not in counts:
             blocked += 1
+        elif any(plan.actions[i - 1].op not in WAITS for i in change.actions):
+            counts[change.symbol] += 1
     words = [f"{counts[s]} to {word}" for s, word in _COUNTED if counts[s] or s in _ALWAYS_SHOWN]
     summary = f"Plan: {', '.join(words)}, {blocked} blocked."
     return f"{summary} Nothing to do now." if plan.converged else summary

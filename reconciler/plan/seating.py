@@ -195,14 +195,22 @@ def _carry_out_edits(
         if current is None:
             continue
         if endpoint in going:
-            owner = draft.owners.get(endpoint.name)
-            cause = Cause("overlay" if owner else "edit", endpoint.source, owner)
-            draft.leaving[current.id] = Leaving(current, "its set points were edited", cause, owner)
+            reason, cause = _why_edited(draft, endpoint)
+            draft.leaving[current.id] = Leaving(current, reason, cause, draft.owners.get(endpoint.name))
         else:
             _seat_incarnation(draft, endpoint.name, current, endpoint)
             message = "its edit waits: the new version has no place yet, so the running one stays"
             draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
     return tuple(going)
+
+
+def _why_edited(draft: Draft, endpoint: EndpointSpec) -> tuple[str, Cause]:
+    owner, evicted_by = draft.owners.get(endpoint.name), draft.records[endpoint.name].evicted_by
+    if owner is not None:
+        return f"overlay {owner} sets it differently", Cause("overlay", endpoint.source, owner)
+    if evicted_by is not None:
+        return f"{evicted_by} no longer needs its place", Cause("restore", endpoint.source, evicted_by)
+    return "its set points were edited", Cause("edit", endpoint.source)
 
 
 def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
@@ -298,12 +306,12 @@ def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tu
     record, owner = draft.records[endpoint.name], draft.owners.get(endpoint.name)
     if owner is not None:
         return f"overlay {owner} asks for it", Cause("overlay", draft.steps[owner].record.source, owner)
-    for overlay in sorted(draft.evicted_from(endpoint.name)):
+    for overlay in sorted(o for o, held in draft.evicted_from(endpoint.name).items() if held):
         return f"{overlay} took its place; it moves", Cause("evict", draft.steps[overlay].record.source, overlay)
     if record.evicted_by is not None:
         overlay = record.evicted_by
         return f"{overlay} no longer needs its place", Cause("restore", endpoint.source, overlay)
-    if standing.current is not None and draft.leaving[standing.current.id].cause.kind in ("edit", "request"):
+    if standing.current is not None and draft.leaving[standing.current.id].cause.kind in ("edit", "request", "drift"):
         leaving = draft.leaving[standing.current.id]
         return leaving.reason, leaving.cause
     if record.exits and not record.exits[-1].planned:

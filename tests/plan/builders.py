@@ -194,11 +194,11 @@ def incarnation(
             each = int(total * fraction)
         case WholeGpu():
             each = total - GIB
-    default: dict[str, Any] = {"pid": 4000, "strays": (), "exit_code": None, "exited": None}
+    made_for = of.process_hash if isinstance(of, EndpointSpec) else of.placement_hash
+    default: dict[str, Any] = {"process_hash": made_for, "pid": 4000, "strays": (), "exit_code": None, "exited": None}
     return Incarnation(
         id=key or f"{of.name}-0",
         subject=Subject("endpoint" if is_endpoint else "workload", of.name),
-        process_hash=of.process_hash if isinstance(of, EndpointSpec) else of.placement_hash,
         gpus=tuple(uuid(i) for i in indices),
         memory_bytes=(each,) * len(indices),
         exclusive=isinstance(of.memory, WholeGpu),

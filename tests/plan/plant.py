@@ -58,6 +58,8 @@ class Plant:
     """GPU index → fields of `Gpu` that are as they are: state, healthy, detail."""
     ports: dict[int, PortHolder] = field(default_factory=dict)
     numa: dict[int, int] = field(default_factory=dict)
+    busy: dict[str, int] = field(default_factory=dict)
+    """Incarnation → requests in flight; 0 if not there."""
     nameless: frozenset[str] = frozenset()
     """Incarnations whose memory NVML names no process for."""
     history: list[Action] = field(default_factory=list)
@@ -98,7 +100,7 @@ class Plant:
             failing = Instant(self.now.wall - (self.now.mono - since), since)
             return Probe(of.id, self.now, False, misses, failing, None, None, detail="connection refused")
         answers = at is not None and self.now.mono >= at
-        return Probe(of.id, self.now, answers, 0, None, self.now if answers else None, 0 if answers else None)
+        return Probe(of.id, self.now, answers, 0, None, self.now if answers else None, self.busy.get(of.id, 0))
 
     # ------------------------------------------------------------ acting
 
