@@ -44,11 +44,19 @@ class Cradle:
         self.ids.append(incarnation)
         return intent
 
+    @staticmethod
+    def _lock(path: Path) -> int:
+        """The subject's lock; the shim of a predecessor that just ended may hold it for some ms more."""
+        deadline = time.monotonic() + 10
+        while (lock := take_lock(path)) is None:
+            assert time.monotonic() < deadline, f"{path} is still held"
+            time.sleep(0.01)
+        return lock
+
     def start(self, *argv: str, env: Mapping[str, str] | None = None, **intent_fields) -> str:
         """A running incarnation of `argv`; its id."""
         intent = self.intend(**intent_fields)
-        lock = take_lock(lock_path(self.state, intent.kind, intent.name))
-        assert lock is not None
+        lock = self._lock(lock_path(self.state, intent.kind, intent.name))
         fcntl.fcntl(lock, fcntl.F_SETFD, 0)
         ready_out, ready_in = os.pipe()
         environment = {"PATH": os.environ["PATH"], **(env or {}), MARKER: intent.id, "SPT_NOENV": "1"}
