@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -62,6 +63,9 @@ def down(ctx: typer.Context, *, endpoints: _Endpoints = None, timeout: _Timeout 
             timeout_s=timeout.value if timeout else None,
             progress=progress.show,
         )
+    if done.ok:
+        what = ", ".join(endpoints) if endpoints else "everything"
+        done = replace(done, message=f"stopped: {what}; `reconciler apply` or `reconciler run` brings it back")
     return finish(face, done)
 
 

@@ -89,12 +89,16 @@ class Story:
         while True:
             self._stage.check_daemon()
             self._stage.stirred.clear()
-            seen = self._stage.ask("status")
-            self._draw(seen)
-            if condition(seen):
-                return seen
-            if self.elapsed_s > DEADLINE_S:
+            try:
+                seen = self._stage.ask("status")
+            except ReconcilerError as error:  # a daemon that has only just begun does not know yet
+                states = error.message
+            else:
+                self._draw(seen)
+                if condition(seen):
+                    return seen
                 states = ", ".join(f"{e['name']} {e['state']}" for e in seen["endpoints"])
+            if self.elapsed_s > DEADLINE_S:
                 raise ReconcilerError(f"not within {DEADLINE_S:g} s: {what}; at the end: {states}")
             self._stage.stirred.wait(LOOK_S)
 

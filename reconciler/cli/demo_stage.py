@@ -26,8 +26,10 @@ from reconciler.errors import ReconcilerError
 
 NODE = "4x80GiB"
 RENDER_S = 6.0
-COMMAND_S = 30.0
+COMMAND_S = 60.0
 """More than any command here takes on a busy machine."""
+STOP = {"drain": "1s", "grace": "5s"}
+"""Shorter than the default: an engine that is asked to end while it loads forgets it, and Ctrl-C should be quick."""
 KEPT_EVENTS = 8
 
 ENDPOINTS: dict[str, dict[str, Any]] = {
@@ -73,6 +75,7 @@ class Stage:
         self.stirred = threading.Event()
         """Set whenever something happened on the stage."""
         self._stack = ExitStack()
+        """What has to be ended or put back in any case."""
         self._root = Path()
         self._daemon: subprocess.Popen[bytes] | None = None
 
@@ -81,7 +84,6 @@ class Stage:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         self._stack.callback(signal.signal, signal.SIGTERM, before)
         self._root = Path(tempfile.mkdtemp(prefix="reconciler-demo-"))
-        self._stack.callback(shutil.rmtree, self._root, ignore_errors=True)
         try:
             self._write_files()
             self._start()
@@ -143,7 +145,7 @@ class Stage:
         (self._root / "overlays").mkdir(mode=0o700)
         ports = _free_ports(len(ENDPOINTS))
         endpoints = {
-            name: {**fields, "port": port, "health": {"interval": "500ms"}}
+            name: {**fields, "port": port, "health": {"interval": "500ms"}, "stop": STOP}
             for (name, fields), port in zip(ENDPOINTS.items(), ports, strict=True)
         }
         document = {"version": 1, "node": {"name": "demo"}, "endpoints": endpoints}
@@ -176,30 +178,24 @@ class Stage:
         """The daemon first, which leaves its endpoints running; then those; then the folder.
 
         Raises:
-            ReconcilerError: something could not be stopped; its folder is kept.
+            ReconcilerError: something could not be stopped; the folder is kept, for another try.
         """
         impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         try:
-            if self._daemon is not None:
-                _end(self._daemon)
-                self._go_down()
+            with self._stack:
+                if self._daemon is not None:
+                    _end(self._daemon)
+                    self._go_down()
+                shutil.rmtree(self._root, ignore_errors=True)
         finally:
-            self._stack.close()
             signal.signal(signal.SIGINT, impatient)
 
     def _go_down(self) -> None:
-        try:
-            done = self.ask("down", "--timeout", "20s")
-            left = {p["pid"] for gpu in self.ask("status")["gpus"] for p in gpu["processes"]}
-        except ReconcilerError:
-            self._stack.pop_all()
-            raise
+        done = self.ask("down", "--timeout", "30s")
+        left = sorted({p["pid"] for gpu in self.ask("status")["gpus"] for p in gpu["processes"]})
         if left or not done["ok"]:
-            self._stack.pop_all()
-            raise ReconcilerError(
-                f"not everything could be stopped: {done['message']} (pids {sorted(left)})",
-                hint=f"the state is kept in {self._root}",
-            )
+            again = " ".join([*self._argv(), "down"])
+            raise ReconcilerError(f"not everything could be stopped: {done['message']} (pids {left})", hint=again)
 
 
 def _environment() -> dict[str, str]:
