@@ -4,8 +4,8 @@ While the shim lives it is the subreaper, and descent from it is the proof: it c
 Only when the shim is dead is all of /proc swept, and a process counts as a member by one of these proofs:
 
 1. its environment carries the incarnation's marker;
-2. it is in the leader's session, and that session is still the same one: the leader lives, or a marked process is in it
-   (the kernel never reuses a session id while one member lives, but it does afterwards);
+2. it is in the leader's session, and that session is still the same one: the leader is there (a zombie holds its number
+   too), or a marked process is in it (the kernel reuses a session id, but never while one member lives);
 3. it descends from a process counted by 1 or 2.
 
 A process in a session of that number without any of these is not ours: better left alone than a stranger killed.

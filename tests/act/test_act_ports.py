@@ -1,0 +1,72 @@
+"""A port is free only when a server could really take it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from reconciler.act.ports import prove_free
+from reconciler.errors import PortInUse
+
+
+@pytest.fixture
+def taken() -> Iterator[socket.socket]:
+    with socket.socket() as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield made
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
+def test_a_listener_on_any_address_takes_the_port(taken: socket.socket, address: str) -> None:
+    taken.bind((address, 0))
+    taken.listen()
+    with pytest.raises(PortInUse, match="listens"):
+        prove_free(taken.getsockname()[1])
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_a_listener_on_ipv6_alone_takes_the_port() -> None:
+    with socket.socket(socket.AF_INET6) as server:
+        try:
+            server.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this box")
+        server.listen()
+        with pytest.raises(PortInUse):
+            prove_free(server.getsockname()[1])
+
+
+def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket) -> None:
+    """vLLM binds with SO_REUSEADDR before it loads; a probe with SO_REUSEADDR alone would succeed."""
+    taken.bind(("0.0.0.0", 0))
+    port = taken.getsockname()[1]
+    with pytest.raises(PortInUse, match="does not listen yet"):
+        prove_free(port)
+    taken.close()
+    prove_free(port)
+
+
+def test_connections_that_linger_after_a_server_do_not_take_the_port(taken: socket.socket) -> None:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        accepted, _ = taken.accept()
+        accepted.close()  # first, so that TIME_WAIT is on the server's side
+        assert client.recv(1) == b""
+    taken.close()
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))  # it does linger
+    prove_free(port)
+
+
+def test_proving_leaves_the_port_free(taken: socket.socket) -> None:
+    taken.bind(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    taken.close()
+    prove_free(port)
+    prove_free(port)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))

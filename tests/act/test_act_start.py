@@ -1,0 +1,359 @@
+"""Starting: what is recorded, what is inherited, and what a kill at any moment leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, is_running, program, until
+
+from reconciler.act.process import Launch
+from reconciler.errors import ActError, PortInUse
+from reconciler.identity import boot_id, read_stat
+from reconciler.journal.incarnations import Exit, Intent, Run, lock_path
+from reconciler.journal.layout import is_locked
+from reconciler.plan.observed import Subject
+
+SPAWNER = """
+import asyncio, json, os, sys
+from pathlib import Path
+from reconciler.act.process import Launch, ProcessActor
+from reconciler.clock import SystemClock
+from reconciler.identity import boot_id
+from reconciler.journal.layout import StateDir
+from reconciler.plan.observed import Subject
+state, order = StateDir(Path(sys.argv[1])), json.loads(sys.argv[2])
+launch = Launch(incarnation=order["id"], subject=Subject("endpoint", "thinking"), process_hash="hash", gpus=(),
+                memory_bytes=(), exclusive=True, port=None, attempt=0, argv=tuple(order["argv"]),
+                env={"PATH": os.environ["PATH"]}, cwd="/")
+actor = ProcessActor(state, SystemClock(), boot_id())
+print("go", flush=True)
+if order["die"]:
+    spawn = actor._spawn_shim
+    actor._spawn_shim = lambda *a: (spawn(*a), os.kill(os.getpid(), 9))
+asyncio.run(actor.ensure_started(launch))
+"""
+
+
+def spawner(nursery: Nursery, launch: Launch, *, die: bool) -> subprocess.Popen[bytes]:
+    """A daemon in a process of its own that starts `launch`; with `die` it kills itself as soon as the shim exists."""
+    order = json.dumps({"id": launch.incarnation, "argv": launch.argv, "die": die})
+    return subprocess.Popen([sys.executable, "-c", SPAWNER, str(nursery.state.path), order], stdout=subprocess.PIPE)
+
+
+def test_intent_and_run_records_say_who_runs_and_for_what(nursery: Nursery, tmp_path: Path) -> None:
+    incarnation = nursery.started(OBEDIENT, cwd=str(tmp_path), attempt=3)
+    records = nursery.records(incarnation)
+    intent, run = records.intent, records.run
+    assert isinstance(intent, Intent)
+    assert isinstance(run, Run)
+    assert (intent.subject, intent.argv, intent.attempt) == (Subject("endpoint", "thinking"), OBEDIENT, 3)
+    assert (intent.gpus, intent.memory_bytes, intent.exclusive) == (("GPU-0",), (1 << 30,), True)
+    assert intent.boot_id == run.boot_id == boot_id()
+    assert intent.started.mono <= run.at.mono
+    leader, shim = read_stat(run.pid), read_stat(run.shim_pid)
+    assert leader is not None
+    assert shim is not None
+    assert (leader.start_ticks, shim.start_ticks) == (run.start_ticks, run.shim_start_ticks)
+    assert leader.parent_pid == run.shim_pid
+    assert leader.session_id == leader.group_id == run.session_id == run.pid
+    assert shim.session_id == run.shim_pid
+    assert run.pid_namespace == Path("/proc/self/ns/pid").stat().st_ino
+    assert Path(f"/proc/{run.pid}/cwd").readlink() == tmp_path
+    assert Path(f"/proc/{run.shim_pid}/comm").read_text() == "reconciler-shim\n"
+    assert records.exit is None
+    assert records.stop is None
+
+
+def test_a_leader_begins_with_clean_signals_and_three_descriptors(nursery: Nursery) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    old = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        incarnation = nursery.started(OBEDIENT)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR2, old)
+    pid = nursery.run_record(incarnation).pid
+    status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    assert int(status["SigBlk"], 16) == 0
+    # Python itself ignores SIGPIPE and SIGXFSZ once it runs
+    assert int(status["SigIgn"], 16) & ~(1 << signal.SIGPIPE - 1) & ~(1 << signal.SIGXFSZ - 1) == 0
+    assert {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()} == {"0", "1", "2"}
+    assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "error"),
+    [
+        (("sh", "-c", "exit 7"), 7, None),
+        (("true",), 0, None),
+        (("sh", "-c", "kill -9 $$"), -9, None),
+        (("no-such-program-anywhere",), 127, "no-such-program-anywhere: no such program on PATH"),
+        (("/nowhere/at/all",), 127, "/nowhere/at/all: No such file or directory"),
+        (("/etc/passwd",), 126, "/etc/passwd: Permission denied"),
+    ],
+    ids=["exits 7", "instant exit", "killed", "not on PATH", "no such file", "not executable"],
+)
+def test_run_and_exit_are_recorded_while_nobody_watches(
+    nursery: Nursery, argv: tuple[str, ...], code: int, error: str | None
+) -> None:
+    incarnation = nursery.started(argv, ready=False)
+    assert nursery.exit_code(incarnation) == code
+    records = nursery.records(incarnation)
+    assert isinstance(records.exit, Exit)
+    assert records.exit.error == error
+    assert isinstance(records.run, Run)
+    until(lambda: not is_locked(lock_path(nursery.state, "endpoint", "thinking")), "the shim to leave")
+
+
+def test_a_missing_working_directory_is_recorded_as_the_reason(nursery: Nursery) -> None:
+    incarnation = nursery.started(OBEDIENT, ready=False, cwd="/nowhere/at/all")
+    assert nursery.exit_code(incarnation) == 127
+    found = nursery.records(incarnation).exit
+    assert isinstance(found, Exit)
+    assert found.error == "/nowhere/at/all: No such file or directory"
+
+
+def test_twenty_instant_exits_at_once_each_leave_both_records(nursery: Nursery) -> None:
+    async def all_at_once() -> list[Launch]:
+        actor = nursery.actor()
+        launches = [nursery.launch(("true",), name=f"n{number}") for number in range(20)]
+        await asyncio.gather(*(actor.ensure_started(launch) for launch in launches))
+        return launches
+
+    for launch in nursery.run(all_at_once()):
+        assert nursery.exit_code(launch.incarnation) == 0
+        assert isinstance(nursery.records(launch.incarnation).run, Run)
+
+
+def test_output_of_leader_and_children_is_appended_to_its_log(nursery: Nursery) -> None:
+    launch = nursery.launch(("sh", "-c", "echo out; echo err >&2; sh -c 'echo grandchild'"))
+    nursery.run(nursery.actor().ensure_started(launch))
+    assert nursery.exit_code(launch.incarnation) == 0
+    assert nursery.log(launch) == "out\nerr\ngrandchild\n"
+
+
+def test_everything_is_private_whatever_the_umask(nursery: Nursery) -> None:
+    old = os.umask(0)
+    try:
+        incarnation = nursery.started(OBEDIENT)
+        nursery.run(nursery.actor().ensure_drain_requested(incarnation))
+    finally:
+        os.umask(old)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [nursery.state.path, *nursery.state.path.rglob("*")]}
+    assert {"intent.json", "run.json", "stop.json"} <= {path.name for path in modes}
+    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
+
+
+def test_secrets_reach_the_leader_and_nothing_else(nursery: Nursery) -> None:
+    secret = f"s3cret-{os.urandom(8).hex()}"
+    report = program(f"say('ready ' + str(os.environ['HF_TOKEN'] == {secret[::-1]!r}[::-1]))\nsignal.pause()")
+    incarnation = nursery.started(report, env={"HF_TOKEN": secret})
+    assert "ready True" in nursery.log(incarnation)
+    files = [path for path in nursery.state.path.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    commands = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            commands.append((entry / "cmdline").read_bytes())
+    assert not [line for line in commands if secret.encode() in line]
+    shim = nursery.run_record(incarnation).shim_pid
+    assert secret.encode() not in Path(f"/proc/{shim}/environ").read_bytes()
+    launch = nursery.launch(OBEDIENT, env={"HF_TOKEN": secret})
+    assert secret not in repr(launch)
+
+
+def test_starting_twice_starts_once(nursery: Nursery) -> None:
+    launch = nursery.launch(OBEDIENT)
+
+    async def twice() -> None:
+        actor = nursery.actor()
+        await asyncio.gather(actor.ensure_started(launch), actor.ensure_started(launch))
+        await nursery.actor().ensure_started(launch)
+
+    nursery.run(twice())
+    assert nursery.members(launch.incarnation) == {nursery.run_record(launch.incarnation).pid}
+
+
+def test_a_twin_is_refused_while_its_predecessor_lives(nursery: Nursery, double_forked_daemon: str) -> None:
+    """Also once the leader is gone, as long as a descendant of it lives."""
+    twin = nursery.launch(OBEDIENT)
+    with pytest.raises(ActError, match="already running"):
+        nursery.run(nursery.actor().ensure_started(twin))
+    os.kill(nursery.run_record(double_forked_daemon).pid, 9)
+    assert nursery.exit_code(double_forked_daemon) == -9
+    with pytest.raises(ActError, match="already running"):
+        nursery.run(nursery.actor().ensure_started(twin))
+    assert not (nursery.state.run / twin.incarnation).exists()
+    nursery.run(nursery.actor().ensure_stopped(double_forked_daemon, BRIEF))
+    nursery.run(nursery.actor().ensure_started(twin))
+    assert len(nursery.members(twin.incarnation)) == 1
+
+
+def test_a_start_waits_for_the_lock_and_a_twin_call_meanwhile_joins_it(nursery: Nursery, obedient_process: str) -> None:
+    launch = nursery.launch(OBEDIENT)
+
+    async def race() -> None:
+        actor = nursery.actor()
+        starts = [asyncio.ensure_future(actor.ensure_started(launch)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert not any(start.done() for start in starts)
+        os.kill(nursery.run_record(obedient_process).pid, 9)
+        await asyncio.gather(*starts)
+
+    nursery.run(race())
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+def test_a_taken_port_is_refused_before_anything_is_recorded(nursery: Nursery) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        launch = nursery.launch(OBEDIENT, port=port)
+        with pytest.raises(PortInUse) as caught:
+            nursery.run(nursery.actor().ensure_started(launch))
+    assert (caught.value.code, caught.value.port) == ("PortInUse", port)
+    assert not (nursery.state.run / launch.incarnation).exists()
+    nursery.run(nursery.actor().ensure_started(launch))
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+@pytest.mark.parametrize("argv", [(), ("a\0b",)], ids=["empty", "with NUL"])
+def test_what_cannot_be_a_command_is_refused_before_anything_is_recorded(
+    nursery: Nursery, argv: tuple[str, ...]
+) -> None:
+    launch = nursery.launch(argv)
+    with pytest.raises(ActError):
+        nursery.run(nursery.actor().ensure_started(launch))
+    assert not (nursery.state.run / launch.incarnation).exists()
+
+
+def test_large_environments_and_odd_bytes_arrive_whole(nursery: Nursery) -> None:
+    report = program("say(f\"ready {len(os.environ['BIG'])} {os.environ['ODD']!r} {sys.argv[1:]!r}\")")
+    launch = nursery.launch((*report, "", "ä\n b"), env={"BIG": "x" * 100_000, "ODD": "a=b\nc\udcff"})
+    nursery.run(nursery.actor().ensure_started(launch))
+    assert nursery.exit_code(launch.incarnation) == 0
+    assert "ready 100000 'a=b\\nc\\udcff' ['', 'ä\\n b']" in nursery.log(launch)
+
+
+def test_a_spawner_killed_right_after_the_spawn_leaves_an_adoptable_leader(nursery: Nursery, tmp_path: Path) -> None:
+    """Its later exit code is not lost either."""
+    launch = nursery.launch(exiting_on(tmp_path / "end", 7))
+    assert spawner(nursery, launch, die=True).wait(30) == -9
+    nursery.run(nursery.actor().ensure_started(launch))  # the next daemon: waits for the record, starts no twin
+    run = nursery.run_record(launch.incarnation)
+    assert nursery.marked(launch.incarnation) == {run.pid}
+    (tmp_path / "end").touch()
+    assert nursery.exit_code(launch.incarnation) == 7
+
+
+@pytest.mark.parametrize("delay_ms", [0, 1, 2, 4, 8, 16, 32])
+def test_a_spawner_killed_at_any_moment_leaves_one_leader_or_none(nursery: Nursery, delay_ms: int) -> None:
+    launch = nursery.launch(OBEDIENT)
+    process = spawner(nursery, launch, die=False)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(delay_ms / 1000)  # the moment is the parameter; nothing is awaited by it
+    process.kill()
+    process.wait()
+    lock = lock_path(nursery.state, "endpoint", "thinking")
+    until(lambda: nursery.records(launch.incarnation).run or not is_locked(lock), "a record or a free lock")
+    records = nursery.records(launch.incarnation)
+    if isinstance(records.run, Run):
+        until(lambda: nursery.marked(launch.incarnation), "the program to run")
+        assert nursery.marked(launch.incarnation) == {records.run.pid}
+    else:
+        assert nursery.marked(launch.incarnation) == set()
+
+
+@pytest.mark.parametrize("delay_ms", [0, 5, 8, 10, 12, 14, 18])
+def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: Nursery, delay_ms: int) -> None:
+    launch = nursery.launch(OBEDIENT)
+
+    async def start_and_kill() -> None:
+        actor = nursery.actor()
+        start = asyncio.ensure_future(actor.ensure_started(launch))
+        while not actor._shims:
+            await asyncio.sleep(0)
+        await asyncio.sleep(delay_ms / 1000)  # as above
+        next(iter(actor._shims.values())).kill()
+        with suppress(ActError):
+            await start
+
+    nursery.run(start_and_kill())
+    until(lambda: not is_locked(lock_path(nursery.state, "endpoint", "thinking")), "the lock to be free")
+    records = nursery.records(launch.incarnation)
+    assert nursery.marked(launch.incarnation) <= ({records.run.pid} if isinstance(records.run, Run) else set())
+
+
+def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery) -> None:
+    launch = nursery.launch(OBEDIENT)
+
+    async def start_and_kill() -> None:
+        actor = nursery.actor()
+        start = asyncio.ensure_future(actor.ensure_started(launch))
+        await asyncio.sleep(0)
+        next(iter(actor._shims.values())).kill()
+        with pytest.raises(ActError, match="before it started anything"):
+            await start
+        with pytest.raises(ActError, match="never started"):
+            await actor.ensure_started(launch)
+        await actor.ensure_stopped(launch.incarnation, BRIEF)
+
+    nursery.run(start_and_kill())
+    assert nursery.marked(launch.incarnation) == set()
+
+
+def test_a_cancelled_start_goes_on(nursery: Nursery) -> None:
+    """The shim is on its way and cannot be called back; the next look sees what it recorded."""
+    launch = nursery.launch(OBEDIENT)
+
+    async def cancel() -> None:
+        actor = nursery.actor()
+        start = asyncio.ensure_future(actor.ensure_started(launch))
+        await asyncio.sleep(0)
+        start.cancel()
+        await asyncio.wait({start})
+        await actor.ensure_started(launch)
+
+    nursery.run(cancel())
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+def test_the_shim_outlives_polite_signals(nursery: Nursery, obedient_process: str) -> None:
+    run = nursery.run_record(obedient_process)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        os.kill(run.shim_pid, number)
+    os.kill(run.pid, signal.SIGKILL)
+    assert nursery.exit_code(obedient_process) == -9
+    until(lambda: not is_running(run.shim_pid), "the shim to leave")
+
+
+def test_reaping_leaves_no_zombie_shims(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    launch = nursery.launch(("true",))
+    nursery.run(actor.ensure_started(launch))
+    nursery.exit_code(launch.incarnation)
+    shim = nursery.run_record(launch.incarnation).shim_pid
+    until(lambda: actor.reap() or read_stat(shim) is None, "the shim to be reaped")
+    assert not actor._shims
+
+
+def test_a_log_that_cannot_be_opened_is_told_and_nothing_runs(nursery: Nursery) -> None:
+    nursery.state.logs.rmdir()
+    launch = nursery.launch(OBEDIENT)
+    with pytest.raises(ActError, match="No such file or directory"):
+        nursery.run(nursery.actor().ensure_started(launch))
+    assert nursery.marked(launch.incarnation) == set()
