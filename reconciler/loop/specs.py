@@ -28,6 +28,25 @@ class SpecInForce:
         return not self.problems
 
 
+Stamps = tuple[tuple[str, int | None], ...]
+"""Path and time of change (ns) of every env_file; None: it is not there."""
+
+
+def _stamps(spec: Spec) -> Stamps:
+    """What tells that the content of an env_file may have changed, which the texts alone do not show."""
+    paths = {e.env_file for e in spec.endpoints.values()}
+    for overlay in spec.overlays.values():
+        paths |= {e.env_file for e in overlay.endpoints.values()}
+        paths |= {overlay.workload.env_file} if overlay.workload else set()
+    stamps: list[tuple[str, int | None]] = []
+    for path in sorted(p for p in paths if p is not None):
+        try:
+            stamps.append((path, Path(path).stat().st_mtime_ns))
+        except OSError:
+            stamps.append((path, None))
+    return tuple(stamps)
+
+
 class SpecKeeper:
     """Reads the files when asked, and never lets a bad edit, a vanished file or an emptied baseline take effect."""
 
@@ -38,6 +57,8 @@ class SpecKeeper:
         self._transform = transform
         self._in_force: SpecInForce | None = None
         self._last_read: Texts | None = None
+        self._env_files: Stamps = ()
+        self._folder: Path | None = None
         self._held: dict[str, tuple[OverlaySpec, str]] = {}
         """Live overlays as they were when they began, and their text; edits of placement wait for their end."""
 
@@ -49,7 +70,7 @@ class SpecKeeper:
 
     def overlays_folder(self) -> Path | None:
         """The folder that overlays are dropped into, as the files name it now."""
-        return self._last_read.overlays_folder if self._last_read else None
+        return self._folder
 
     def load(self, ledger: Ledger) -> SpecInForce:
         """Look at the files again.
@@ -64,10 +85,12 @@ class SpecKeeper:
         """
         try:
             texts = read_texts(self.path)
-            if texts == self._last_read and self._in_force is not None:
+            unchanged = texts == self._last_read and self._in_force is not None
+            if unchanged and self._env_files == _stamps(self.in_force.spec):
                 return self._hold_live(ledger)
             accepted, problems = self._accept(texts)
-            self._last_read = texts
+            self._last_read, self._folder = texts, texts.overlays_folder
+            self._env_files = _stamps(accepted[0])
         except SpecError as error:  # 1
             self._last_read = None
             fallback, problems = self._fallback(), error.problems
