@@ -1,0 +1,137 @@
+"""Health over whole runs of the real planner on a virtual clock: what it planned is no incident, the rest is one."""
+
+from __future__ import annotations
+
+from builders import endpoint, foreign, overlay, spec
+from plant import Behaviour, Plant, Run
+
+from reconciler.health.assess import STABLE_S, assess
+from reconciler.health.facts import Facts
+from reconciler.health.incident import Incident
+from reconciler.plan.actions import Plan
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.units import GIB
+
+THINKING = endpoint("thinking", 4, priority=900, capabilities=("reasoning",))
+ASK = endpoint("ask", 1, priority=40, capabilities=("chat",))
+
+
+class Watch:
+    """Assesses each decision as the loop does, and keeps the story."""
+
+    def __init__(self) -> None:
+        self.incidents: tuple[Incident, ...] = ()
+        self.story: list[str] = []
+
+    def __call__(self, run: Run, plan: Plan) -> None:
+        facts = Facts(run.spec, plan.endpoints, plan.ledger, run.plant.observe(), (), plan.blocked)
+        unresolved = [i for i in self.incidents if i.state != "resolved"]
+        self.incidents, events = assess(facts, unresolved, run.plant.now)
+        self.story += [f"{e.kind} {e.cause}" for e in events]
+
+    def since(self) -> list[str]:
+        """The story since the last time this was asked."""
+        told, self.story = self.story, []
+        return told
+
+
+def box(*items: EndpointSpec | OverlaySpec, behaviour: Behaviour | None = None) -> tuple[Run, Watch]:
+    watch = Watch()
+    plant = Plant(totals=[80 * GIB] * 6, behaviour=behaviour or Behaviour())
+    return Run(spec(*items, floors={"reasoning": 1}), plant, watch=watch), watch
+
+
+def settled() -> tuple[Run, Watch]:
+    """A baseline that has been up long enough to be displaced."""
+    run, watch = box(THINKING, ASK)
+    run.settle()
+    run.plant.advance(600)
+    run.settle()
+    assert watch.since() == [], "the initial start of the baseline is no incident"
+    return run, watch
+
+
+def test_a_planned_evict_run_restore_of_the_planner_is_no_incident() -> None:
+    run, watch = settled()
+    run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})
+    run.settle()
+    assert run.ledger.overlays["render"].state == "done"
+    assert "ask" in run.stops()
+    assert run.plant.is_ready("ask")
+    assert watch.story == []
+
+
+def test_a_restart_for_an_edit_is_no_incident() -> None:
+    run, watch = settled()
+    edited = endpoint("thinking", 4, priority=900, model="another", capabilities=("reasoning",))
+    run.spec = spec(edited, ASK, floors={"reasoning": 1})
+    run.settle()
+    assert "thinking" in run.stops()
+    assert run.plant.is_ready("thinking")
+    assert watch.story == []
+
+
+def test_a_killed_endpoint_is_one_incident_that_closes_by_itself() -> None:
+    run, watch = settled()
+    current = run.plant.current("thinking")
+    assert current is not None
+    run.plant.end(current.id, -9)
+    run.settle()
+    assert run.plant.is_ready("thinking")
+    assert watch.since() == ["IncidentOpened Unplanned/thinking", "IncidentRecovering Unplanned/thinking"]
+    run.plant.advance(STABLE_S)
+    run.settle()
+    assert watch.since() == ["IncidentResolved Unplanned/thinking"]
+
+
+def test_an_endpoint_killed_while_an_overlay_displaces_another_is_one_incident() -> None:
+    run, watch = settled()
+    run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})
+    run.settle(until=lambda plan: plan.ledger.overlays["render"].state == "active")
+    current = run.plant.current("thinking")
+    assert current is not None
+    run.plant.end(current.id, -9)
+    run.settle()
+    assert run.ledger.overlays["render"].state == "done"
+    assert [line for line in watch.story if "Opened" in line] == ["IncidentOpened Unplanned/thinking"]
+
+
+def test_a_workload_that_fails_is_an_incident_and_the_restoration_is_none() -> None:
+    run, watch = settled()
+    run.plant.behaviour.exit_codes = {"render": (3,)}
+    run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})
+    run.settle()
+    assert run.ledger.overlays["render"].state == "failed"
+    assert run.plant.is_ready("ask")
+    assert watch.story == ["IncidentOpened WorkloadFailed/render"]
+
+
+def test_an_overlay_that_overruns_is_overdue_until_it_ends() -> None:
+    run, watch = settled()
+    run.plant.behaviour.run_s = {"render": 5000.0}
+    run.spec = spec(THINKING, ASK, overlay("render", 2, duration=600.0, grace=60.0), floors={"reasoning": 1})
+    run.settle()
+    assert run.ledger.overlays["render"].state == "done"
+    about_overlay = [line for line in watch.story if line.endswith("/render")]
+    assert about_overlay[0] == "IncidentOpened OverlayOverdue/render"
+    assert len([line for line in about_overlay if "Opened" in line]) == 1
+    assert {i.state for i in watch.incidents if i.subject == "render"} <= {"recovering", "resolved"}
+
+
+def test_foreign_memory_that_keeps_the_baseline_down_is_named_for_each_endpoint() -> None:
+    run, watch = box(THINKING, ASK)
+    run.plant.foreign = {index: [foreign(99, 70 * GIB)] for index in range(6)}
+    for _ in range(5):
+        run.step()
+        run.plant.advance(10)
+    assert sorted(watch.since()) == ["IncidentOpened ForeignMemory/ask", "IncidentOpened ForeignMemory/thinking"]
+    run.plant.foreign = {}
+    run.settle()
+    assert {i.state for i in watch.incidents} == {"recovering"}
+
+
+def test_an_endpoint_that_never_comes_up_ends_as_a_crash_loop() -> None:
+    run, watch = box(THINKING, ASK, behaviour=Behaviour(crashes=frozenset({"ask"})))
+    run.settle()
+    assert "IncidentOpened CrashLoop/ask" in watch.story
+    assert not [line for line in watch.story if "thinking" in line]
