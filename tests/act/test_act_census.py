@@ -74,7 +74,7 @@ def test_an_unmarked_orphan_of_shim_and_leader_is_left_alone_rather_than_guessed
         kill_shim(nursery, incarnation)
         os.kill(run.pid, signal.SIGKILL)
         until(lambda: not is_running(run.pid))
-        # a zombie leader still holds its number, so its session is still the same one; once it is reaped, nobody can tell
+        # a zombie leader still holds its number, so the session is still its own; once it is reaped, nobody can tell
         assert nursery.members(incarnation) == {orphan} or read_stat(run.pid) is None
         gone = replace(run, pid=run.pid, start_ticks=run.start_ticks - 1)
         assert nursery.members_of("another", gone) == set()

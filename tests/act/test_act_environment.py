@@ -21,7 +21,8 @@ def test_what_is_needed_to_run_is_inherited(name: str) -> None:
     "name",
     [
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "VLLM_API_KEY",
-        "SSH_AUTH_SOCK", "LD_PRELOAD", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "RECONCILER_INCARNATION", "NOTIFY_SOCKET", "XDG_SECRET_X",
+        "SSH_AUTH_SOCK", "LD_PRELOAD", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "RECONCILER_INCARNATION", "NOTIFY_SOCKET",
+        "XDG_SECRET_X",
     ],
 )  # fmt: skip
 def test_tokens_and_accidents_of_the_daemons_start_are_not_inherited(name: str) -> None:
