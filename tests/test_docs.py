@@ -33,8 +33,8 @@ def anchors(text: str) -> set[str]:
 def codes_in(tree: ast.Module) -> Iterator[str]:
     """Every reason code in one module.
 
-    Strings in CamelCase of two words or more wherever they stand (tables of rules, messages that begin with a code), and
-    any word with a capital that is handed to one of `TELLERS` or stands in a row of a table of unusable GPUs.
+    Strings in CamelCase of two words or more, wherever they stand (tables of rules, messages that begin with a code); and
+    any word with a capital that is handed to one of `TELLERS`, or stands in the rules of why a GPU is unusable.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := CAMEL.match(node.value)):
