@@ -33,7 +33,7 @@ def anchors(text: str) -> set[str]:
 def codes_in(tree: ast.Module) -> Iterator[str]:
     """Every reason code in one module.
 
-    Strings in CamelCase of two words or more, wherever they stand (tables of rules, messages that begin with a code); and
+    Strings in CamelCase of two words or more, wherever they stand (tables of rules, messages that begin with one); and
     any word with a capital that is handed to one of `TELLERS`, or stands in the rules of why a GPU is unusable.
     """
     for node in ast.walk(tree):
