@@ -109,8 +109,13 @@ class ProcessActor:
         ready = self._spawn(launch, order, lock)
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
-        start.add_done_callback(lambda _: self._starts.pop(launch.incarnation, None))
+        start.add_done_callback(lambda done: self._forget_start(launch.incarnation, done))
         await asyncio.shield(start)
+
+    def _forget_start(self, incarnation: str, done: asyncio.Future[None]) -> None:
+        self._starts.pop(incarnation, None)
+        if not done.cancelled():
+            done.exception()  # seen, also when whoever asked for the start was cancelled: the records tell the rest
 
     async def _join_start(self, launch: Launch) -> None:
         """Outcomes 1 and 2 for an incarnation that has an intent."""
