@@ -83,6 +83,7 @@ class Draft:
                     draft.wakes.append(step.wake)
         draft.leases = [x for x in situation.ledger.leases if x.overlay in draft.steps and draft.steps[x.overlay].live]
         draft.bequeath()
+        draft.leases += [x for step in draft.steps.values() for x in _adopted_leases(step, situation)]
         draft.quarantines = dict(situation.ledger.quarantines)
         draft.want()
         for name in situation.endpoint_names():
@@ -168,3 +169,14 @@ class Draft:
         """Release an overlay's leases: all of them, or those of some subjects."""
         gone = None if subjects is None else set(subjects)
         self.leases = [x for x in self.leases if x.overlay != overlay or (gone is not None and x.subject not in gone)]
+
+
+def _adopted_leases(step: OverlayStep, situation: Situation) -> list[Lease]:
+    """What an overlay holds that was adopted from its workload: it has no leases in the ledger."""
+    run, name = step.workload, step.record.name
+    if name in situation.ledger.overlays or run is None or not step.live:
+        return []
+    return [
+        Lease(name, run.subject, gpu, size, run.exclusive, run.started)
+        for gpu, size in zip(run.gpus, run.memory_bytes, strict=True)
+    ]

@@ -100,24 +100,40 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     spec = situation.spec.overlays.get(name)
     record = situation.ledger.overlays.get(name)
     now = situation.now
+    runs = situation.incarnations(Subject("workload", name))
+    workload = runs[-1] if runs else None
     if record is None:
         if spec is None:
             return None
-        record = open_record(spec, now)
+        record = open_record(spec, now) if workload is None else _adopted(spec, workload, now)
     elif spec is None and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
         return None
     elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
         record = open_record(spec, now)
     if spec is not None:
         record = replace(record, priority=spec.priority, source=spec.source)
-    runs = situation.incarnations(Subject("workload", name))
-    workload = runs[-1] if runs else None
     if spec is not None or name not in situation.rejected:
         record = _withdrawn(record, spec, now)
     if spec is not None:
         record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
         record = _ran(record, spec, workload, situation)
     return OverlayStep(record, spec, workload, _wake(record, spec, now))
+
+
+def _adopted(spec: OverlaySpec, workload: Incarnation, now: Instant) -> OverlayRecord:
+    """The record of an overlay whose workload exists though no record does: the journal was lost, the work was not.
+
+    Its leases are made anew from what the workload was given (`Draft.of`); it is not started a second time, and an edit
+    since then, which nobody remembers either, does not end it.
+    """
+    record = replace(
+        open_record(spec, now),
+        window_start=workload.started.wall,
+        gpus=workload.gpus,
+        attempt=workload.attempt,
+        active_since=workload.started,
+    )
+    return enter(record, "active", now, "adopted: its workload runs, and no record of it was left")
 
 
 def _asks_again(record: OverlayRecord, spec: OverlaySpec, now: Instant) -> bool:

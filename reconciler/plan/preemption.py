@@ -39,6 +39,8 @@ class Consents:
     """Live overlays: what they require stays, and lower ones may be displaced."""
     vacated: frozenset[str] = frozenset()
     """Endpoints that the overlay itself sets aside: they count as gone already."""
+    leaving: frozenset[str] = frozenset()
+    """Endpoints that are about to leave anyhow: ready they may be, but not for long."""
 
     @cached_property
     def floors(self) -> Mapping[str, int]:
@@ -97,11 +99,13 @@ class Consents:
         return True
 
     def ready_providers(self, capability: str) -> set[str]:
-        """Names of the endpoints that offer a capability and answer now."""
+        """Names of the endpoints that offer a capability, answer now and stay."""
         return {
             name
             for name, endpoint in self.endpoints.items()
-            if capability in endpoint.capabilities and self.standings[name].state == "healthy"
+            if capability in endpoint.capabilities
+            and self.standings[name].state == "healthy"
+            and name not in self.leaving
         }
 
     def seek(self, needs: Sequence[Need], board: Board, *, waive: frozenset[str] = frozenset()) -> Placement | None:
@@ -171,7 +175,7 @@ class Consents:
             case "CoolDown":
                 return f"{names} was evicted too often or too lately", f"wait, or `reconciler reset {names}`"
             case _:
-                return f"the GPUs of {names} cannot be read at the moment", "see `reconciler doctor`"
+                return f"the GPUs of {names} cannot be read at the moment", "see `reconciler status`"
 
 
 def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
@@ -205,7 +209,7 @@ def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
                 (
                     f"`reconciler reset {first.gpu.index}` once it is mended"
                     if quarantine
-                    else "see `reconciler doctor`",
+                    else "see `reconciler status`",
                 ),
                 transient=first.unusable == "GpuUnknown",
             )
