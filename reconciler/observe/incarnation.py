@@ -67,7 +67,8 @@ class IncarnationReader:
     def _phase(self, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         """The phase, and the records it was decided on (read again where the decision hung on it).
 
-        1. A record is unreadable, or its pids mean nothing in our pid namespace → unknown.
+        1. A record is unreadable → unknown. Its pids mean nothing in our pid namespace: its lock held → unknown, free
+           (a container was started anew) → vanished.
         2. Its exit is recorded → exited. 3. It is of another boot → vanished.
         4. No run record: lock held → intent, lock free → vanished (never started).
         5. The leader lives → running; could not be told → unknown.
@@ -84,13 +85,19 @@ class IncarnationReader:
         if not isinstance(run, Run):  # 4
             return self._without_run(intent, records, memory)
         if run.pid_namespace != _pid_namespace():  # 1
-            return "unknown", records
+            return ("unknown" if self._is_held(intent) else "vanished"), records
         try:
             if is_alive(run.pid, run.start_ticks):  # 5
                 return "running", records
             return self._without_leader(run, records, memory)
         except OSError:
             return "unknown", records
+
+    def _is_held(self, intent: Intent) -> bool:
+        try:
+            return is_locked(lock_path(self._state, intent.kind, intent.name))
+        except OSError:
+            return True  # not known to be free
 
     def _without_run(self, intent: Intent, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         if memory.never_started:
@@ -152,8 +159,8 @@ class IncarnationReader:
             return () if run is None and phase != "unknown" else None  # 1, 2
         if run.boot_id != boot_id():  # 1
             return ()
-        if run.pid_namespace != _pid_namespace():  # 2
-            return None
+        if run.pid_namespace != _pid_namespace():  # 1, 2
+            return () if phase == "vanished" else None
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
             if not shim_lives and memory.swept is not None:  # 4

@@ -9,6 +9,7 @@ from builders import NOW, endpoint, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Plan
+from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Subject
 from reconciler.spec.spec import Restart, Stop
 from reconciler.units import GIB
@@ -322,3 +323,18 @@ def test_work_of_an_overlay_nobody_knows_is_ended():
     run.settle()
     assert run.plant.incarnations == []
     assert Subject("workload", "render") not in {i.subject for i in run.plant.incarnations}
+
+
+def test_a_workload_whose_record_was_lost_keeps_its_gpu_and_is_not_started_again():
+    run = settled(endpoint("low", [0], priority=30))
+    with_overlays(run, overlay("render", gpus=[0]))
+    run.settle(until=overlay_state("render", "active"))
+    job = run.plant.current("render", "workload")
+    run.ledger = Ledger()
+    decided = run.decide()
+    assert decided.ledger.overlays["render"].state == "active"
+    assert [x.gpu for x in decided.ledger.leases] == list(job.gpus)
+    assert not [a for a in decided.actions if a.ready and a.op in ("start", "start_workload")]
+    run.settle()
+    assert run.starts().count("render") == 1
+    assert run.plant.is_ready("low")
