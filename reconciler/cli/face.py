@@ -58,7 +58,7 @@ class Face:
 
     def answer(self, data: Mapping[str, Any], **beside: object) -> None:
         """The JSON answer; `beside` stands next to `data`."""
-        json.dump({"format_version": "1", **beside, "data": data}, sys.stdout, ensure_ascii=False)
+        json.dump({"format_version": "1", **beside, "data": data}, sys.stdout)
         sys.stdout.write("\n")
         sys.stdout.flush()
 

@@ -140,6 +140,6 @@ def _print_event(face: Face, event: JournalEvent) -> None:
     if face.is_json:
         import json
 
-        face.line(json.dumps(event_data(event), ensure_ascii=False))
+        face.line(json.dumps(event_data(event)))
     else:
         face.line(event_line(event))

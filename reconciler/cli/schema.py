@@ -25,4 +25,4 @@ def schema(
 
     Example: reconciler schema overlay > overlay.schema.json
     """
-    Face.of(ctx).line(json.dumps(schema_of(which), indent=2, ensure_ascii=False))
+    Face.of(ctx).line(json.dumps(schema_of(which), indent=2))

@@ -1,0 +1,190 @@
+"""Overlays from the command line: what is written, what is refused, what `--wait` brings back."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from desk import Desk, interrupt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reconciler.cli.main import run
+from reconciler.cli.submission import Job, choose_name, overlay_text
+from reconciler.spec.values import NAME
+
+
+def submit(desk: Desk, *words: str) -> int:
+    return run([*desk.words, "overlay", "submit", *words])
+
+
+def written(desk: Desk) -> dict[str, dict]:
+    return {p.name: yaml.safe_load(p.read_text()) for p in (desk.root / "overlays").iterdir()}
+
+
+def test_a_submitted_command_becomes_a_file_that_says_what_was_asked(desk, capsys):
+    words = ["--gpus", "2", "--for", "20m", "--priority", "high", "--evict", "--memory", "16GiB", "--requires", "chat"]
+    assert submit(desk, *words, "--name", "render", "--", "luxcoreconsole", "--format", "json", "scene.cfg") == 0
+    assert capsys.readouterr().out == "render\n"
+    assert written(desk) == {
+        "render.yaml": {
+            "version": 1,
+            "priority": "high",
+            "allow_baseline_eviction": True,
+            "makespan": {"duration": "20m"},
+            "gpus": 2,
+            "memory": "16GiB",
+            "requires": ["chat"],
+            "workload": {"command": ["luxcoreconsole", "--format", "json", "scene.cfg"], "cwd": str(Path.cwd())},
+        }
+    }
+    assert run([*desk.words, "validate"]) == 0
+
+
+def test_the_name_comes_from_the_command_and_two_submissions_have_two_names(desk, capsys):
+    assert submit(desk, "--", "/usr/bin/Blender_4.2", "x") == 0
+    assert submit(desk, "--", "/usr/bin/Blender_4.2", "x") == 0
+    names = capsys.readouterr().out.split()
+    assert len(set(names)) == 2
+    assert all(name.startswith("blender-4-2-") for name in names)
+
+
+@given(st.text(min_size=1))
+def test_every_command_makes_an_acceptable_name(command):
+    assert NAME.fullmatch(choose_name([command], {}))
+
+
+def test_a_number_is_a_priority_and_a_default_is_left_to_the_format():
+    assert yaml.safe_load(overlay_text(Job(("x",), "/", priority="600")))["priority"] == 600
+    assert "priority" not in yaml.safe_load(overlay_text(Job(("x",), "/")))
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["--gpus", "9", "--requires", "sight"], "sight"),
+        (["--priority", "hihg"], "high"),
+        (["--name", "Not A Name"], "name"),
+    ],
+)
+def test_what_the_spec_would_reject_never_appears_in_the_folder(desk, capsys, words, word):
+    assert submit(desk, *words, "--", "true") != 0
+    assert written(desk) == {}
+    assert word in capsys.readouterr().err
+
+
+def test_a_name_that_is_taken_is_refused_and_its_file_is_left_alone(desk, capsys):
+    assert submit(desk, "--name", "one", "--", "true") == 0
+    before = written(desk)
+    assert submit(desk, "--name", "one", "--", "false") == 64
+    assert written(desk) == before
+
+
+def test_without_a_daemon_the_submission_says_that_nothing_starts_yet(desk, capsys):
+    assert submit(desk, "--format=json", "--", "true") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["daemon"] is False
+    assert submit(desk, "--", "true") == 0
+    assert "no daemon runs" in capsys.readouterr().err
+
+
+def test_to_wait_without_a_daemon_is_refused_before_anything_is_written(desk, capsys):
+    assert submit(desk, "--wait", "--", "true") == 1
+    assert written(desk) == {}
+
+
+def test_a_file_in_a_private_folder_is_private_and_readable_where_the_folder_is(desk):
+    folder = desk.root / "overlays"
+    for mode, expected in ((0o700, 0o600), (0o755, 0o644)):
+        folder.chmod(mode)
+        assert submit(desk, "--name", f"m{mode:o}", "--", "true") == 0
+        assert (folder / f"m{mode:o}.yaml").stat().st_mode & 0o777 == expected
+
+
+def test_cancel_removes_the_file_and_knows_what_was_nearly_meant(desk, capsys):
+    assert submit(desk, "--name", "render-cards", "--", "true") == 0
+    assert run([*desk.words, "overlay", "cancel", "render-card"]) == 64
+    assert "did you mean 'render-cards'" in capsys.readouterr().err
+    assert run([*desk.words, "overlay", "cancel", "render-cards"]) == 0
+    assert written(desk) == {}
+
+
+def test_cancel_does_not_leave_the_folder(desk):
+    assert run([*desk.words, "overlay", "cancel", "../setpoints"]) == 64
+    assert desk.setpoints.exists()
+
+
+def test_list_shows_waiting_overlays_with_the_keys_of_status(desk):
+    assert submit(desk, "--name", "one", "--", "true") == 0
+    (listed,) = desk.data("overlay", "list")["overlays"]
+    assert (listed["name"], listed["exit_code"]) == ("one", None)
+
+
+JOB = """
+import sys, time
+for n in range(3):
+    print("line", n, flush=True)
+    time.sleep(0.1)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def busy_desk(desk):
+    desk.write(
+        "setpoints.yaml",
+        "version: 1\nnode: {name: desk}\nendpoints:\n  idle: {model: m, port: 18613, state: stopped}\n",
+    )
+    desk.write("job.py", JOB)
+    desk.start()
+    return desk
+
+
+def test_wait_streams_the_log_and_exits_with_the_code_of_the_job(busy_desk):
+    command = [sys.executable, str(busy_desk.root / "job.py")]
+    done = busy_desk.run("overlay", "submit", "--name", "three", "--wait", "--", *command, "3")
+    assert done.returncode == 3
+    assert done.stdout == "line 0\nline 1\nline 2\n"
+    assert busy_desk.run("overlay", "submit", "--wait", "--", *command, "0").returncode == 0
+    gone = busy_desk.run("overlay", "submit", "--wait", "--", "/nowhere/program")
+    assert gone.returncode != 0
+    assert busy_desk.run("logs", "three", "-n", "2").stdout == "line 1\nline 2\n"
+
+
+def test_ctrl_c_while_waiting_leaves_the_job_running_and_says_how_to_end_it(busy_desk):
+    waiting = busy_desk.popen("overlay", "submit", "--name", "long", "--wait", "--", "sleep", "600")
+
+    def job() -> dict | None:
+        return next((o for o in busy_desk.data("status")["overlays"] if o["state"] == "active"), None)
+
+    pid = busy_desk.wait(job, "the job runs")["pid"]
+    _, err = interrupt(waiting)
+    assert waiting.returncode == 130
+    assert "overlay cancel long" in err
+    assert "Traceback" not in err
+    os.kill(pid, 0)
+    assert busy_desk.run("overlay", "cancel", "long").returncode == 0
+    busy_desk.wait(lambda: not Path(f"/proc/{pid}").exists() or job() is None, "the job is ended")
+
+
+def test_followers_see_what_happens_after_they_began(busy_desk):
+    followers = [busy_desk.popen("--format", "json", "events", "-f", "-n", "0"), busy_desk.popen("logs", "first", "-f")]
+    followers[1].wait(20)  # nothing was ever started for it
+    assert followers[1].returncode == 1
+    script = "import time; print('a', flush=True); time.sleep(600)"
+    assert busy_desk.run("overlay", "submit", "--name", "first", "--", sys.executable, "-c", script).returncode == 0
+    busy_desk.wait(lambda: busy_desk.run("logs", "first").stdout == "a\n", "the first line is in the log")
+    log = busy_desk.popen("logs", "first", "-f", "-n", "1")
+    assert log.stdout.readline() == b"a\n"
+    kinds = set()
+    while "active" not in kinds:
+        event = json.loads(followers[0].stdout.readline())
+        assert {"id", "time", "kind", "subject", "message", "cause", "data"} == set(event)
+        kinds.add(event["kind"])
+    for process in (followers[0], log):
+        _, err = interrupt(process)
+        assert process.returncode == 130
+        assert err == ""

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from desk import Desk
+
+from reconciler.cli.main import run
+
+GOOD_OVERLAY = "version: 1\npriority: high\nmakespan: {duration: 5m}\ngpus: 1\nworkload: {command: [render]}\n"
+
+
+def validate(desk: Desk, capsys, *words: str) -> tuple[int, dict]:
+    code = run(["--setpoints", str(desk.setpoints), "--format", "json", "validate", *words])
+    return code, json.loads(capsys.readouterr().out)["data"]
+
+
+def test_good_files_are_counted_and_found_valid(desk, capsys):
+    desk.write("overlays/render.yaml", GOOD_OVERLAY)
+    code, data = validate(desk, capsys)
+    assert code == 0
+    assert data["valid"] is True
+    assert data["problems"] == []
+    assert [name.rsplit("/", 1)[1] for name in data["files"]] == ["setpoints.yaml", "render.yaml"]
+
+
+def test_every_error_of_every_file_is_told_not_the_first_alone(desk, capsys):
+    desk.write("setpoints.yaml", "version: 1\nendpoints:\n  a: {model: m, port: 70000}\n  b: {model: m, prot: 1}\n")
+    desk.write("overlays/x.yaml", "version: 1\nmakespan: {duration: 5}\n")
+    code, data = validate(desk, capsys)
+    assert code == 1
+    assert {p["file"].rsplit("/", 1)[1] for p in data["problems"]} == {"setpoints.yaml", "x.yaml"}
+    assert {p["line"] for p in data["problems"] if p["file"].endswith("setpoints.yaml")} >= {3, 4}
+    assert set(data["problems"][0]) == {"file", "line", "column", "message", "hint"}
+
+
+def test_text_is_one_line_per_problem_with_its_place_and_a_hint(desk, capsys):
+    desk.write("setpoints.yaml", "version: 1\nendpoints:\n  b: {model: m, port: 1, prioritty: 1}\n")
+    assert run(["--setpoints", str(desk.setpoints), "validate"]) == 1
+    streams = capsys.readouterr()
+    assert streams.out.startswith(f"{desk.setpoints}:3:")
+    assert "hint: did you mean" in streams.out
+    assert "1 problem in 1 file" in streams.err
+
+
+def test_an_overlay_is_checked_against_the_set_points_beside_it(desk, capsys):
+    path = desk.write("overlays/render.yaml", GOOD_OVERLAY)
+    assert run(["validate", str(path)]) == 0
+    path = desk.write("overlays/render.yaml", GOOD_OVERLAY.replace("high", "hihg"))
+    assert run(["validate", str(path)]) == 1
+    assert 'did you mean "high"' in capsys.readouterr().out
+
+
+def test_only_the_named_files_are_checked(desk, capsys):
+    good = desk.write("overlays/good.yaml", GOOD_OVERLAY)
+    desk.write("overlays/bad.yaml", "version: 1\n")
+    code, data = validate(desk, capsys, str(good))
+    assert (code, data["files"]) == (0, [str(good)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("gone.yaml", None), ("binary.yaml", b"\xff\xfe\x00"), ("broken.yaml", b"a: [1,\n"), ("list.yaml", b"- 1\n")],
+)
+def test_a_file_that_cannot_be_read_is_a_problem_and_no_crash(desk, capsys, name, content):
+    path = desk.root / "overlays" / name
+    if content is not None:
+        path.write_bytes(content)
+    code, data = validate(desk, capsys, str(path))
+    assert code == 1
+    assert data["problems"][0]["file"] == str(path)
