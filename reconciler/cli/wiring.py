@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
@@ -17,17 +18,11 @@ if TYPE_CHECKING:
     from reconciler.health.incident import Incident
     from reconciler.journal.reader import JournalReader
     from reconciler.loop.daemon import Daemon
-    from reconciler.observe.gpus import NvmlReader
-    from reconciler.observe.probe import OwnsListener, ProbeTarget
-    from reconciler.observe.snapshot import ObserveOptions
     from reconciler.plan.actions import Plan
     from reconciler.plan.ledger import Ledger
-    from reconciler.plan.observed import Observed, Probe
+    from reconciler.plan.observed import Observed
     from reconciler.plan.status import DaemonInfo
     from reconciler.spec.spec import Spec
-
-PROBE_ONCE_S = 2.0
-"""How long a command that looks once waits for the endpoints' answers."""
 
 Converging = Literal["apply", "down", "clean_start"]
 Progress = Callable[["Plan", "Observed"], None]
@@ -108,100 +103,7 @@ def _simulated(options: Options) -> str | None:
     return options.simulate or os.environ.get("RECONCILER_SIMULATE") or None
 
 
-def _prepare_node(options: Options, state: StateDir) -> Mapping[str, str]:
-    """Put a simulated driver under pynvml if one is asked for; what its children's environment needs."""
-    simulate = _simulated(options)
-    if simulate is None:
-        return {}
-    from reconciler.sim.description import parse_node
-    from reconciler.sim.driver import install
-    from reconciler.sim.node import engine_environment, prepare
-
-    prepare(state.sim, parse_node(simulate))
-    install(state.sim)
-    return engine_environment(state.sim)
-
-
 # ---------------------------------------------------------------- looking
-
-
-def _open_driver(nvml: NvmlReader, state: StateDir) -> None:
-    """Initialise the driver; where there is none and a simulated node lived, say how to have it back."""
-    from reconciler.errors import DriverError
-
-    try:
-        nvml.open()
-    except DriverError as error:
-        if not (state.sim / "node.json").exists():
-            raise
-        hint = "this state directory belongs to a simulated node: add the --simulate it was used with"
-        raise DriverError(error.message, hint=hint) from error
-
-
-class _Watching:
-    """A daemon's eyes: an observer with a prober that keeps asking."""
-
-    def __init__(self, state: StateDir, wake: Callable[[], None]) -> None:
-        from reconciler.observe.gpus import NvmlReader
-        from reconciler.observe.prober import Prober
-        from reconciler.observe.process import ProcessReader
-        from reconciler.observe.snapshot import Observer
-
-        clock = SystemClock()
-        self._nvml = NvmlReader(clock)
-        _open_driver(self._nvml, state)
-        self._processes = ProcessReader(state, clock)
-        self._prober = Prober(clock, wake, owns=self._processes.owns_listener)
-        self._observer = Observer(self._nvml, self._processes, self._prober, clock)
-
-    def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
-        return self._observer.observe(spec, options)
-
-    def watches(self) -> Mapping[int, str]:
-        return self._processes.watches()
-
-    def probe_now(self, incarnations: Collection[str]) -> None:
-        self._prober.probe_now(incarnations)
-
-    def close(self) -> None:
-        self._prober.close()
-        self._processes.close()
-        self._nvml.close()
-
-
-class _AskedOnce:
-    """Whoever is asked once, all at the same time: the probes of a command that looks and goes."""
-
-    def __init__(self, owns: OwnsListener) -> None:
-        self._owns = owns
-        self._answers: dict[str, Probe] = {}
-
-    def watch(self, targets: Mapping[str, ProbeTarget]) -> None:
-        if targets:  # without an endpoint that runs nothing is asked, and no HTTP library is loaded
-            from reconciler.observe.prober import probe_once
-
-            self._answers = probe_once(targets, deadline_s=PROBE_ONCE_S, clock=SystemClock(), owns=self._owns)
-
-    def results(self) -> Mapping[str, Probe]:
-        return self._answers
-
-
-def _look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
-    """Observe without a daemon: every endpoint is asked once."""
-    from reconciler.observe.gpus import NvmlReader
-    from reconciler.observe.process import ProcessReader
-    from reconciler.observe.snapshot import ObserveOptions, Observer
-
-    clock = SystemClock()
-    nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
-    try:
-        _open_driver(nvml, state)
-        ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
-        probes = _AskedOnce(processes.owns_listener)
-        return Observer(nvml, processes, probes, clock).observe(spec, ObserveOptions(ready_before=ready))
-    finally:
-        processes.close()
-        nvml.close()
 
 
 def look(options: Options, *, at: float | None = None) -> Look:
@@ -235,8 +137,8 @@ def look(options: Options, *, at: float | None = None) -> Look:
         incidents = tuple(decode(Incident, i) for i in answer["incidents"])
         daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
     else:
-        _prepare_node(options, state)
-        observed, daemon = _look_once(state, spec, ledger), None
+        prepare_node(_simulated(options), state)
+        observed, daemon = look_once(state, spec, ledger), None
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
@@ -295,7 +197,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
     with acquire_writer(state):
-        simulated = _prepare_node(options, state)
+        simulated = prepare_node(_simulated(options), state)
         journal = Journal.open(state.journal, clock)
         try:
             remembered = journal.texts()
@@ -306,7 +208,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     journal=journal,
                     specs=SpecKeeper(path, remembered.files if remembered else {}, transform=transform),
                     actor=ProcessActor(state, clock, boot_id()),
-                    eyes=lambda wake: _Watching(state, wake),
+                    eyes=lambda wake: Watching(state, wake),
                     inherited=dict(os.environ),
                     simulated=simulated,
                     pid=os.getpid(),
