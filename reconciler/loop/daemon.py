@@ -206,7 +206,8 @@ class Daemon:
     def _look_options(self, ledger: Ledger) -> ObserveOptions:
         last = self._last.plan if self._last else None
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
-        quiet = last is not None and last.converged
+        quiet = last is not None and last.converged and not self._wakers.process_ended
+        self._wakers.process_ended = False  # before the look: one that ends during it has the next one look again
         return ObserveOptions(gpus=CACHED if quiet else WAITING, ready_before=ready)
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:

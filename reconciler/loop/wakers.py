@@ -21,6 +21,8 @@ class Wakers:
         self._files: asyncio.Task[None] | None = None
         self.files_changed = True
         """Files may have changed since this was last cleared."""
+        self.process_ended = False
+        """A process of ours ended since this was last cleared: what was read of the GPUs before is out of date."""
 
     def wake(self) -> None:
         """Have the loop look again; from the loop's own thread."""
@@ -50,6 +52,7 @@ class Wakers:
 
     def _ended(self, fd: int) -> None:
         self._loop.remove_reader(fd)  # it stays readable for ever
+        self.process_ended = True
         self.wake()
 
     def watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
