@@ -114,6 +114,8 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
         record = replace(record, priority=spec.priority, source=spec.source)
     if spec is not None or name not in situation.rejected:
         record = _withdrawn(record, spec, now)
+    if spec is None and name not in situation.rejected:
+        record = replace(record, placement_hash="")  # a file that comes again under this name asks for a new run
     if spec is not None:
         record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
         record = _ran(record, spec, workload, situation)

@@ -12,6 +12,9 @@ from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, enter, finish, open_record
 from reconciler.spec.spec import OverlaySpec
 
+PUT_AWAY_S = 0.1
+"""How long putting away the records of an ended run may take before it is looked at again."""
+
 
 def leavers(draft: Draft, overlay: str, leases: list[Lease]) -> list[Incarnation]:
     """Who still has to go before an overlay may begin.
@@ -190,6 +193,9 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
                 continue
             if incarnation.alive or not situation.memory_returned(incarnation):
                 return
+    if _runs_again_at_once(draft, step) and situation.incarnations(Subject("workload", name)):
+        draft.wakes.append(draft.now.plus(PUT_AWAY_S))  # nobody is restored in between, only to be displaced again
+        return
     draft.drop_leases(name)
     draft.board.tenants.pop(f"overlay/{name}", None)  # those that wait for this place are looked at in this same round
     if step.record.outcome is None:
@@ -198,6 +204,12 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
         draft.move(name, replace(again, reason=step.record.reason))
     else:
         draft.move(name, enter(step.record, "restoring", draft.now, step.record.reason))
+
+
+def _runs_again_at_once(draft: Draft, step: OverlayStep) -> bool:
+    """Whether its file was replaced by other work; one that was displaced makes room for whoever displaced it."""
+    displaced = any(step.record.name in other.record.seized for other in draft.steps.values() if other.live)
+    return step.record.outcome is None and not displaced
 
 
 def _restoring(draft: Draft, step: OverlayStep) -> None:

@@ -338,3 +338,39 @@ def test_a_workload_whose_record_was_lost_keeps_its_gpu_and_is_not_started_again
     run.settle()
     assert run.starts().count("render") == 1
     assert run.plant.is_ready("low")
+
+
+def test_a_file_removed_and_dropped_again_unchanged_is_a_new_run():
+    run = settled(endpoint("low", [0]), plant=Plant(totals=[80 * GIB]))
+    with_overlays(run, overlay("render"))
+    run.settle(until=overlay_state("render", "active"))
+    with_overlays(run)
+    assert run.settle().ledger.overlays["render"].state == "cancelled"
+    run.plant.advance(1000)
+    with_overlays(run, overlay("render"))
+    assert run.settle().ledger.overlays["render"].state == "done"
+    assert run.starts().count("render") == 2
+
+
+def test_a_file_dropped_again_while_its_removal_is_still_carried_out_runs_afterwards():
+    run = settled(endpoint("low", [0]), plant=Plant(totals=[80 * GIB]))
+    with_overlays(run, overlay("render"))
+    run.settle(until=overlay_state("render", "active"))
+    with_overlays(run)
+    run.step()
+    with_overlays(run, overlay("render"))
+    run.settle()
+    run.plant.advance(1000)  # past the cool-down of `low`
+    run.settle()
+    assert run.starts().count("render") == 2
+
+
+def test_work_that_replaces_other_work_takes_its_place_without_a_restoration_in_between():
+    run = settled(endpoint("low", [0]), plant=Plant(totals=[80 * GIB]))
+    with_overlays(run, overlay("render"))
+    run.settle(until=overlay_state("render", "active"))
+    with_overlays(run, replace(overlay("render"), placement_hash="other", on_edit="replace"))
+    assert run.settle().ledger.overlays["render"].state == "done"
+    assert run.starts().count("render") == 2
+    assert run.starts().count("low") == 2
+    assert run.stops().count("low") == 1
