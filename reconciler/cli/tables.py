@@ -21,8 +21,11 @@ STATE_STYLES = {
     "info": "cyan", "warning": "yellow", "critical": "bold red",
 }  # fmt: skip
 
-BAR = 20
+BAR = 16
 """Cells of a memory bar."""
+
+_WRAPPING = {"why": 14, "what": 14, "processes": 14, "endpoints": 10, "name": 9}
+"""Columns whose text may take several lines, and the width they keep."""
 
 
 def status_view(data: Mapping[str, Any], *, everything: bool = True) -> RenderableType:
@@ -61,7 +64,7 @@ def header(data: Mapping[str, Any]) -> Text:
 
 def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each endpoint."""
-    table = _table("endpoint", "state", "gpus", "pid", "port", "priority", "up", "memory", "why", title="Endpoints")
+    table = _table("endpoint", "state", "gpus", "pid", "port", "prio", "up", "memory", "why", title="Endpoints")
     for e in endpoints:
         away = e["desired"] != "running" and e["state"] in ("stopped", "sleeping")
         restarts = f" ({e['restarts']} restarts)" if e["restarts"] else ""
@@ -125,7 +128,7 @@ def bar(used: int | None, total: int) -> Text:
 
 def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each overlay."""
-    table = _table("overlay", "state", "gpus", "priority", "start", "end", "displaces", "exit", "why", title="Overlays")
+    table = _table("overlay", "state", "gpus", "prio", "start", "end", "displaces", "exit", "why", title="Overlays")
     for o in overlays:
         table.add_row(
             Text(o["name"], "bold"),
@@ -212,7 +215,9 @@ def _table(*columns: str, title: str) -> Table:
         title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
     )
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column not in ("why", "what", "processes", "endpoints"))
+        # on a narrow terminal what may wrap gives way, but never to nothing
+        wraps = _WRAPPING.get(column)
+        table.add_column(column, overflow="fold", no_wrap=wraps is None, min_width=wraps)
     return table
 
 

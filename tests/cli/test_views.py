@@ -151,9 +151,9 @@ def test_small_words_of_the_tables():
     assert memory(None) == "?"
     assert memory(2048) == "2GiB"
     assert clock(None) == "-"
-    assert bar(None, 100).plain == "?" * 20
-    assert bar(50, 100).plain.count("█") == 10
-    assert bar(150, 100).plain.count("█") == 20
+    assert bar(None, 100).plain == "?" * 16
+    assert bar(50, 100).plain.count("█") == 8
+    assert bar(150, 100).plain.count("█") == 16
     assert why({"reason": "", "desired": "standby", "scheduled": None}) == "standby"
 
 
@@ -165,3 +165,20 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is():
         console.print(capabilities_table([{"name": "[red]x", "ready": 0, "min_available": 0, "endpoints": ["[b]"]}]))
     assert "[red]x" in shown.get()
     assert "[b]" in shown.get()
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_no_column_is_squeezed_to_nothing_on_a_narrow_terminal(desk: Desk, width):
+    from reconciler.cli.tables import status_view
+
+    data = desk.data("status")
+    data["gpus"][0]["processes"] = [
+        {"pid": 4242, "owner": None, "user": "someone", "command": "python train.py --long", "memory_mib": 1}
+    ]
+    console = Console(width=width, markup=False)
+    with console.capture() as shown:
+        console.print(status_view(data))
+    text = shown.get()
+    assert "processes" in text
+    assert "foreign" in text
+    assert max(map(len, text.splitlines())) <= width
