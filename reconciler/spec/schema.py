@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 from reconciler.spec.engines import PROFILES
-from reconciler.spec.models import SetpointsModel
+from reconciler.spec.models import Model, SetpointsModel
 from reconciler.spec.overlay_models import OverlayModel
 from reconciler.spec.values import DURATION_PATTERN, NAME, SIZE_PATTERN
 from reconciler.units import format_duration, format_size
@@ -25,9 +28,16 @@ def schema(which: Format) -> dict[str, Any]:
     """The JSON Schema (2020-12) of one file format."""
     model = SetpointsModel if which == "setpoints" else OverlayModel
     generated = model.model_json_schema(mode="validation")
-    for part in (generated, *generated.get("$defs", {}).values()):
+    models = {kind.__name__: kind for kind in _models(Model)}
+    for title, part in ((model.__name__, generated), *generated.get("$defs", {}).items()):
         part.pop("title", None)
+        described = _descriptions(models[title]) if title in models else {}
         for name, field in part.get("properties", {}).items():
+            if name in described:
+                field["description"] = described[name]
+                in_order = dict(sorted(field.items()))  # as the generator leaves them
+                field.clear()
+                field.update(in_order)
             if "$ref" in field:  # left out by the generator where it equals the part's own
                 part_of = generated["$defs"][field["$ref"].rpartition("/")[2]]
                 field.setdefault("description", part_of.get("description", ""))
@@ -39,6 +49,27 @@ def schema(which: Format) -> dict[str, Any]:
         **{key: value for key, value in generated.items() if key != "$defs"},
         "$defs": generated["$defs"],
     }
+
+
+def _models(kind: type[Model]) -> Iterator[type[Model]]:
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from _models(derived)
+
+
+def _descriptions(kind: type[Model]) -> dict[str, str]:
+    """Field → the string that stands under it in the source, those of bases included."""
+    found: dict[str, str] = {}
+    for owner in reversed(kind.__mro__[: kind.__mro__.index(Model)]):
+        (definition,) = ast.parse(inspect.getsource(owner)).body
+        assert isinstance(definition, ast.ClassDef)  # noqa: S101 - it is the source of a class
+        for field, under in pairwise(definition.body):
+            match field, under:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = inspect.cleandoc(text)
+                case _:
+                    continue
+    return found
 
 
 def _tidy(name: str, field: dict[str, Any]) -> None:
