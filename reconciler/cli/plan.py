@@ -10,9 +10,7 @@ import typer
 
 from reconciler.cli import wiring
 from reconciler.cli.arguments import group
-from reconciler.cli.checking import check_files
 from reconciler.cli.face import Face
-from reconciler.cli.progress import Progress
 from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
 from reconciler.cli.values import Seconds
 from reconciler.errors import UsageError
@@ -41,6 +39,8 @@ def validate(
 
     Example: reconciler validate overlays/render.yaml
     """
+    from reconciler.cli.checking import check_files
+
     face = Face.of(ctx)
     checked, problems = check_files(face.options, tuple(files or ()))
     if face.is_json:
@@ -107,6 +107,8 @@ def apply(
 
     Example: reconciler apply --yes --timeout 10m
     """
+    from reconciler.cli.progress import Progress  # tables and spinners, which `plan` does without
+
     face = Face.of(ctx)
     if file is not None or (face.asks and not yes):
         seen = wiring.look(face.options)
