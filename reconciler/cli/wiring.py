@@ -322,9 +322,18 @@ def _await_daemon(options: Options, names: tuple[str, ...], timeout_s: float | N
         if failed:
             return Outcome(seen.plan, seen.observed, f"{', '.join(failed)}: failed", ok=False)
         if not renewing and seen.plan.converged:
-            return Outcome(seen.plan, seen.observed, f"started afresh: {', '.join(names)}", ok=True)
+            return Outcome(seen.plan, seen.observed, *_renewed(seen.plan, names))
         if deadline is not None and time.monotonic() > deadline:
             return Outcome(seen.plan, seen.observed, f"not ready in time: {', '.join(renewing)}", ok=False)
+
+
+def _renewed(plan: Plan, names: tuple[str, ...]) -> tuple[str, bool]:
+    """What became of a clean start that is over, and whether that is a success: giving way to an overlay is one."""
+    waiting = {b.subject.name: b for b in plan.blocked if b.subject.kind == "endpoint" and b.subject.name in names}
+    told = [f"{name}: {b.reason}: {b.message}" for name, b in sorted(waiting.items())]
+    fresh = [n for n in names if n not in waiting and plan.endpoints[n].state == "healthy"]
+    message = "; ".join(([f"started afresh: {', '.join(fresh)}"] if fresh else []) + told) or "nothing has to run"
+    return message, all(b.reason == "EvictedBy" for b in waiting.values())
 
 
 def clean_start_preview(options: Options, endpoints: tuple[str, ...] = ()) -> dict[str, Any]:

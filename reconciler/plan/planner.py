@@ -224,6 +224,10 @@ def _records(draft: Draft) -> dict[str, EndpointRecord]:
             and standing.current is not None
             and standing.current.started.mono >= record.renew_before.mono
         )
+        subject = Subject(
+            "endpoint", name
+        )  # nothing of it is left, and it is not its turn to start: displaced, blocked
+        fulfilled = fulfilled or not (subject in draft.arriving or draft.situation.incarnations(subject))
         kept[name] = replace(record, renew_before=None) if fulfilled else record
     return kept
 

@@ -266,6 +266,18 @@ def test_down_stops_everything_and_clean_start_brings_it_back(full_box: Box) -> 
     assert all(e["state"] == "healthy" for e in seen.values())
 
 
+def test_a_clean_start_beside_a_daemon_returns_while_an_overlay_keeps_an_endpoint_away(full_box: Box) -> None:
+    full_box.overlay("render")
+    job = full_box.wait_overlay("render", "active")
+    away = job["evicted"]
+    before = full_box.pids()
+    done = full_box.run("clean-start", "--yes", timeout=40)
+    assert done.returncode == 0, done.stderr
+    after = full_box.pids()
+    assert all(after[name] != before[name] for name in after if name not in away)
+    assert full_box.overlay_view("render")["pid"] == job["pid"]
+
+
 def test_apply_converges_once_and_a_second_apply_has_nothing_to_do(box: Box) -> None:
     box.endpoint("one", gpus=1)
     box.write()

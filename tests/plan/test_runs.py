@@ -11,6 +11,7 @@ from plant import Behaviour, Plant, Run, overlay_state
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Subject
+from reconciler.plan.requests import clean_start
 from reconciler.spec.spec import Restart, Stop
 from reconciler.units import GIB
 
@@ -374,3 +375,17 @@ def test_work_that_replaces_other_work_takes_its_place_without_a_restoration_in_
     assert run.starts().count("render") == 2
     assert run.starts().count("low") == 2
     assert run.stops().count("low") == 1
+
+
+def test_a_clean_start_does_not_wait_for_an_endpoint_that_gives_way_to_an_overlay():
+    run = settled(endpoint("low", [0], priority=1), endpoint("other", [1]), plant=Plant(totals=[80 * GIB] * 2))
+    with_overlays(run, overlay("render", [0]))
+    run.settle(until=overlay_state("render", "active"))
+    run.ledger, _ = clean_start(run.ledger, ["low", "other"], run.plant.now)
+    while not run.plant.is_ready("other") or run.starts().count("other") < 2:
+        run.step()
+        run.plant.advance(1)
+    run.step()
+    assert run.ledger.overlays["render"].state == "active"
+    assert run.ledger.endpoints["low"].renew_before is None
+    assert run.ledger.endpoints["other"].renew_before is None
