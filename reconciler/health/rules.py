@@ -98,7 +98,7 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
         lambda c: c.covered,
         "WrongWay",
         "warning",
-        lambda c: f"{_name(c)} is {c.view.state} while it {_entry(c).reason}: expected {_expected(c)}",
+        lambda c: f"{_name(c)} is {c.view.state}, expected {_expected(c)} ({_entry(c).reason})",
     ),
     _Rule(lambda c: c.overdue_s > ESCALATE_AFTER_S, "Overdue", "critical", _overdue),
     _Rule(lambda c: c.entry is not None, "Overdue", "warning", _overdue),
