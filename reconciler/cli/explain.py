@@ -13,7 +13,7 @@ from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
 from reconciler.cli.tables import clock
-from reconciler.errors import UsageError
+from reconciler.errors import ReconcilerError
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
 from reconciler.plan.ledger import TERMINAL
@@ -73,7 +73,7 @@ def _find(data: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
             return "gpu", item
     known = [item["name"] for key in ("endpoints", "overlays") for item in data[key]]
     near = get_close_matches(name, known, 1)
-    raise UsageError(
+    raise ReconcilerError(
         f"nothing is named {name!r}",
         hint=f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known)),
     )

@@ -17,7 +17,7 @@ from reconciler.cli.output_files import Tail
 from reconciler.cli.submission import DEFAULT_DURATION, Job, choose_name, overlay_text, write_overlay
 from reconciler.cli.values import Bytes, Seconds
 from reconciler.cli.waiting import changes
-from reconciler.errors import ReconcilerError, StateError, UsageError
+from reconciler.errors import ReconcilerError, StateError
 from reconciler.journal.layout import writer
 from reconciler.plan.ledger import TERMINAL, OverlayRecord
 from reconciler.spec.load import Texts, read_texts
@@ -126,7 +126,7 @@ def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME
         near = get_close_matches(name, files, 1)
         listed = ", ".join(sorted(files)) or "none"
         hint = f"did you mean {near[0]!r}?" if near else f"overlays in {texts.overlays_folder}: {listed}"
-        raise UsageError(f"there is no overlay {name!r}", hint=hint)
+        raise ReconcilerError(f"there is no overlay {name!r}", hint=hint)
     path = texts.overlays_folder / files[name]
     with suppress(FileNotFoundError):  # somebody else was faster
         try:

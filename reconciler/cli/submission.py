@@ -14,6 +14,7 @@ import yaml
 
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 from reconciler.spec.load import SourceText, Texts, resolve_texts
+from reconciler.spec.values import NAME, NAME_HELP
 
 DEFAULT_DURATION = "1h"
 """What a job is expected to take when nobody says; past it, it goes on, and an incident says that it is overdue."""
@@ -71,10 +72,12 @@ def write_overlay(texts: Texts, name: str, text: str) -> Path:
 
     Raises:
         SpecError: it would not be accepted; nothing was written.
-        UsageError: there is an overlay of that name.
+        UsageError: the name is not one, or is taken.
         ReconcilerError: the folder cannot be written.
     """
     folder = texts.overlays_folder
+    if not NAME.fullmatch(name):  # first of all: below, it becomes part of a path
+        raise UsageError(f"{name!r} is not a name", hint=NAME_HELP)
     if any(overlay.name == name for overlay in texts.overlays or ()):
         raise UsageError(f"there is an overlay {name!r} already", hint=f"reconciler overlay cancel {name}")
     path = folder / f"{name}.yaml"

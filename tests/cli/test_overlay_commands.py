@@ -77,6 +77,15 @@ def test_what_the_spec_would_reject_never_appears_in_the_folder(desk, capsys, wo
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["../setpoints", "a/b", ".hidden", "Not A Name"])
+def test_a_name_that_is_none_is_wrong_usage_and_no_path(desk, capsys, name):
+    before = desk.setpoints.read_text()
+    assert submit(desk, "--name", name, "--", "true") == 64
+    assert "a name has at most 63" in capsys.readouterr().err
+    assert written(desk) == {}
+    assert desk.setpoints.read_text() == before
+
+
 def test_a_name_that_is_taken_is_refused_and_its_file_is_left_alone(desk, capsys):
     assert submit(desk, "--name", "one", "--", "true") == 0
     before = written(desk)
@@ -106,14 +115,14 @@ def test_a_file_in_a_private_folder_is_private_and_readable_where_the_folder_is(
 
 def test_cancel_removes_the_file_and_knows_what_was_nearly_meant(desk, capsys):
     assert submit(desk, "--name", "render-cards", "--", "true") == 0
-    assert run([*desk.words, "overlay", "cancel", "render-card"]) == 64
+    assert run([*desk.words, "overlay", "cancel", "render-card"]) == 1
     assert "did you mean 'render-cards'" in capsys.readouterr().err
     assert run([*desk.words, "overlay", "cancel", "render-cards"]) == 0
     assert written(desk) == {}
 
 
 def test_cancel_does_not_leave_the_folder(desk):
-    assert run([*desk.words, "overlay", "cancel", "../setpoints"]) == 64
+    assert run([*desk.words, "overlay", "cancel", "../setpoints"]) == 1
     assert desk.setpoints.exists()
 
 
