@@ -46,9 +46,10 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
     The outcomes:
         1. a pin names a GPU that this node does not have            → NoSuchGpu
         2. it sets aside an endpoint that is not preemptible         → NotPreemptible
-        3. nothing can provide what it requires                      → NoProvider
-        4. some choice of providers, places and victims is lawful    → leases, the least choice
-        5. none is                                                   → the rule or the lack that stands in the way
+        3. another overlay has its own version of an endpoint it sets → SetByAnother
+        4. nothing can provide what it requires                      → NoProvider
+        5. some choice of providers, places and victims is lawful    → leases, the least choice
+        6. none is                                                   → the rule or the lack that stands in the way
     """
     subject = Subject("workload", overlay.name)
     own = _own_needs(draft, overlay)
@@ -64,10 +65,16 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         message = f"it sets aside {', '.join(firm)}, which is not preemptible"
         draft.block(Blocked(subject, "NotPreemptible", message, ("set preemptible: true on it",)))  # 2
         return
+    rivals = _rivals(draft, overlay)
+    if rivals:
+        message = f"{', '.join(rivals)} set the same endpoint otherwise"
+        draft.block(Blocked(subject, "SetByAnother", message, (), _earliest(draft), transient=True))  # 3
+        return
     board = draft.board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     stopping = frozenset(n for n in vacated if _would_stop(draft, overlay, n))
-    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, stopping)
+    leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
+    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, stopping, leaving)
     best: tuple[Placement, list[Need]] | None = None
     refusal: Refusal | None = None
     for providers in _provider_choices(draft, overlay):
@@ -78,15 +85,24 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         elif best is None or placement.cost < best[0].cost:
             best = placement, needs
     if best is not None:
-        _take(draft, step, overlay, *best, stopping)  # 4
+        _take(draft, step, overlay, *best, stopping)  # 5
         return
     if refusal is None:
         message = f"nothing offers {', '.join(overlay.requires)}"
-        draft.block(Blocked(subject, "NoProvider", message, ("start or add a provider",)))  # 3
+        draft.block(Blocked(subject, "NoProvider", message, ("start or add a provider",)))  # 4
         return
     draft.block(
         Blocked(subject, refusal.reason, refusal.message, refusal.alternatives, _earliest(draft), refusal.transient)
-    )  # 5
+    )  # 6
+
+
+def _rivals(draft: Draft, overlay: OverlaySpec) -> list[str]:
+    """Overlays that hold places for endpoints which this one sets, or set them while this one would run them."""
+    names = set(overlay.endpoints)
+    holding = {x.overlay for x in draft.leases if x.subject.kind == "endpoint" and x.subject.name in names}
+    runs = {e.name for e in _running(overlay)}
+    in_force = [s.spec for s in draft.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+    return sorted(holding | {other.name for other in in_force if runs & set(other.endpoints)})
 
 
 def _would_stop(draft: Draft, overlay: OverlaySpec, name: str) -> bool:
@@ -129,7 +145,8 @@ def _provider_choices(draft: Draft, overlay: OverlaySpec) -> Iterator[list[Need]
         if healthy:
             continue
         base = draft.situation.spec.endpoints.values()
-        standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in after]
+        taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
+        standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
         needs = [_endpoint_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
         options.append([n for n in needs if n is not None])
     for choice in product(*options):

@@ -42,6 +42,8 @@ class Graph:
     """Subject → the action after which it is loaded."""
     _loading_on: dict[str, list[tuple[Subject, int]]] = field(default_factory=dict)
     """GPU → who loads there, and the action after which that is over."""
+    _started_for: dict[str, list[int]] = field(default_factory=dict)
+    """Overlay → the starts of its own endpoints: it does not end before they began."""
     _ended_by: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Overlay → the actions after which it is over and its memory free."""
 
@@ -223,6 +225,8 @@ class Graph:
             timeout_s=endpoint.health.startup_s, predicted_s=draft.situation.timings(endpoint).load_s,
         )  # fmt: skip
         self._note_loading(item.subject, item.gpus, ready)
+        if item.overlay is not None:
+            self._started_for.setdefault(item.overlay, []).append(start)
         return ready
 
     def _overlay_run(self, step: OverlayStep) -> None:
@@ -263,7 +267,8 @@ class Graph:
         if record.active_since is not None:
             span = predicted_end(record, overlay.makespan, draft.now.wall) - draft.now.wall
         end = self._add(
-            "wait_end", subject, gpus, needs, reason=f"overlay {record.name} holds its GPUs", cause=cause,
+            "wait_end", subject, gpus, [*needs, *self._started_for.get(record.name, [])],
+            reason=f"overlay {record.name} holds its GPUs", cause=cause,
             timeout_s=span + overlay.makespan.grace_s, predicted_s=span,
         )  # fmt: skip
         if leases:
@@ -289,9 +294,10 @@ class Graph:
         for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
             holders = [o for o in draft.evicted_from(name) if o in self._ended_by]
             subject = Subject("endpoint", name)
-            if not holders or endpoint.state != "running" or (subject in draft.arriving and name not in draft.owners):
-                continue
             current, record = draft.standings[name].current, draft.records[name]
+            placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)
+            if not holders or endpoint.state != "running" or (placed and name not in draft.owners):
+                continue
             prefer = current.gpus if current is not None else record.last_gpus
             need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
             placement = place([need], board, may_displace=lambda _: False) if need else None

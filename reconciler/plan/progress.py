@@ -222,11 +222,15 @@ def _restoring(draft: Draft, step: OverlayStep) -> None:
 def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
     """Whether a displaced endpoint needs no more waiting for.
 
-    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile.
+    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile; or without a place until
+    somebody edits a file.
     """
     standing = draft.standings.get(victim)
     if standing is None or victim not in draft.wanted:
         return True
     if draft.records[victim].failed is not None or any(o != overlay for o in draft.evicted_from(victim)):
+        return True
+    blocked = draft.blocked.get(Subject("endpoint", victim))
+    if blocked is not None and not blocked.transient and standing.current is None:
         return True
     return standing.state == "healthy" and standing.current is not None and standing.current.id not in draft.leaving

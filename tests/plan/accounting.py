@@ -1,0 +1,249 @@
+"""What must hold of every single plan, whatever the box: told from the plan and the observation alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from reconciler.plan.actions import Action, Plan
+from reconciler.plan.ledger import LIVE, Ledger
+from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
+from reconciler.spec.spec import Spec
+
+DESTRUCTIVE = ("drain", "stop", "kill", "sleep", "stop_workload")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A part of one GPU that somebody may hold at some moment of carrying out a plan."""
+
+    who: str
+    gpu: str
+    size: int
+    exclusive: bool
+    begins: int | None
+    """The action from which it is held; None: it is held already."""
+    ends: frozenset[int]
+    """Actions of which each says that it is held no more."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One decision with its inputs."""
+
+    spec: Spec
+    observed: Observed
+    before: Ledger
+    plan: Plan
+
+    def check(self) -> None:
+        """Everything at once."""
+        self.graph_is_ordered()
+        self.no_prefix_oversubscribes()
+        self.starts_wait_for_those_who_leave()
+        self.victims_are_lawful()
+        self.floors_hold()
+        self.gangs_are_whole()
+        self.the_unknown_is_left_alone()
+        self.only_ours_are_named()
+        self.only_the_living_hold_leases()
+
+    # ------------------------------------------------------------ order
+
+    @cached_property
+    def ancestors(self) -> dict[int, frozenset[int]]:
+        """Action → everything that has to have succeeded before it begins."""
+        found: dict[int, frozenset[int]] = {}
+        for action in self.plan.actions:
+            found[action.id] = frozenset(action.needs).union(*(found[n] for n in action.needs))
+        return found
+
+    def graph_is_ordered(self) -> None:
+        """Ids are ordinal, needs come first (so there is no cycle), and ready means that nothing is needed."""
+        for position, action in enumerate(self.plan.actions, start=1):
+            assert action.id == position
+            assert all(0 < n < action.id for n in action.needs)
+            assert not (action.ready and action.needs)
+            assert action.expected[0] <= action.expected[1]
+            assert all(self.plan.actions[n - 1].expected[1] <= action.expected[0] for n in action.needs)
+
+    # ------------------------------------------------------------ memory
+
+    @cached_property
+    def overlay_ends(self) -> dict[str, frozenset[int]]:
+        """Overlay → the actions after which it is over and its memory back."""
+        ends: dict[str, frozenset[int]] = {}
+        waits = {a.id: a.subject.name for a in self.plan.actions if a.op == "wait_end"}
+        for action in self.plan.actions:
+            if action.op == "wait_memory" and set(action.needs) & set(waits):
+                ends[action.subject.name] = frozenset({action.id})
+        return ends
+
+    def _incarnation_ends(self, incarnation: Incarnation) -> frozenset[int]:
+        own = {a.id for a in self.plan.actions if a.op == "wait_memory" and a.incarnation == incarnation.id}
+        leases = self.plan.ledger.leases
+        holders = {x.overlay for x in leases if x.subject == incarnation.subject and x.gpu in incarnation.gpus}
+        return frozenset(own).union(*(self.overlay_ends.get(o, frozenset()) for o in holders))
+
+    @cached_property
+    def shares(self) -> list[_Share]:
+        """Everybody who holds something now or is started by the plan."""
+        found = []
+        for i in self.observed.incarnations:
+            if i.alive or i.id not in self.plan.archive:
+                ends = self._incarnation_ends(i)
+                for gpu, size in zip(i.gpus, i.memory_bytes, strict=True):
+                    found.append(_Share(i.id, gpu, size, i.exclusive, None, ends))
+        for a in self.plan.actions:
+            if a.op in ("start", "start_workload"):
+                ends = self.overlay_ends.get(a.overlay or "", frozenset())
+                for gpu, size in zip(a.gpus, a.memory_bytes, strict=True):
+                    found.append(_Share(f"#{a.id} {a.subject}", gpu, size, a.exclusive, a.id, ends))
+        for a in self.plan.actions:
+            name = a.subject.name
+            if a.op == "wait_end" and self.spec.overlays[name].workload is None:
+                for x in self.plan.ledger.leases:
+                    if x.subject == Subject("workload", name):
+                        ends = self.overlay_ends[name]
+                        share = _Share(f"#{a.id} {name}", x.gpu, x.memory_bytes, x.exclusive, a.id, ends)
+                        found.append(share)
+        return found
+
+    def no_prefix_oversubscribes(self) -> None:
+        """At the worst moment at which anything begins, its GPU has room for all that may be there then."""
+        gpus = {g.uuid: g for g in self.observed.gpus}
+        for share in self.shares:
+            if share.begins is None:
+                continue
+            before = self.ancestors[share.begins]
+            there = [
+                s for s in self.shares if s.gpu == share.gpu and s is not share and self._may_meet(s, share, before)
+            ]
+            total = share.size + sum(s.size for s in there)
+            room = self._room(gpus[share.gpu])
+            story = f"{share} meets {there} on {room}\n" + "\n".join(map(str, self.plan.actions))
+            assert total <= room, story
+            assert not there or not (share.exclusive or any(s.exclusive for s in there)), story
+
+    def _may_meet(self, other: _Share, share: _Share, before: frozenset[int]) -> bool:
+        """Whether `other` may be held at the moment at which `share` begins."""
+        if other.ends & before:
+            return False
+        if other.begins is None:
+            return True
+        later = share.begins == other.begins or share.begins in self.ancestors[other.begins]
+        return not later or other.begins in before
+
+    def _room(self, gpu: Gpu) -> int:
+        strangers = sum(p.memory_bytes or 0 for p in gpu.processes or () if p.owner is None)
+        return gpu.total_bytes - max(self.spec.node.reserve_bytes, strangers)
+
+    def starts_wait_for_those_who_leave(self) -> None:
+        """A start comes after the memory of everybody who leaves one of its GPUs is seen free."""
+        leaving = {a.incarnation for a in self.plan.actions if a.op in DESTRUCTIVE}
+        gone = {a.incarnation: a.id for a in self.plan.actions if a.op == "wait_memory" and a.incarnation}
+        for action in self.plan.actions:
+            if action.op not in ("start", "start_workload"):
+                continue
+            for i in self.observed.incarnations:
+                if i.id in leaving and set(i.gpus) & set(action.gpus):
+                    assert gone[i.id] in self.ancestors[action.id], f"{action} before {i.id} is gone"
+
+    # ------------------------------------------------------------ consent
+
+    @cached_property
+    def admitted(self) -> list[str]:
+        """Overlays that this decision admits."""
+        now, then = self.plan.ledger.overlays, self.before.overlays
+        holding = ("admitted", "evicting", "starting", "active", "overrun")
+        return [n for n, r in now.items() if r.state in holding and (n not in then or then[n].state not in holding)]
+
+    def victims_are_lawful(self) -> None:
+        """Every victim is strictly lower, and both sides consented; what waits displaces nobody."""
+        for name in self.admitted:
+            record, asking = self.plan.ledger.overlays[name], self.spec.overlays[name]
+            for victim in record.evicted:
+                if victim in asking.endpoints:  # set aside by name
+                    continue
+                endpoint = self.spec.endpoints.get(victim)
+                assert endpoint is not None, f"{name} evicts {victim}, which the files do not know"
+                assert asking.allow_baseline_eviction, f"{name} evicts {victim} without consent"
+                assert endpoint.preemptible, f"{name} evicts {victim}, which is not preemptible"
+                assert endpoint.priority < asking.priority, f"{name} evicts {victim}, which is not lower"
+            for victim in record.seized:
+                lower = self.spec.overlays[victim]
+                assert lower.priority < asking.priority
+                assert lower.workload is not None
+                assert lower.workload.preemptible
+        for name, record in self.plan.ledger.overlays.items():
+            if record.state == "pending":
+                assert not any(x.overlay == name for x in self.plan.ledger.leases)
+
+    def floors_hold(self) -> None:
+        """No admission takes a capability below its floor, or further below it."""
+        if not self.admitted:
+            return
+        for_overlays, otherwise = set(), set()
+        for action in self.plan.actions:
+            if action.op in DESTRUCTIVE:
+                (for_overlays if action.cause.kind in ("evict", "overlay") else otherwise).add(action.subject.name)
+        ready = {n for n, v in self.plan.endpoints.items() if v.state == "healthy"} - otherwise
+        then = _displaced(self.before) & for_overlays
+        for capability, floor in self.spec.floors.items():
+            providers = {
+                n for n, e in self.spec.endpoints.items() if capability in e.capabilities and e.state == "running"
+            }
+            had, has = providers & ready - then, providers & ready - for_overlays
+            assert len(has) >= min(floor, len(had)), f"{capability}: {sorted(had)} before, {sorted(has)} after"
+
+    # ------------------------------------------------------------ the rest
+
+    def gangs_are_whole(self) -> None:
+        """What is started or leased has all the GPUs it claims, or none."""
+        for action in self.plan.actions:
+            if action.op == "start_workload":
+                claim = self.spec.overlays[action.subject.name].gpus
+                assert len(set(action.gpus)) == (claim.count if claim else 0)
+            if action.op == "start":
+                claims = {o.endpoints[action.subject.name].gpus.count for o in self.spec.overlays.values()
+                          if action.subject.name in o.endpoints}  # fmt: skip
+                known = self.spec.endpoints.get(action.subject.name)
+                assert len(set(action.gpus)) in claims | ({known.gpus.count} if known else set())
+
+    def the_unknown_is_left_alone(self) -> None:
+        """Nothing is done to whom we cannot see, and nothing is placed where we cannot look."""
+        dark = {g.uuid for g in self.observed.gpus if g.state != "ok"}
+        seen = {i.id: i for i in self.observed.incarnations}
+        for action in self.plan.actions:
+            if action.op in DESTRUCTIVE:
+                target = seen[action.incarnation or ""]
+                assert target.phase != "unknown"
+                if target.subject.kind == "endpoint":
+                    assert not dark & set(target.gpus), f"{action} on a GPU that cannot be read"
+            if action.op in ("start", "start_workload") and action.ready:
+                assert not dark & set(action.gpus), f"{action} on a GPU that cannot be read"
+
+    def only_ours_are_named(self) -> None:
+        """Every action is about something that the files or our own records name."""
+        ours = {i.subject for i in self.observed.incarnations}
+        ours |= {Subject("endpoint", n) for n in self.plan.endpoints}
+        ours |= {Subject("workload", n) for n in self.spec.overlays}
+        ids = {i.id for i in self.observed.incarnations}
+        for action in self.plan.actions:
+            assert action.subject in ours
+            assert action.incarnation is None or action.incarnation in ids
+
+    def only_the_living_hold_leases(self) -> None:
+        """A lease has a live owner."""
+        for lease in self.plan.ledger.leases:
+            assert self.plan.ledger.overlays[lease.overlay].state in LIVE
+
+
+def _displaced(ledger: Ledger) -> set[str]:
+    holding = ("admitted", "evicting", "starting", "active", "overrun", "completing")
+    return {n for r in ledger.overlays.values() if r.state in holding for n in r.evicted}
+
+
+def starts(decided: Plan) -> list[Action]:
+    """What a plan starts."""
+    return [a for a in decided.actions if a.op in ("start", "start_workload")]
