@@ -74,7 +74,8 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     stopping = frozenset(n for n in vacated if _would_stop(draft, overlay, n))
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
-    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, stopping, leaving)
+    displaced = {n: s.record.evicted for n, s in draft.steps.items()}
+    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving)
     best: tuple[Placement, list[Need]] | None = None
     refusal: Refusal | None = None
     for providers in _provider_choices(draft, overlay):
@@ -169,11 +170,14 @@ def _take(
         for gpu in placement.gpus[need.subject]:
             lease = Lease(name, need.subject, gpu, need.memory_bytes[gpu], need.exclusive, now)
             draft.leases.append(lease)
-    evicted = sorted({k.partition("/")[2] for k in placement.victims if k.startswith("endpoint/")} | vacated)
     seized = sorted(k.partition("/")[2] for k in placement.victims if k.startswith("overlay/"))
+    victims = {k.partition("/")[2] for k in placement.victims if k.startswith("endpoint/")} | vacated
+    base = draft.situation.spec.endpoints
+    victims.update(n for lower in seized for n in draft.steps[lower].record.evicted if n in base)
+    evicted = sorted(victims)
     for victim in evicted:
         remembered = draft.records[victim]
-        ran = draft.standings[victim].current is not None
+        ran = draft.standings[victim].current is not None and not draft.evicted_from(victim)
         times = (*remembered.evictions, now.wall) if ran else remembered.evictions
         draft.records[victim] = replace(remembered, evicted_by=name, evictions=times)
         draft.standings[victim] = replace(draft.standings[victim], record=draft.records[victim])

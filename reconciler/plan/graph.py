@@ -290,6 +290,10 @@ class Graph:
         """The predicted way back of everything an overlay displaced."""
         draft = self.draft
         board = draft.board.without(frozenset(f"overlay/{n}" for n in self._ended_by))
+        for item in draft.arriving.values():  # on an ended overlay's leases already, which the board no longer shows
+            if item.subject.kind == "endpoint" and item.overlay is None:
+                holds = {g: Hold(s, item.exclusive) for g, s in zip(item.gpus, item.memory_bytes, strict=True)}
+                board.add(Tenant(f"endpoint/{item.subject.name}", 0, holds))
         baseline = draft.situation.spec.endpoints
         for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
             holders = [o for o in draft.evicted_from(name) if o in self._ended_by]

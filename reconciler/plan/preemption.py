@@ -37,6 +37,8 @@ class Consents:
     standings: Mapping[str, Standing]
     overlays: Mapping[str, OverlaySpec]
     """Live overlays: what they require stays, and lower ones may be displaced."""
+    displaced: Mapping[str, tuple[str, ...]]
+    """Live overlay → the endpoints it displaced: who takes its place keeps them away, and needs their consent."""
     vacated: frozenset[str] = frozenset()
     """Endpoints that the overlay itself sets aside: they count as gone already."""
     leaving: frozenset[str] = frozenset()
@@ -57,9 +59,12 @@ class Consents:
         if kind == "overlay":
             other = self.overlays.get(name)
             preemptible = other is not None and other.workload is not None and other.workload.preemptible
+            base = self.situation.spec.endpoints
+            behind = [base[n] for n in self.displaced.get(name, ()) if n in base and base[n].state == "running"]
             rules = {
-                "PriorityTooLow": tenant.priority >= self.overlay.priority,
-                "NotPreemptible": not preemptible,
+                "NoConsent": bool(behind) and not self.overlay.allow_baseline_eviction,
+                "PriorityTooLow": max([tenant.priority, *(e.priority for e in behind)]) >= self.overlay.priority,
+                "NotPreemptible": not preemptible or not all(e.preemptible for e in behind),
             }
             return frozenset(rule for rule, holds in rules.items() if holds)
         endpoint, policy = self.endpoints.get(name), self.situation.spec.policy

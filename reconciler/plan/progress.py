@@ -72,22 +72,22 @@ def _ended(draft: Draft, incarnation: Incarnation) -> Instant | None:
 
 def progress(draft: Draft) -> bool:
     """Move every live overlay as far as the facts allow; True when one of them moved."""
-    moved = False
-    for name in list(draft.steps):
-        step = draft.steps[name]
+    before = dict(draft.steps)
+    for step in before.values():
+        match step.record.state:
+            case "completing":
+                _completing(draft, step)
+            case "restoring":
+                _restoring(draft, step)
+    if draft.steps != before:  # leases were released: whoever waits for the place is looked at once all are seated anew
+        return True
+    for step in before.values():
         match step.record.state:
             case "admitted" | "evicting":
                 _evicting(draft, step)
             case "starting":
                 _starting(draft, step)
-            case "completing":
-                _completing(draft, step)
-            case "restoring":
-                _restoring(draft, step)
-            case _:
-                continue
-        moved = moved or draft.steps[name] is not step
-    return moved
+    return draft.steps != before
 
 
 def _evicting(draft: Draft, step: OverlayStep) -> None:
@@ -197,7 +197,6 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
         draft.wakes.append(draft.now.plus(PUT_AWAY_S))  # nobody is restored in between, only to be displaced again
         return
     draft.drop_leases(name)
-    draft.board.tenants.pop(f"overlay/{name}", None)  # those that wait for this place are looked at in this same round
     if step.record.outcome is None:
         assert step.spec is not None  # noqa: S101 - an overlay without a file is cancelled, which is an outcome
         again = replace(open_record(step.spec, draft.now), window_start=step.record.window_start)

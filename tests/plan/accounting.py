@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reconciler.plan.actions import Action, Plan
 from reconciler.plan.ledger import LIVE, Ledger
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
+from reconciler.plan.planner import plan
 from reconciler.spec.spec import Spec
 
 DESTRUCTIVE = ("drain", "stop", "kill", "sleep", "stop_workload")
@@ -183,17 +184,16 @@ class Account:
         """No admission takes a capability below its floor, or further below it."""
         if not self.admitted:
             return
-        for_overlays, otherwise = set(), set()
-        for action in self.plan.actions:
-            if action.op in DESTRUCTIVE:
-                (for_overlays if action.cause.kind in ("evict", "overlay") else otherwise).add(action.subject.name)
-        ready = {n for n, v in self.plan.endpoints.items() if v.state == "healthy"} - otherwise
-        then = _displaced(self.before) & for_overlays
+        others = {n: o for n, o in self.spec.overlays.items() if n not in self.admitted}
+        without = plan(replace(self.spec, overlays=others), self.observed, self.before, self.plan.now)
+        going = {a.subject.name for a in self.plan.actions if a.op in DESTRUCTIVE}
+        anyhow = {a.subject.name for a in without.actions if a.op in DESTRUCTIVE}
+        ready = {n for n, v in self.plan.endpoints.items() if v.state == "healthy"}
         for capability, floor in self.spec.floors.items():
             providers = {
                 n for n, e in self.spec.endpoints.items() if capability in e.capabilities and e.state == "running"
             }
-            had, has = providers & ready - then, providers & ready - for_overlays
+            had, has = providers & ready - anyhow, providers & ready - going - anyhow
             assert len(has) >= min(floor, len(had)), f"{capability}: {sorted(had)} before, {sorted(has)} after"
 
     # ------------------------------------------------------------ the rest
@@ -237,11 +237,6 @@ class Account:
         """A lease has a live owner."""
         for lease in self.plan.ledger.leases:
             assert self.plan.ledger.overlays[lease.overlay].state in LIVE
-
-
-def _displaced(ledger: Ledger) -> set[str]:
-    holding = ("admitted", "evicting", "starting", "active", "overrun", "completing")
-    return {n for r in ledger.overlays.values() if r.state in holding for n in r.evicted}
 
 
 def starts(decided: Plan) -> list[Action]:
