@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import platform
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+import reconciler
 
 STUB = Path(__file__).resolve().with_name("stub.py")
 PROGRAM = (sys.executable, "-m", "reconciler")
@@ -142,6 +145,8 @@ class Box:
 @contextmanager
 def box(node: str = "4x80GiB") -> Iterator[Box]:
     """A box in a folder of its own; nothing of it is left afterwards."""
+    package = Path(next(iter(reconciler.__path__)))
+    compileall.compile_dir(package, quiet=1)  # as installed programs are; a checkout may not write bytecode by itself
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         one = Box(Path(folder), node)
         try:
