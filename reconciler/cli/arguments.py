@@ -9,6 +9,9 @@ from pathlib import Path
 
 import typer
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
+
 WITH_VALUE = ("--setpoints", "--state-dir", "--simulate", "--format")
 FLAGS = ("--no-color",)
 

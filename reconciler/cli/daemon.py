@@ -81,6 +81,7 @@ def clean_start(
     """End stale processes of ours, wait for their memory, start afresh.
 
     Recovery after a mess: failures and back-off are forgotten as well. Foreign processes are listed and left alone.
+    What else the set points want and does not run is started, too.
     Asks on a terminal unless --yes.
 
     Example: reconciler clean-start thinking --dry-run

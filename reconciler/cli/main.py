@@ -19,10 +19,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reconciler.cli.arguments import Format, Globals, hoist, wants_json
+from reconciler.cli.arguments import INTERRUPTED, Format, Globals, hoist, wants_json
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 
-INTERRUPTED = 130
 PROGRAM = "reconciler"
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from reconciler.cli import wiring
-from reconciler.cli.arguments import group
+from reconciler.cli.arguments import INTERRUPTED, group
 from reconciler.cli.face import Face
 from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
 from reconciler.cli.values import Seconds
@@ -134,6 +134,8 @@ def finish(face: Face, done: wiring.Outcome) -> int:
         face.line(done.message)
     else:
         face.note(f"error: {done.message}")
+    if done.interrupted:
+        return INTERRUPTED
     return 0 if done.ok else 1
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import ReconcilerError, SpecError, UsageError
+from reconciler.errors import Problem, ReconcilerError, SpecError, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
 
 if TYPE_CHECKING:
     from reconciler.health.incident import Incident
     from reconciler.journal.reader import JournalReader
     from reconciler.loop.daemon import Daemon
+    from reconciler.loop.specs import SpecInForce
     from reconciler.plan.actions import Plan
     from reconciler.plan.ledger import Ledger
     from reconciler.plan.observed import Observed
@@ -48,6 +49,8 @@ class Look:
     incidents: tuple[Incident, ...]
     daemon: DaemonInfo | None
     notes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    """Everything wrong with the files as they are now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Outcome:
     observed: Observed
     message: str
     ok: bool
+    interrupted: bool = False
+    """A signal ended it before its time."""
 
 
 # ---------------------------------------------------------------- where things are
@@ -106,23 +111,35 @@ def _simulated(options: Options) -> str | None:
 # ---------------------------------------------------------------- looking
 
 
-def look(options: Options, *, at: float | None = None) -> Look:
+def _in_force(options: Options, *, last_good: bool) -> SpecInForce:
+    """The spec as a daemon would follow it; without `last_good`, set points that it would not accept are an error."""
+    from reconciler.loop.specs import SpecKeeper
+
+    path = setpoints_path(options)
+    with journal_reader(options) as journal:
+        ledger, remembered = journal.ledger(), journal.texts()
+    in_force = SpecKeeper(path, remembered.files if remembered else {}, transform=None).load(ledger)
+    if not last_good and any(p.file == str(path) for p in in_force.problems):
+        raise SpecError(in_force.problems)
+    return in_force
+
+
+def look(options: Options, *, at: float | None = None, last_good: bool = False) -> Look:
     """What would be done now (or, with `at`, at that epoch second) about these files, with and without a daemon.
+
+    With `last_good`, set points that cannot be accepted are looked at as they were when they last could.
 
     Raises:
         SpecError: the files are wrong.
         DriverError: no daemon runs and there is no driver.
         StateError: the journal cannot be read.
     """
-    from reconciler.loop.specs import SpecKeeper
     from reconciler.plan.planner import plan
 
-    state, path = state_dir(options), setpoints_path(options)
+    state = state_dir(options)
+    in_force = _in_force(options, last_good=last_good)
     with journal_reader(options) as journal:
-        ledger, incidents, remembered = journal.ledger(), journal.incidents(), journal.texts()
-    in_force = SpecKeeper(path, remembered.files if remembered else {}, transform=None).load(ledger)
-    if any(p.file == str(path) for p in in_force.problems):
-        raise SpecError(in_force.problems)
+        ledger, incidents = journal.ledger(), journal.incidents()
     spec = in_force.spec
     answer = _ask(state, "values")
     if answer is not None:
@@ -143,7 +160,9 @@ def look(options: Options, *, at: float | None = None) -> Look:
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
     decided = plan(spec, observed, ledger, now)
-    return Look(spec, observed, ledger, decided, incidents, daemon, tuple(map(str, in_force.problems)))
+    return Look(
+        spec, observed, ledger, decided, incidents, daemon, tuple(map(str, in_force.problems)), in_force.problems
+    )
 
 
 def status(options: Options) -> dict[str, Any]:
@@ -157,8 +176,8 @@ def status(options: Options) -> dict[str, Any]:
     answer = _ask(state_dir(options), "status")
     if answer is not None:
         return dict(answer)
-    seen = look(options)
-    return status_data(seen.spec, seen.observed, seen.plan, seen.incidents, None, seen.spec.problems)
+    seen = look(options, last_good=True)
+    return status_data(seen.spec, seen.observed, seen.plan, seen.incidents, None, seen.problems)
 
 
 def journal_reader(options: Options) -> JournalReader:
@@ -275,9 +294,8 @@ async def converging(
 
     from reconciler.loop.converging import Goal
     from reconciler.plan.requests import stopped
-    from reconciler.spec.load import load_setpoints
 
-    spec = load_setpoints(setpoints_path(options))
+    spec = _in_force(options, last_good=request == "down").spec
     unknown = sorted(set(endpoints) - set(spec.endpoints))
     if unknown:
         raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(spec.endpoints)}")
@@ -305,7 +323,7 @@ async def converging(
             daemon.request_clean_start(names)
         tick = await daemon.run(goal.reached)
     ok, message = goal.verdict(tick)
-    return Outcome(tick.plan, tick.observed, message, ok=ok)
+    return Outcome(tick.plan, tick.observed, message, ok=ok, interrupted=goal.interrupted)
 
 
 def _await_daemon(options: Options, names: tuple[str, ...], timeout_s: float | None, progress: Progress) -> Outcome:

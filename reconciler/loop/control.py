@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_REQUEST = 64 << 10
 ANSWER_TIMEOUT_S = 10.0
 
-Handler = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+Handler = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
 
 @contextmanager
@@ -74,14 +74,14 @@ class ControlServer:
         with suppress(ConnectionError, asyncio.LimitOverrunError, ValueError, TimeoutError):
             line = await asyncio.wait_for(reader.readline(), ANSWER_TIMEOUT_S)
             if line:
-                writer.write(self._answer(line) + b"\n")
+                writer.write(await self._answer(line) + b"\n")
                 await writer.drain()
         writer.close()
 
-    def _answer(self, line: bytes) -> bytes:
+    async def _answer(self, line: bytes) -> bytes:
         try:
             request = json.loads(line)
-            answer: Mapping[str, Any] = {"ok": self._handle(request["op"], request)}
+            answer: Mapping[str, Any] = {"ok": await self._handle(request["op"], request)}
         except ReconcilerError as error:
             answer = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
         except (ValueError, KeyError, TypeError) as error:

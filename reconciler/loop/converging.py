@@ -29,11 +29,12 @@ class Goal:
         self._progress = progress
         self._names = names
         """Endpoints whose renewal has to be over as well."""
-        self._interrupted = False
+        self.interrupted = False
+        """A signal ended it before its time."""
 
     def interrupt(self, stop: Callable[[], None]) -> None:
         """A person or a service manager wants it to end now."""
-        self._interrupted = True
+        self.interrupted = True
         stop()
 
     def reached(self, tick: Tick) -> bool:
@@ -61,7 +62,7 @@ class Goal:
         failed = sorted(n for n, v in plan.endpoints.items() if v.state == "failed")
         stuck = [b for b in plan.blocked if b.reason not in ("NotYet", "EvictedBy")]
         live = sorted(n for n, r in plan.ledger.overlays.items() if r.state in ("active", "overrun", "starting"))
-        if self._interrupted:
+        if self.interrupted:
             return False, "interrupted; what runs goes on running"
         if failed:
             return False, f"failed: {', '.join(f'{n} ({plan.endpoints[n].reason})' for n in failed)}"

@@ -40,7 +40,7 @@ from reconciler.spec.spec import Spec, Stop
 MEMORY_POLL_S = 0.1
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
 OUTSIDE_POLL_S = 1.0
-OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "PortInUse"})
+OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
 
 
@@ -115,6 +115,8 @@ class Daemon:
             wake=self._wakers.wake,
         )
         self._stopping = False
+        self._looked = asyncio.Event()
+        """Set once there is something to answer with."""
 
     async def run(self, until: Callable[[Tick], bool] | None = None) -> Tick:
         """Converge, for ever or until `until` says of a tick that it is enough; the last tick is returned.
@@ -175,6 +177,7 @@ class Daemon:
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
+        self._looked.set()
         return replace(self._last, idle=not self._executor.busy)
 
     def _load(self) -> SpecInForce:
@@ -253,10 +256,11 @@ class Daemon:
 
     # ------------------------------------------------------------ what people ask
 
-    def _answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Answer one request at the control socket."""
+    async def _answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Answer one request at the control socket; one that comes before the first look waits for it."""
+        await self._looked.wait()
         if self._last is None:
-            raise StateError("the daemon has only just started", hint="try again in a moment")
+            raise StateError("the daemon is ending")
         tick = self._last
         match op:
             case "status":

@@ -56,6 +56,7 @@ class ProcessReader:
         self._reader = IncarnationReader(state, clock)
         self._watches = Watches()
         self._known = _Known({}, {}, {}, {}, {})
+        self._last_owner: dict[int, Subject] = {}
         self._owners: dict[Identity, str | None] = {}
         self._names: dict[Identity, tuple[str | None, str | None]] = {}
         self._listeners: dict[int, int] = {}
@@ -115,19 +116,26 @@ class ProcessReader:
         return self._owner(stat) if stat is not None else None
 
     def describe(self, pid: int) -> Description:
-        """Owner, user and command of `pid`."""
+        """Owner, user and command of `pid`.
+
+        The driver may name a process for a while after it is gone. Such a one is still whose it was when it was last
+        seen: memory of our own dead is no stranger's.
+        """
         try:
             stat = read_stat(pid)
         except OSError:
-            stat = None
-        if stat is None:
             return Description(None, None, None)
+        if stat is None:
+            return Description(self._last_owner.get(pid), None, None)
+        self._last_owner.pop(pid, None)
+        if (owner := self._owner(stat)) is not None:
+            self._last_owner[pid] = owner
         identity = (pid, stat.start_ticks)
         if identity not in self._names:
             if len(self._names) > 1024:  # processes come and go for months
                 self._names.clear()
             self._names[identity] = _name(pid)
-        return Description(self._owner(stat), *self._names[identity])
+        return Description(owner, *self._names[identity])
 
     def _owner(self, stat: ProcStat) -> Subject | None:
         identity = (stat.pid, stat.start_ticks)

@@ -70,6 +70,10 @@ def _ended(draft: Draft, incarnation: Incarnation) -> Instant | None:
     return next((e.at for e in draft.records[name].exits if e.incarnation == incarnation.id), None)
 
 
+BROKEN = ("GpuLost", "GpuUnhealthy", "NotManaged")
+"""Why a leased GPU is given up before anything runs on it; one that is unknown at the moment is waited for."""
+
+
 def progress(draft: Draft) -> bool:
     """Move every live overlay as far as the facts allow; True when one of them moved."""
     before = dict(draft.steps)
@@ -96,6 +100,11 @@ def _evicting(draft: Draft, step: OverlayStep) -> None:
     bad = sorted({x.gpu for x in leases if x.gpu in draft.quarantines})
     if bad:
         draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
+        return
+    gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
+    if gone:  # another place may be found for it; the lease on this one helps nobody
+        why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
+        draft.move(name, finish(step.record, None, now, why))
         return
     if leavers(draft, name, leases):
         return

@@ -164,7 +164,8 @@ class Situation:
     def _attribute(self, gpu: Gpu, used: int) -> tuple[int, int]:
         """Foreign and lingering bytes of one GPU.
 
-        What NVML names a process for is that process's. The nameless rest belongs, in this order, to living
+        What NVML names a process for is that process's; if it was ours and is gone, it lingers. The nameless rest
+        belongs, in this order, to living
         incarnations of ours that NVML names no memory for (containers hide pids), to ended ones whose memory comes
         back late, and to strangers.
         """
@@ -172,7 +173,7 @@ class Situation:
         named = {p.owner for p in processes if p.owner and p.memory_bytes is not None}
         rest = used - sum(p.memory_bytes or 0 for p in processes)
         foreign = sum(p.memory_bytes or 0 for p in processes if p.owner is None)
-        lingering = 0
+        lingering = sum(p.memory_bytes or 0 for p in processes if p.owner and not self.living(p.owner))
         here = [i for i in self.observed.incarnations if gpu.uuid in i.gpus]
         for incarnation in here:
             if incarnation.alive and incarnation.subject not in named:

@@ -124,7 +124,7 @@ def engine_environment(sim_dir: Path, path: str | None = None) -> dict[str, str]
 
 
 def _refuse_if_inhabited(sim_dir: Path) -> None:
-    from reconciler.sim.ledger import Ledger  # noqa: PLC0415 - the ledger knows the node's folder, not the reverse
+    from reconciler.sim.ledger import Ledger
 
     ledger = Ledger(sim_dir, release_delay_s=0.0)
     holders = sorted({a.pid for index in ledger.indices() for a in ledger.allocations(index) if a.alive})

@@ -271,7 +271,7 @@ class Core:
 
 def rename(title: str) -> None:
     """Change name and command line as setproctitle does, the environment in /proc included unless SPT_NOENV is set."""
-    import ctypes  # noqa: PLC0415 - only the children need it, and the API server should start fast
+    import ctypes
 
     ctypes.CDLL(None).prctl(15, title.encode()[:15], 0, 0, 0)  # PR_SET_NAME
     arg_start, arg_end, env_start, env_end = (int(f) for f in stat_fields(os.getpid())[45:49])
