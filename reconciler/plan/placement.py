@@ -116,6 +116,33 @@ def place(
     return search.best
 
 
+class _Rest:
+    """The GPUs that a gang may take, and what the cheapest of them cost at the least.
+
+    Costs are compared from left to right, and that order is kept by adding: the sum of the cheapest parts is no more
+    than the sum of any other ones.
+    """
+
+    def __init__(self, gpus: tuple[str, ...], least: Sequence[Cost]) -> None:
+        self.gpus = gpus
+        self._least = least
+        self._sums: dict[tuple[int, int], Cost] = {}
+
+    def at_least(self, position: int, count: int) -> Cost:
+        """A lower bound of what `count` GPUs from `position` on add to the cost."""
+        key = position, count
+        if key not in self._sums:
+            total = (0.0,) * len(self._least[0])
+            for cost in sorted(self._least[position:])[:count]:
+                total = _sum(total, cost)
+            self._sums[key] = total
+        return self._sums[key]
+
+
+def _sum(one: Cost, other: Cost) -> Cost:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
+
+
 class _Search:
     def __init__(
         self,
@@ -141,31 +168,40 @@ class _Search:
             self.best = Placement(dict(branch.placed), branch.victims, branch.cost)
             return
         need = self._needs[index]
-        usable = tuple(g for g in need.candidates if g in self._board.capacity)
+        # A GPU on which nothing makes room now will not have any further down: a branch only takes and never gives.
+        openings = {g: self._openings(need, g, branch) for g in need.candidates if g in self._board.capacity}
+        usable = tuple(g for g, ways in openings.items() if ways)
         if len(usable) >= need.count:
-            self._choose(index, need, usable, (), branch)
+            least = [min(self._at_least(need, g, way, branch) for way in openings[g]) for g in usable]
+            self._choose(index, need, _Rest(usable, least), 0, (), branch)
 
-    def _choose(self, index: int, need: Need, rest: tuple[str, ...], chosen: tuple[str, ...], branch: _Branch) -> None:
-        """Pick the next GPU of one gang; `rest` stays in NVML order so that no set is tried twice."""
-        if self.best is not None and branch.cost >= self.best.cost:
-            return
-        if len(chosen) == need.count:
+    def _choose(
+        self, index: int, need: Need, rest: _Rest, position: int, chosen: tuple[str, ...], branch: _Branch
+    ) -> None:
+        """Pick the next GPU of one gang; GPUs stay in NVML order so that no set is tried twice."""
+        missing = need.count - len(chosen)
+        if missing == 0:
             done = _Branch(branch.victims, branch.taken, (*branch.placed, (need.subject, chosen)), branch.cost)
             self.descend(index + 1, done)
             return
-        for position, gpu in enumerate(rest):
-            if len(rest) - position < need.count - len(chosen):
+        for next_position in range(position, len(rest.gpus) - missing + 1):
+            if self._is_hopeless(branch.cost, rest.at_least(next_position, missing)):
                 return
+            gpu = rest.gpus[next_position]
+            ways = []
             for extra in self._openings(need, gpu, branch):
                 victims = branch.victims | extra
-                if extra and not self._may_displace_all(victims):
-                    continue
-                hold = Hold(need.memory_bytes[gpu], need.exclusive)
-                cost = self._grown(need, gpu, chosen, extra, victims, branch)
-                taken = (*branch.taken, (gpu, hold))
-                self._choose(
-                    index, need, rest[position + 1 :], (*chosen, gpu), _Branch(victims, taken, branch.placed, cost)
-                )
+                if not extra or self._may_displace_all(victims):
+                    ways.append((self._grown(need, gpu, chosen, extra, victims, branch), victims))
+            taken = (*branch.taken, (gpu, Hold(need.memory_bytes[gpu], need.exclusive)))
+            for cost, victims in sorted(ways, key=lambda way: way[0]):
+                if self._is_hopeless(cost, rest.at_least(next_position + 1, missing - 1)):
+                    break
+                further = _Branch(victims, taken, branch.placed, cost)
+                self._choose(index, need, rest, next_position + 1, (*chosen, gpu), further)
+
+    def _is_hopeless(self, cost: Cost, at_least: Cost) -> bool:
+        return self.best is not None and _sum(cost, at_least) >= self.best.cost
 
     def _openings(self, need: Need, gpu: str, branch: _Branch) -> list[Victims]:
         """The inclusion-minimal further victims that make room on one GPU; empty when nothing does."""
@@ -192,6 +228,15 @@ class _Search:
                 if enough and not any(smaller <= keys for smaller in found):
                     found.append(keys)
         return found
+
+    def _at_least(self, need: Need, gpu: str, way: Victims, branch: _Branch) -> Cost:
+        """What taking this GPU this way costs at the least, whatever else the gang takes.
+
+        Victims that hold other GPUs as well may be victims already; they are left out, as are NUMA nodes.
+        """
+        alone = frozenset(key for key in way if len(self._board.tenants[key].holds) == 1)
+        before = _Branch(branch.victims, branch.taken, branch.placed, (0.0,) * len(branch.cost))
+        return self._grown(need, gpu, (), alone, branch.victims | way, before)
 
     def _grown(
         self, need: Need, gpu: str, chosen: tuple[str, ...], extra: Victims, victims: Victims, branch: _Branch
