@@ -11,7 +11,7 @@ from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.ledger import Lease
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
-from reconciler.plan.placement import Need, Placement
+from reconciler.plan.placement import Board, Need, Placement
 from reconciler.plan.preemption import Consents, Refusal
 from reconciler.plan.seating import need_of, seat
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
@@ -48,8 +48,10 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         2. it sets aside an endpoint that is not preemptible         → NotPreemptible
         3. another overlay has its own version of an endpoint it sets → SetByAnother
         4. nothing can provide what it requires                      → NoProvider
-        5. some choice of providers, places and victims is lawful    → leases, the least choice
-        6. none is                                                   → the rule or the lack that stands in the way
+        5. a port that its endpoints need is not free for them       → PortInUse
+        6. it would spare victims to wait for a lease being returned → WaitingForLease
+        7. some choice of providers, places and victims is lawful    → leases, the least choice
+        8. none is                                                   → the rule or the lack that stands in the way
     """
     subject = Subject("workload", overlay.name)
     own = _own_needs(draft, overlay)
@@ -86,7 +88,16 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         elif best is None or placement.cost < best[0].cost:
             best = placement, needs
     if best is not None:
-        _take(draft, step, overlay, *best, stopping)  # 5
+        placement, needs = best
+        taken = _port_conflict(draft, overlay, placement, needs)
+        returning = _returning(draft, consents, needs, board, placement)
+        if taken is not None:
+            draft.block(Blocked(subject, "PortInUse", taken, ("choose another port",), transient=True))  # 5
+        elif returning:
+            message = f"it waits for the place that {', '.join(returning)} is giving back, rather than displace more"
+            draft.block(Blocked(subject, "WaitingForLease", message, transient=True))  # 6
+        else:
+            _take(draft, step, overlay, placement, needs, stopping)  # 7
         return
     if refusal is None:
         message = f"nothing offers {', '.join(overlay.requires)}"
@@ -94,7 +105,34 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         return
     draft.block(
         Blocked(subject, refusal.reason, refusal.message, refusal.alternatives, _earliest(draft), refusal.transient)
-    )  # 6
+    )  # 8
+
+
+def _port_conflict(draft: Draft, overlay: OverlaySpec, placement: Placement, needs: list[Need]) -> str | None:
+    """Who has a port that an endpoint of this overlay needs, and would still have it: no eviction for its sake."""
+    base, gone = draft.situation.spec.endpoints, {k.partition("/")[2] for k in placement.victims}
+    for need in needs:
+        if need.subject.kind != "endpoint":
+            continue
+        endpoint = overlay.endpoints.get(need.subject.name) or base[need.subject.name]
+        holder = draft.situation.observed.ports.get(endpoint.port) if endpoint.port is not None else None
+        if holder is not None:
+            who = f"pid {holder.pid} ({holder.command})" if holder.pid is not None else "a process that cannot be seen"
+            return f"port {endpoint.port}, which {endpoint.name} needs, is in use by {who}"
+        for name, other in draft.wanted.items():
+            rival = name != endpoint.name and name not in gone and name not in overlay.endpoints
+            if rival and endpoint.port is not None and other.port == endpoint.port:
+                return f"port {endpoint.port}, which {endpoint.name} needs, belongs to {name}"
+    return None
+
+
+def _returning(draft: Draft, consents: Consents, needs: list[Need], board: Board, placement: Placement) -> list[str]:
+    """Overlays that are over and about to return leases with which fewer would have to give way; empty: none."""
+    ending = sorted(n for n, s in draft.steps.items() if s.record.state == "completing")
+    if not placement.victims or not ending:
+        return []
+    later = consents.seek(needs, board.without(frozenset(f"overlay/{n}" for n in ending)))
+    return ending if later is not None and len(later.victims) < len(placement.victims) else []
 
 
 def _rivals(draft: Draft, overlay: OverlaySpec) -> list[str]:

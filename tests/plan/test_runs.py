@@ -389,3 +389,35 @@ def test_a_clean_start_does_not_wait_for_an_endpoint_that_gives_way_to_an_overla
     assert run.ledger.overlays["render"].state == "active"
     assert run.ledger.endpoints["low"].renew_before is None
     assert run.ledger.endpoints["other"].renew_before is None
+
+
+def test_an_overlay_whose_temporary_endpoint_has_no_free_port_displaces_nobody():
+    run = settled(endpoint("a", [0], priority=30, port=8080), endpoint("b", [1], priority=40, port=8081))
+    guest = endpoint("guest", 1, port=9000)
+    other = endpoint("other", 1, port=9000)
+    with_overlays(run, overlay("first", None, workload=False, sets=[guest], duration=3600.0))
+    run.settle(until=lambda _: run.plant.is_ready("guest"))
+    stops = run.stops()
+    with_overlays(
+        run,
+        *run.spec.overlays.values(),
+        overlay("second", None, workload=False, sets=[other], duration=3600.0),
+    )
+    decided = run.decide()
+    blocked = {b.subject.name: b for b in decided.blocked}
+    assert blocked["second"].reason == "PortInUse"
+    assert "guest" in blocked["second"].message
+    assert run.stops() == stops
+
+
+def test_a_job_that_follows_another_takes_its_place_rather_than_a_more_important_endpoints():
+    plant = Plant(totals=[80 * GIB] * 2)
+    run = settled(endpoint("low", [0], priority=30), endpoint("mid", [1], priority=300), plant=plant)
+    with_overlays(run, overlay("first"))
+    run.settle(until=overlay_state("first", "active"))
+    run.spec = spec(*run.spec.endpoints.values(), overlay("second", duration=60.0))  # the first one's file is removed
+    last = run.settle()
+    assert last.ledger.overlays["second"].state == "done"
+    assert "mid" not in run.stops()
+    assert run.plant.is_ready("low")
+    assert run.plant.is_ready("mid")
