@@ -45,7 +45,8 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
 
     The outcomes:
         1. a pin names a GPU that this node does not have            → NoSuchGpu
-        2. it sets aside an endpoint that is not preemptible         → NotPreemptible
+        2. it sets aside an endpoint that is not preemptible         → NotPreemptible, or GpuUnknown
+           or cannot be stopped now
         3. another overlay has its own version of an endpoint it sets → SetByAnother
         4. nothing can provide what it requires                      → NoProvider
         5. a port that its endpoints need is not free for them       → PortInUse
@@ -60,12 +61,16 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))  # 1
         return
     vacated = frozenset(n for n in overlay.endpoints if draft.standings[n].current is not None)
-    firm = sorted(
-        n for n in vacated if n in draft.wanted and not draft.wanted[n].preemptible and _would_stop(draft, overlay, n)
-    )
+    stopping = frozenset(n for n in vacated if _would_stop(draft, overlay, n))
+    firm = sorted(n for n in stopping if n in draft.wanted and not draft.wanted[n].preemptible)
     if firm:
         message = f"it sets aside {', '.join(firm)}, which is not preemptible"
         draft.block(Blocked(subject, "NotPreemptible", message, ("set preemptible: true on it",)))  # 2
+        return
+    unseen = sorted(n for n in stopping if not _can_stop(draft, n))
+    if unseen:
+        message = f"it sets aside {', '.join(unseen)}, which cannot be seen well enough to be stopped"
+        draft.block(Blocked(subject, "GpuUnknown", message, ("see `reconciler doctor`",), transient=True))  # 2
         return
     rivals = _rivals(draft, overlay)
     if rivals:
@@ -74,7 +79,6 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         return
     board = draft.board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
-    stopping = frozenset(n for n in vacated if _would_stop(draft, overlay, n))
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
     consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving)
@@ -151,6 +155,11 @@ def _would_stop(draft: Draft, overlay: OverlaySpec, name: str) -> bool:
         return False
     same = new.process_hash == current.process_hash and draft.situation.satisfies(new.gpus, current.gpus)
     return new.state != "running" or not same
+
+
+def _can_stop(draft: Draft, name: str) -> bool:
+    standing = draft.standings[name]
+    return standing.current is not None and standing.state != "unknown" and draft.situation.sees(standing.current.gpus)
 
 
 def _own_needs(draft: Draft, overlay: OverlaySpec) -> list[Need] | None:

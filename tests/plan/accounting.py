@@ -117,14 +117,29 @@ class Account:
             if share.begins is None:
                 continue
             before = self.ancestors[share.begins]
-            there = [
-                s for s in self.shares if s.gpu == share.gpu and s is not share and self._may_meet(s, share, before)
-            ]
+            near = [s for s in self.shares if s.gpu == share.gpu and s is not share]
+            there = self._heaviest([s for s in near if self._may_meet(s, share, before)])
             total = share.size + sum(s.size for s in there)
             room = self._room(gpus[share.gpu])
             story = f"{share} meets {there} on {room}\n" + "\n".join(map(str, self.plan.actions))
             assert total <= room, story
             assert not there or not (share.exclusive or any(s.exclusive for s in there)), story
+
+    def _heaviest(self, shares: list[_Share]) -> list[_Share]:
+        """Those of `shares` that may all be held at once, and hold the most together."""
+        if not shares:
+            return []
+        first, rest = shares[0], shares[1:]
+        without = self._heaviest(rest)
+        together = [s for s in rest if not self._replaces(s, first) and not self._replaces(first, s)]
+        if len(together) == len(rest):
+            return [first, *without]
+        including = [first, *self._heaviest(together)]
+        return max(including, without, key=lambda found: sum(s.size for s in found))
+
+    def _replaces(self, later: _Share, earlier: _Share) -> bool:
+        """Whether `later` begins only after `earlier` is held no more."""
+        return later.begins is not None and bool(earlier.ends & self.ancestors[later.begins])
 
     def _may_meet(self, other: _Share, share: _Share, before: frozenset[int]) -> bool:
         """Whether `other` may be held at the moment at which `share` begins."""

@@ -161,6 +161,8 @@ def test_the_victims_are_the_least_of_all_sets_that_make_room(small: Small) -> N
 @examples(40)
 def test_more_gpus_never_need_more_victims(small: Small, more: int) -> None:
     run = small.settled()
+    if not all(run.plant.is_ready(e.name) for e in small.endpoints):
+        return  # who had no place takes one on the new GPUs, and may have to give it back
     before = min((cost for cost, _ in every_way(small, run)), default=None)
     larger = replace(small, sizes=[*small.sizes, *[40 * GIB] * more])
     run.plant.totals = larger.sizes

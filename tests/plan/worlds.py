@@ -1,7 +1,7 @@
 """Generated boxes with their set points, and the settings under which they are tried.
 
-As it stands the same few examples are tried every time. `PLAN_EXAMPLES=20 pytest tests/plan` tries twenty times as
-many, other ones each time.
+As it stands the same few examples are tried every time. `PLAN_EXAMPLES=20 pytest tests/plan --timeout 0` tries twenty
+times as many, other ones each time.
 """
 
 from __future__ import annotations
