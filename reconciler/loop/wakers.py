@@ -8,8 +8,8 @@ from pathlib import Path
 
 DEBOUNCE_MS = 80
 STEP_MS = 40
-"""Editors write in bursts: a burst is over after 40 ms of silence, and is reported after 80 ms at the latest. watchfiles
-looks at what inotify gathered once a step, day and night: at 10 ms that alone took 0.3 % of a core."""
+"""Editors write in bursts: a burst is over after 40 ms of silence, and is reported after 80 ms at the latest.
+watchfiles looks at what inotify gathered once a step, day and night: at 10 ms that alone took 0.3 % of a core."""
 
 
 class Wakers:

@@ -199,7 +199,8 @@ class Account:
         """No admission takes a capability below its floor, or further below it."""
         if not self.admitted:
             return
-        others = {n: o for n, o in self.spec.overlays.items() if n not in self.admitted}
+        begun = {n for n, r in self.before.overlays.items() if r.state != "pending"} - set(self.admitted)
+        others = {n: o for n, o in self.spec.overlays.items() if n in begun}
         without = plan(replace(self.spec, overlays=others), self.observed, self.before, self.plan.now)
         going = {a.subject.name for a in self.plan.actions if a.op in DESTRUCTIVE}
         anyhow = {a.subject.name for a in without.actions if a.op in DESTRUCTIVE}
