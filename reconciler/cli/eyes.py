@@ -74,6 +74,10 @@ class Watching:
         """Ask these at once."""
         self._prober.probe_now(incarnations)
 
+    def owns_listener(self, incarnation: str, port: int) -> bool | None:
+        """Whether who listens on a port is this incarnation; None: could not be seen."""
+        return self._processes.owns_listener(incarnation, port)
+
     def close(self) -> None:
         """Let go of threads and descriptors."""
         self._prober.close()

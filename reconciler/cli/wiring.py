@@ -207,6 +207,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
         StateError: the state directory cannot be used, or another daemon holds it.
         DriverError: there is no driver.
     """
+    from reconciler.act.engine import EngineActor
     from reconciler.act.process import ProcessActor
     from reconciler.identity import boot_id
     from reconciler.journal.journal import Journal
@@ -227,6 +228,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     journal=journal,
                     specs=SpecKeeper(path, remembered.files if remembered else {}, transform=transform),
                     actor=ProcessActor(state, clock, boot_id()),
+                    engines=EngineActor(clock),
                     eyes=lambda wake: Watching(state, wake),
                     inherited=dict(os.environ),
                     simulated=simulated,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from reconciler.act.engine import EngineActor, Order
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import Clock, Instant
 from reconciler.errors import ReconcilerError, StateError
@@ -27,14 +28,16 @@ from reconciler.loop.launching import launch_of
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
-from reconciler.observe.snapshot import ObserveOptions
+from reconciler.observe.snapshot import ObserveOptions, endpoint_of
 from reconciler.plan.actions import Action, Event, Plan
 from reconciler.plan.graph import stop_for
 from reconciler.plan.ledger import Ledger
+from reconciler.plan.naps import called
 from reconciler.plan.observed import Observed
 from reconciler.plan.planner import plan as decide
 from reconciler.plan.requests import clean_start, reset
 from reconciler.plan.status import DaemonInfo, status_data
+from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import Spec, Stop
 
 MEMORY_POLL_S = 0.1
@@ -59,6 +62,10 @@ class Eyes(Protocol):
         """Ask these at once."""
         ...
 
+    def owns_listener(self, incarnation: str, port: int) -> bool | None:
+        """Whether who listens on a port is this incarnation; None: could not be seen."""
+        ...
+
     def close(self) -> None:
         """Let go of threads and descriptors."""
         ...
@@ -73,6 +80,7 @@ class Parts:
     journal: Journal
     specs: SpecKeeper
     actor: ProcessActor
+    engines: EngineActor
     eyes: Callable[[Callable[[], None]], Eyes]
     """Given a function that wakes the loop from any thread."""
     inherited: Mapping[str, str]
@@ -111,6 +119,8 @@ class Daemon:
             parts.clock,
             launch_of=self._launch_of,
             stop_of=self._stop_of,
+            call_engine=self._call_engine,
+            called=self._called,
             report=self._report,
             wake=self._wakers.wake,
         )
@@ -211,7 +221,9 @@ class Daemon:
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         quiet = last is not None and last.converged and not self._wakers.process_ended
         self._wakers.process_ended = False  # before the look: one that ends during it has the next one look again
-        return ObserveOptions(gpus=CACHED if quiet else WAITING, ready_before=ready)
+        naps = [r.nap for r in ledger.endpoints.values() if r.nap is not None]
+        draining = [nap.incarnation for nap in naps if nap.begun is None]
+        return ObserveOptions(gpus=CACHED if quiet else WAITING, ready_before=ready, draining=draining)
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
         journal = self._parts.journal
@@ -250,6 +262,28 @@ class Daemon:
 
     def _stop_of(self, action: Action) -> Stop:
         return stop_for(self._parts.specs.in_force.spec, action.subject)
+
+    async def _call_engine(self, action: Action) -> None:
+        observed, spec = self._observed_now(), self._parts.specs.in_force.spec
+        incarnation = next((i for i in observed.incarnations if i.id == action.incarnation), None)
+        endpoint = endpoint_of(spec, incarnation) if incarnation is not None else None
+        record = self._parts.journal.ledger().endpoints.get(action.subject.name)
+        if incarnation is None or incarnation.port is None or endpoint is None or record is None or record.nap is None:
+            raise StateError(f"{action.subject} is no longer there to {action.op}")
+        profile = PROFILES[endpoint.engine]
+        level = profile.sleep_levels[record.nap.level]
+        order = Order(
+            incarnation=incarnation.id,
+            port=incarnation.port,
+            calls=level.sleep if action.op == "sleep" else level.wake,
+            state_path=profile.sleeping_path,
+            asleep=action.op == "sleep",
+        )
+        await self._parts.engines.ensure(order, self._eyes.owns_listener, timeout_s=action.timeout_s)
+
+    def _called(self, action: Action, problem: str | None) -> None:
+        self._requested.append(lambda ledger, now: called(ledger, action, problem, now))
+        self._eyes.probe_now([action.incarnation or ""])
 
     def _report(self, event: Event) -> None:
         self._parts.journal.append([event], self._parts.clock.now())

@@ -7,7 +7,7 @@ twice. One that failed is tried again later, after a wait that doubles; the plan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -41,6 +41,8 @@ class Executor:
         *,
         launch_of: Callable[[Action], Launch],
         stop_of: Callable[[Action], Stop],
+        call_engine: Callable[[Action], Awaitable[None]],
+        called: Callable[[Action, str | None], None],
         report: Callable[[Event], None],
         wake: Callable[[], None],
     ) -> None:
@@ -48,6 +50,9 @@ class Executor:
         self._clock = clock
         self._launch_of = launch_of
         self._stop_of = stop_of
+        self._call_engine = call_engine
+        self._called = called
+        """Told of each sleep and wake that is over, and of what was wrong."""
         self._report = report
         self._wake = wake
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -60,7 +65,9 @@ class Executor:
         Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
         Ends under way that no plan asks for any more are left to finish: a signal cannot be taken back.
         """
-        frontier = [a for a in plan.actions if a.ready and a.op not in WAITS]
+        # a drain of nobody in particular is waited for only: the ledger, not a record of its end, says since when
+        waits = [a.id for a in plan.actions if a.op in WAITS or (a.op == "drain" and a.incarnation is None)]
+        frontier = [a for a in plan.actions if a.ready and a.id not in waits]
         self._failures = {k: f for k, f in self._failures.items() if k in {key_of(a) for a in frontier}}
         starts = []
         for action in frontier:
@@ -131,7 +138,12 @@ class Executor:
             case "kill":
                 await self._actor.ensure_killed(incarnation)
             case "sleep" | "wake":
-                raise ReconcilerError(f"{action.op} is not an operation of this version")
+                problem: str | None = None
+                try:
+                    await self._call_engine(action)
+                except ReconcilerError as error:  # not tried again: the plan ends it, or starts it afresh
+                    problem = error.message
+                self._called(action, problem)
             case "wait_memory" | "wait_ready" | "wait_end":
                 return
             case _:
@@ -142,5 +154,5 @@ def key_of(action: Action) -> Key:
     """What an action is about; two actions with one key are the same operation."""
     if action.op in ("start", "start_workload"):
         return ("start", f"{action.subject.kind}/{action.subject.name}")
-    family = "drain" if action.op == "drain" else "end"
+    family = {"drain": "drain", "sleep": "nap", "wake": "nap"}.get(action.op, "end")
     return (family, action.incarnation or action.subject.name)

@@ -83,6 +83,7 @@ class Observer:
             clock_jumped=self._has_jumped(now),
             gpus_known=readings.known,
             gpus_detail=readings.detail,
+            host_available_bytes=host_available(),
         )
 
     def _named(self, gpu: Gpu) -> Gpu:
@@ -104,6 +105,16 @@ class Observer:
     def _has_jumped(self, now: Instant) -> bool:
         last, self._last = self._last, now
         return last is not None and abs((now.wall - last.wall) - now.since(last)) > CLOCK_JUMP_S
+
+
+def host_available() -> int | None:
+    """Host memory that can be had without swapping (MemAvailable of proc_meminfo(5)), in bytes; None: not readable."""
+    try:
+        with open("/proc/meminfo", "rb") as file:  # noqa: PTH123 - read with every look: 20 us
+            line = next(line for line in file if line.startswith(b"MemAvailable:"))
+        return int(line.split()[1]) << 10
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def all_endpoints(spec: Spec) -> Iterator[EndpointSpec]:

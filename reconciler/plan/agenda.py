@@ -18,7 +18,7 @@ SLACK_FACTOR = 2.0
 """An entry lasts for twice the predicted time and a minute: predictions are p95 of a short history at best."""
 
 PLANNED_CAUSES = ("setpoint", "edit", "removed", "overlay", "evict", "restore", "request")
-LEAVING_STATES: tuple[EndpointState, ...] = ("stopping", "stopped", "pending")
+LEAVING_STATES: tuple[EndpointState, ...] = ("sleeping", "stopping", "stopped", "pending")
 RETURNING_STATES: tuple[EndpointState, ...] = ("starting", "healthy")
 
 
@@ -80,16 +80,17 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
         return None
     if old is not None and old.reason == action.reason and old.overlay == action.cause.overlay:
         return old
-    if old is not None and action.op == "start" and old.until > draft.now.wall:
+    begins = action.op in ("start", "wake")
+    if old is not None and begins and old.until > draft.now.wall:
         return old  # the second half of a move that is on the agenda already
     endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
     times = draft.situation.timings(endpoint) if endpoint else None
     way = times.drain_s + times.stop_s + times.load_s if times else SLACK_S
-    states = RETURNING_STATES if action.op == "start" else LEAVING_STATES
-    if action.op != "start" and name in draft.wanted:
+    states = LEAVING_STATES
+    if not begins and name in draft.wanted:
         states = (*LEAVING_STATES, *RETURNING_STATES)
-    elif action.op == "start":
-        states = ("pending", *RETURNING_STATES)
+    elif begins:
+        states = ("sleeping" if action.op == "wake" else "pending", *RETURNING_STATES)
     until = action.expected[0] + SLACK_FACTOR * way + SLACK_S
     return AgendaEntry(name, states, draft.now.wall, until, action.reason, action.cause.overlay)
 
@@ -130,13 +131,13 @@ def forecast_entries(entries: Iterable[AgendaEntry], actions: Iterable[Action]) 
     known = {e.endpoint for e in entries}
     to_come = []
     for action in actions:
-        if action.op == "start" and action.needs and action.subject.name not in known:
+        if action.op in ("start", "wake") and action.needs and action.subject.name not in known:
             begin, end = action.expected
             until = end + SLACK_S
             to_come.append(
                 AgendaEntry(
                     action.subject.name,
-                    ("pending", *RETURNING_STATES),
+                    ("sleeping" if action.op == "wake" else "pending", *RETURNING_STATES),
                     begin,
                     until,
                     action.reason,

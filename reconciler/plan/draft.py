@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Event
 from reconciler.plan.endpoints import Standing, stand
-from reconciler.plan.ledger import EndpointRecord, Lease, OverlayRecord, Quarantine
+from reconciler.plan.ledger import EndpointRecord, Lease, Nap, OverlayRecord, Quarantine
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import OverlayStep, advance
 from reconciler.plan.placement import Board
@@ -64,6 +64,8 @@ class Draft:
     events: list[Event] = field(default_factory=list)
     # what seating produces; made anew each time it runs
     board: Board = field(default_factory=lambda: Board({}, {}))
+    naps: dict[str, Nap] = field(default_factory=dict)
+    """Endpoints that sleep, are about to, or wake up, by name."""
     leaving: dict[str, Leaving] = field(default_factory=dict)
     """By incarnation id."""
     arriving: dict[Subject, Arriving] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from reconciler.clock import Instant
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
+from reconciler.plan.naps import follow, says_asleep
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
@@ -53,6 +54,7 @@ def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Sta
     record = _absorb_exits(situation, situation.record(name), endpoint)
     if current is not None:
         record = _absorb_answer(situation, record, current, endpoint.restart if endpoint else Restart())
+    record = follow(situation, record, current, endpoint)
     state, reason, must_restart, wake = _judge(situation, record, current, health)
     if state == "unhealthy":
         record = replace(record, unhealthy_since=record.unhealthy_since or situation.now)
@@ -79,7 +81,7 @@ def _judge(
     if current.phase in ("exited", "vanished"):
         return "stopping", "its leader is gone; processes it left behind still run", None, None  # 2
     probe = situation.probe(current)
-    if probe is not None and probe.sleeping:
+    if says_asleep(record.nap, probe) and (probe is None or probe.misses < health.failures):
         return "sleeping", "", None, None  # 3
     if record.ready_incarnation == current.id:
         if probe is None or probe.misses < health.failures:

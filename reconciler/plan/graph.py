@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
-from reconciler.plan.ledger import Timings
+from reconciler.plan.ledger import Nap, Timings
+from reconciler.plan.naps import drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, predicted_end
 from reconciler.plan.placement import Hold, Tenant, place
@@ -28,6 +30,8 @@ KILL_SLACK_S = 10.0
 SPAWN_S = 0.1
 SPAWN_TIMEOUT_S = 30.0
 UNKNOWN_RUN_S = 86400.0
+CALL_TIMEOUT_S = 120.0
+"""How long an engine may take to sleep or to wake up: moving 140 GB of weights over PCIe takes half a minute."""
 
 
 @dataclass(slots=True)
@@ -42,6 +46,8 @@ class Graph:
     """Subject → the action after which it is loaded."""
     _loading_on: dict[str, list[tuple[Subject, int]]] = field(default_factory=dict)
     """GPU → who loads there, and the action after which that is over."""
+    _dozing_on: dict[str, int] = field(default_factory=dict)
+    """GPU → the action after which whoever falls asleep there is seen asleep."""
     _started_for: dict[str, list[int]] = field(default_factory=dict)
     """Overlay → the starts of its own endpoints: it does not end before they began."""
     _ended_by: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,6 +58,7 @@ class Graph:
         self._loading()
         for incarnation in self.draft.situation.observed.incarnations:
             self._departure(incarnation)
+        self._naps()
         for item in sorted(self.draft.arriving.values(), key=self._arrival_order):
             if item.subject.kind == "endpoint":
                 self._endpoint_start(item)
@@ -124,6 +131,9 @@ class Graph:
                 timeout_s=max(0.0, left), predicted_s=load - draft.now.since(current.started), incarnation=current.id,
             )  # fmt: skip
             self._note_loading(current.subject, current.gpus, action)
+        for name, nap in draft.naps.items():  # one that is being woken measures and takes memory as one that loads
+            if nap.waking is not None:
+                self._wake(name, nap, ())
 
     def _note_loading(self, subject: Subject, gpus: tuple[str, ...], action: int) -> None:
         self._loaded_by[subject] = action
@@ -132,6 +142,84 @@ class Graph:
 
     def _after_loading(self, subject: Subject, gpus: tuple[str, ...]) -> list[int]:
         return [a for gpu in gpus for who, a in self._loading_on.get(gpu, []) if who != subject]
+
+    # ------------------------------------------------------------ sleeping
+
+    def _naps(self) -> None:
+        """Everything until those who have to are seen asleep; then those wake up who have their place again.
+
+        In this order, and on one GPU one after the other: a sleep and a wake at once can hang (vllm#37065).
+        """
+        draft = self.draft
+        begun = sorted(draft.naps, key=lambda n: (draft.naps[n].begun is None, n))
+        for name in begun:
+            nap, current = draft.naps[name], draft.standings[name].current
+            if current is None or nap.waking is not None:
+                continue
+            if not rested(draft.situation, draft.wanted[name], current, nap) and not (
+                nap.slept is not None and wakes(draft, name)
+            ):
+                self._lie_down(draft.wanted[name], current, nap)
+        for name, nap in draft.naps.items():
+            if nap.waking is None and wakes(draft, name):
+                current = draft.standings[name].current
+                assert current is not None  # noqa: S101 - `wakes` says so
+                needs = self._after_departures(current.subject, current.gpus, None)
+                self._wake(name, nap, [*needs, *self._after_loading(current.subject, current.gpus)])
+
+    def _lie_down(self, endpoint: EndpointSpec, current: Incarnation, nap: Nap) -> None:
+        draft, holders = self.draft, sorted(self.draft.evicted_from(endpoint.name))
+        overlay = holders[0] if holders else None
+        source = draft.steps[overlay].record.source if overlay else endpoint.source
+        reason, cause = f"gives way to {', '.join(holders)}", Cause("evict", source, overlay)
+        level = PROFILES[endpoint.engine].sleep_levels[nap.level]
+        needs: list[int] = []
+        if nap.begun is None:
+            needs = [
+                *self._after_loading(current.subject, current.gpus),
+                *(a for g in current.gpus if (a := self._dozing_on.get(g)) is not None),
+            ]
+            until = drained(draft, endpoint, current, nap)
+            if until is not None:
+                draft.wakes.append(until)
+                needs = [
+                    self._add(
+                        "drain", current.subject, current.gpus, needs, reason=reason, cause=cause,
+                        timeout_s=endpoint.stop.drain_s, predicted_s=draft.situation.timings(endpoint).drain_s,
+                    )
+                ]  # fmt: skip
+        if nap.slept is None:
+            needs = [
+                self._add(
+                    "sleep", current.subject, current.gpus, needs, reason=reason, cause=cause,
+                    timeout_s=CALL_TIMEOUT_S, predicted_s=level.sleep_s, incarnation=current.id,
+                )
+            ]  # fmt: skip
+        self._memory(current, tuple(needs), reason, cause)
+        for gpu in current.gpus:
+            self._dozing_on[gpu] = self._vacated_by[current.id]
+
+    def _wake(self, name: str, nap: Nap, needs: Iterable[int]) -> None:
+        draft, current = self.draft, self.draft.standings[name].current
+        assert current is not None  # noqa: S101 - a nap is one of a living incarnation
+        endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints[name]
+        overlay = draft.records[name].evicted_by
+        kind: Literal["restore", "setpoint"] = "restore" if overlay else "setpoint"
+        reason = f"{overlay} no longer needs its place" if overlay else "its set point is running"
+        cause = Cause(kind, endpoint.source, overlay)
+        part = PROFILES[endpoint.engine].sleep_levels[nap.level].wake_part
+        if nap.woken is None:
+            call = self._add(
+                "wake", current.subject, current.gpus, needs, reason=reason, cause=cause,
+                timeout_s=CALL_TIMEOUT_S, predicted_s=part * draft.situation.timings(endpoint).load_s,
+                incarnation=current.id,
+            )  # fmt: skip
+            needs = (call,)
+        ready = self._add(
+            "wait_ready", current.subject, current.gpus, needs, reason=reason, cause=cause,
+            timeout_s=endpoint.health.startup_s, predicted_s=SPAWN_S, incarnation=current.id,
+        )  # fmt: skip
+        self._note_loading(current.subject, current.gpus, ready)
 
     # ------------------------------------------------------------ leaving
 
@@ -300,7 +388,13 @@ class Graph:
             subject = Subject("endpoint", name)
             current, record = draft.standings[name].current, draft.records[name]
             placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)
-            if not holders or endpoint.state != "running" or (placed and name not in draft.owners):
+            dozes = name in draft.naps and draft.naps[name].waking is None and not wakes(draft, name)
+            if not holders or endpoint.state != "running" or (placed and not dozes and name not in draft.owners):
+                continue
+            nap = draft.naps.get(name)
+            if nap is not None and dozes and current is not None:
+                held = {x.overlay for x in draft.leases if x.gpu in current.gpus and x.overlay in self._ended_by}
+                self._wake(name, nap, [a for o in sorted({*holders, *held}) for a in self._ended_by[o]])
                 continue
             prefer = current.gpus if current is not None else record.last_gpus
             need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)

@@ -80,6 +80,26 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
+class Nap:
+    """How far one incarnation has come with giving way by sleeping, and with waking up again."""
+
+    incarnation: str
+    level: int
+    since: Instant
+    """When it was decided; requests in flight are given time to finish from here."""
+    begun: Instant | None = None
+    """The engine is being told to sleep, and this is seen through."""
+    slept: Instant | None = None
+    """It said that it has."""
+    waking: Instant | None = None
+    """The engine is being told to wake up."""
+    woken: Instant | None = None
+    """It said that it has."""
+    failed: str | None = None
+    """Why it can be trusted no more: it is stopped, and started afresh when it is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointRecord:
     """What is remembered of one endpoint between ticks and over restarts of the daemon."""
 
@@ -106,6 +126,8 @@ class EndpointRecord:
     """Incarnations started before this are to be replaced (clean-start)."""
     last_gpus: tuple[str, ...] = ()
     """Where it last ran: preferred when it comes back."""
+    nap: Nap | None = None
+    """It sleeps, or is about to, or wakes up."""
 
 
 @dataclass(frozen=True, slots=True)

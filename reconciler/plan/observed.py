@@ -162,3 +162,5 @@ class Observed:
     gpus_known: bool = True
     """False: the driver did not answer and `gpus` says nothing."""
     gpus_detail: str = ""
+    host_available_bytes: int | None = None
+    """Host memory that can be had without swapping; None: it could not be read."""

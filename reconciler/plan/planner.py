@@ -16,6 +16,7 @@ from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
+from reconciler.plan.naps import begin
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
 from reconciler.plan.situation import Situation
@@ -52,6 +53,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         if step.record.state == "starting":
             arrange_workload(draft, step)
     actions = Graph(draft).build()
+    begin(draft, actions)
     views = {name: _view(draft, name, actions) for name in draft.standings}
     _restate(draft, views)
     _say_moves(draft)
@@ -128,6 +130,7 @@ def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
                 ready_since=carried(r.ready_since),
                 unhealthy_since=carried(r.unhealthy_since),
                 renew_before=None,
+                nap=None,
                 exits=tuple(replace(e, at=certain(e.at)) for e in r.exits),
             )
             for n, r in ledger.endpoints.items()
@@ -165,6 +168,8 @@ def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
     reason = standing.reason
     if standing.current is not None and standing.current.id in draft.leaving:
         reason = draft.leaving[standing.current.id].reason
+    elif name in draft.naps and holders:
+        reason = f"gives way to {', '.join(holders)}"
     elif blocked is not None:
         reason = f"{blocked.reason}: {blocked.message}"
     elif state == "pending" and arriving is not None:
@@ -175,7 +180,8 @@ def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
     known = draft.situation.spec.endpoints.get(name)
     set_point = known.state if known else "stopped"
     desired = "running" if wanted else ("displaced" if holders else set_point)
-    if wanted and holders and standing.current is None and arriving is None:
+    dozes = name in draft.naps and draft.naps[name].waking is None
+    if wanted and holders and (dozes or (standing.current is None and arriving is None)):
         desired = "displaced"
     incarnation = standing.current.id if standing.current else None
     return EndpointView(name, state, desired, reason, incarnation, gpus)
@@ -228,7 +234,7 @@ def _records(draft: Draft) -> dict[str, EndpointRecord]:
             "endpoint", name
         )  # nothing of it is left, and it is not its turn to start: displaced, blocked
         fulfilled = fulfilled or not (subject in draft.arriving or draft.situation.incarnations(subject))
-        kept[name] = replace(record, renew_before=None) if fulfilled else record
+        kept[name] = replace(record, renew_before=None if fulfilled else record.renew_before, nap=draft.naps.get(name))
     return kept
 
 

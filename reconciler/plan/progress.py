@@ -8,6 +8,7 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.draft import Arriving, Draft
 from reconciler.plan.ledger import TERMINAL, Lease, Quarantine
+from reconciler.plan.naps import restless
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, enter, finish, open_record
 from reconciler.spec.spec import OverlaySpec
@@ -25,6 +26,7 @@ def leavers(draft: Draft, overlay: str, leases: list[Lease]) -> list[Incarnation
     gpus = {x.gpu for x in leases}
     found = [x.incarnation for x in draft.leaving.values() if x.overlay == overlay or gpus & set(x.incarnation.gpus)]
     here = [i for i in draft.situation.observed.incarnations if gpus & set(i.gpus)]
+    found += restless(draft, gpus)
     return found + [i for i in here if _lingers(draft, i) or _ends(draft, i)]
 
 

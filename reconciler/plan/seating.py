@@ -14,6 +14,7 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.draft import Arriving, Draft, Leaving
 from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import predicted_end
 from reconciler.plan.placement import Board, Hold, Need, Tenant, place
@@ -44,7 +45,7 @@ def seat(draft: Draft) -> None:
     rooms = situation.rooms
     usable = {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines}
     draft.board = Board(usable, {u: r.gpu.numa_node for u, r in rooms.items()})
-    draft.leaving, draft.arriving, draft.blocked = {}, {}, {}
+    draft.leaving, draft.arriving, draft.blocked, draft.naps = {}, {}, {}, {}
     _seat_leases(draft)
     homeless: list[EndpointSpec] = []
     edited: list[EndpointSpec] = []
@@ -57,6 +58,7 @@ def seat(draft: Draft) -> None:
             edited.append(endpoint)
         elif draft.records[name].failed is None:
             homeless.append(endpoint)
+    rise(draft)
     moved = _carry_out_edits(draft, sorted(edited, key=_by_priority), homeless)
     pins: Counter[str] = Counter()
     for endpoint in (*homeless, *moved):
@@ -109,6 +111,8 @@ def _keep(
         message = "its GPUs cannot be read at the moment; nothing is done to it"
         draft.block(Blocked(subject, "GpuUnknown", message, transient=True))
         leaving = None
+    if endpoint is not None and lie_down(draft, endpoint, current, leaving):
+        return "stays"
     if leaving is None:
         _seat_incarnation(draft, name, current, endpoint)
         return "stays"
@@ -127,7 +131,7 @@ def _must_leave(
     2. an overlay displaced it
     3. nobody wants it (any more)
     4. it does not serve: its leader is gone, unhealthy for too long, or never ready
-    5. a stop is under way already: it is seen through
+    5. a stop is under way already: it is seen through; or its engine failed to sleep or to wake up
     6. a clean start was asked for
     """
     situation = draft.situation
@@ -154,6 +158,9 @@ def _must_leave(
         return Leaving(current, standing.must_restart, Cause("drift", endpoint.source, detail="unhealthy"))  # 4
     if current.stop is not None:
         return Leaving(current, "a stop is under way", Cause("cleanup", endpoint.source))  # 5
+    nap = draft.records[name].nap
+    if nap is not None and nap.failed is not None:
+        return Leaving(current, nap.failed, Cause("drift", endpoint.source, detail="sleep"))  # 5
     renew = draft.records[name].renew_before
     if renew is not None and current.started.mono < renew.mono:
         return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 6

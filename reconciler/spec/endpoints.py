@@ -178,7 +178,7 @@ def resolve_endpoint(
         state=model.state,
         preemptible=model.preemptible,
         movable=model.movable,
-        evict=Evict(model.evict.method, 2 if model.evict.level == 2 else 1),
+        evict=Evict(model.evict.method, 2 if model.evict.level == 2 else 1, model.evict.weights),
         args=model.args,
         command=model.command,
         env=dict(sorted(model.env.items())),

@@ -15,6 +15,32 @@ from reconciler.spec.spec import EndpointSpec, MemoryBytes, MemoryFraction, Whol
 
 HOST = "127.0.0.1"
 
+RESIDUAL = 3 << 29
+"""1.5 GiB: vLLM keeps 1.1-1.2 GiB on each GPU while it sleeps, for its context and graphs (realities)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One POST to an engine's own port; an answer other than 2xx is a failure."""
+
+    path: str
+    body: str | None = None
+    """JSON; None: no body."""
+
+
+@dataclass(frozen=True, slots=True)
+class SleepLevel:
+    """One way to give GPU memory back and keep the process."""
+
+    sleep: tuple[EngineCall, ...]
+    wake: tuple[EngineCall, ...]
+    sleep_s: float
+    """Predicted."""
+    wake_part: float
+    """Predicted time from the calls to ready, as a part of a whole load."""
+    keeps_weights: bool
+    """They move to host memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
@@ -37,8 +63,10 @@ class EngineProfile:
     sleep_args: tuple[str, ...] = ()
     """Added when it is to be evicted by sleep."""
     sleep_env: Mapping[str, str] = field(default_factory=dict)
-    sleeps: bool = False
-    """It can free its GPU memory and keep its process."""
+    sleep_levels: Mapping[int, SleepLevel] = field(default_factory=dict)
+    """How it frees its GPU memory and keeps its process; empty: it cannot."""
+    residual_bytes: int = 0
+    """Planned on each GPU for one that sleeps; it counts as asleep once NVML shows no more."""
     sleeping_path: str | None = None
     """Answers `{"is_sleeping": true|false}`, once it may sleep; None: it cannot be asked."""
     health_path: str = "/health"
@@ -52,6 +80,11 @@ class EngineProfile:
     stop_s: float = 5.0
     titles: tuple[str, ...] = ()
     """Regular expressions of process titles: secondary evidence, for people and for `doctor`."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can free its GPU memory and keep its process."""
+        return bool(self.sleep_levels)
 
 
 # Load and stop times: vLLM measured 27-98 s to ready, 0.4-0.9 s from SIGTERM to exit when idle; others by analogy.
@@ -67,7 +100,22 @@ PROFILES: Mapping[str, EngineProfile] = {
             fraction_args=("--gpu-memory-utilization", "{fraction}"),
             sleep_args=("--enable-sleep-mode",),
             sleep_env={"VLLM_SERVER_DEV_MODE": "1"},
-            sleeps=True,
+            sleep_levels={
+                # 0.3-6 s to wake with the weights in host memory, against 38-98 s; without them they are read once more
+                1: SleepLevel((EngineCall("/sleep?level=1"),), (EngineCall("/wake_up"),), 5.0, 0.1, keeps_weights=True),
+                2: SleepLevel(
+                    (EngineCall("/sleep?level=2"),),
+                    (
+                        EngineCall("/wake_up?tags=weights"),
+                        EngineCall("/collective_rpc", '{"method": "reload_weights"}'),
+                        EngineCall("/wake_up?tags=kv_cache"),
+                    ),
+                    2.0,
+                    0.4,
+                    keeps_weights=False,
+                ),
+            },
+            residual_bytes=RESIDUAL,
             sleeping_path="/is_sleeping",
             metrics_path="/metrics",
             busy_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
@@ -83,8 +131,18 @@ PROFILES: Mapping[str, EngineProfile] = {
             base_args=("--host", "{host}", "--port", "{port}", "--enable-metrics"),  # off by default; drain needs them
             many_gpus_args=("--tp-size", "{gpu_count}"),
             fraction_args=("--mem-fraction-static", "{fraction}"),
-            sleep_args=("--enable-memory-saver",),
-            sleeps=True,
+            # without the backup the weights would be gone when it resumes
+            sleep_args=("--enable-memory-saver", "--enable-weights-cpu-backup"),
+            sleep_levels={
+                1: SleepLevel(
+                    (EngineCall("/release_memory_occupation", "{}"),),
+                    (EngineCall("/resume_memory_occupation", "{}"),),
+                    5.0,
+                    0.1,
+                    keeps_weights=True,
+                ),
+            },
+            residual_bytes=RESIDUAL,
             metrics_path="/metrics",
             busy_metrics=("sglang:num_running_reqs", "sglang:num_queue_reqs"),
             load_s=60.0,

@@ -103,7 +103,9 @@ class EvictModel(Model):
     method: Literal["stop", "sleep"] = "stop"
     """`stop` ends the process; `sleep` frees the GPU memory and keeps the process (engines that can)."""
     level: Annotated[Count, Ge(1), Le(2)] = 1
-    """Sleep level: 1 keeps the weights in host memory, 2 drops them."""
+    """Sleep level: 1 keeps the weights in host memory (2 is taken where that lacks), 2 always drops them."""
+    weights: Size | None = None
+    """Host memory that the weights take at level 1. Default: the memory planned on its GPUs, the most it can be."""
 
 
 class EndpointModel(Model):

@@ -118,6 +118,9 @@ class Evict:
 
     method: Literal["stop", "sleep"] = "stop"
     level: Literal[1, 2] = 1
+    """The lightest level it may use: 1 where host memory allows and level 2 otherwise, or always 2."""
+    weights_bytes: int | None = None
+    """Host memory that its weights take at level 1; None: as much as it was planned on its GPUs, the most it can be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def endpoint(
     stop: Stop | None = None,
     restart: Restart | None = None,
     health: Health | None = None,
+    evict: Evict | None = None,
     line: int = 1,
 ) -> EndpointSpec:
     """An endpoint of the vllm engine on a port derived from its name."""
@@ -92,7 +93,7 @@ def endpoint(
         state=state,
         preemptible=preemptible,
         movable=False,
-        evict=Evict(),
+        evict=evict or Evict(),
         args=(),
         command=None,
         env={},

@@ -15,6 +15,7 @@ from builders import NOW, gpu, uuid
 from reconciler.clock import Instant
 from reconciler.plan.actions import WAITS, Action, Plan
 from reconciler.plan.ledger import Ledger
+from reconciler.plan.naps import called
 from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe, StopProgress, Subject
 from reconciler.plan.planner import plan
 from reconciler.spec.spec import Spec
@@ -26,6 +27,10 @@ class Behaviour:
     """How processes behave; seconds."""
 
     load_s: float = 40.0
+    sleep_s: float = 3.0
+    wake_s: float = 2.0
+    failing: frozenset[str] = frozenset()
+    """Calls that engines refuse: `sleep`, `wake`."""
     stop_s: float = 2.0
     memory_return_s: float = 1.0
     run_s: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +70,14 @@ class Plant:
     history: list[Action] = field(default_factory=list)
     """Every action carried out, in order."""
     serial: int = 0
+    asleep: set[str] = field(default_factory=set)
+    """Incarnations that sleep; they hold `residue` on each GPU."""
+    residue: int = GIB
+    called: dict[str, tuple[float, Action]] = field(default_factory=dict)
+    """Incarnation → the call that its engine is busy with, and when it answers."""
+    answered: list[Action] = field(default_factory=list)
+    """Calls that returned, until somebody takes them."""
+    host_bytes: int | None = 256 * GIB
 
     # ------------------------------------------------------------ looking
 
@@ -73,10 +86,14 @@ class Plant:
         gpus = tuple(self._gpu(index) for index in range(len(self.totals)))
         found = tuple(sorted(self.incarnations, key=lambda i: (i.subject, i.started.wall, i.id)))
         probes = {i.id: self._probe(i) for i in found if i.phase == "running" and i.port is not None}
-        return Observed(self.now, "boot", gpus, found, probes, dict(self.ports))
+        return Observed(self.now, "boot", gpus, found, probes, dict(self.ports), host_available_bytes=self.host_bytes)
 
     def _gpu(self, index: int) -> Gpu:
-        here = [(i, i.memory_bytes[i.gpus.index(uuid(index))]) for i in self.incarnations if uuid(index) in i.gpus]
+        here = [
+            (i, self.residue if i.id in self.asleep else i.memory_bytes[i.gpus.index(uuid(index))])
+            for i in self.incarnations
+            if uuid(index) in i.gpus
+        ]
         living = [(i, size) for i, size in here if i.alive]
         lingering = sum(size for i, size in here if i.id in self.frees_at)
         processes = [
@@ -100,7 +117,10 @@ class Plant:
             failing = Instant(self.now.wall - (self.now.mono - since), since)
             return Probe(of.id, self.now, False, misses, failing, None, None, detail="connection refused")
         answers = at is not None and self.now.mono >= at
-        return Probe(of.id, self.now, answers, 0, None, self.now if answers else None, self.busy.get(of.id, 0))
+        sleeping = of.id in self.asleep if answers else None
+        return Probe(
+            of.id, self.now, answers, 0, None, self.now if answers else None, self.busy.get(of.id, 0), sleeping
+        )
 
     # ------------------------------------------------------------ acting
 
@@ -116,13 +136,23 @@ class Plant:
             case "start" | "start_workload":
                 return self._start(action)
             case "drain":
-                return self._ask_to_stop(action, signal=False)
+                return action.incarnation is not None and self._ask_to_stop(action, signal=False)
             case "stop" | "stop_workload":
                 return self._ask_to_stop(action, signal=True)
             case "kill":
                 return self._change(action.incarnation, lambda i: replace(i, strays=()))
+            case "sleep" | "wake":
+                return self._call(action)
             case _:
                 raise AssertionError(f"the plant cannot {action.op}")
+
+    def _call(self, action: Action) -> bool:
+        name = action.incarnation or ""
+        if name in self.called:
+            return False
+        at = self.now.mono + (self.behaviour.sleep_s if action.op == "sleep" else self.behaviour.wake_s)
+        self.called[name] = (at, action)
+        return True
 
     def _start(self, action: Action) -> bool:
         if any(i.subject == action.subject and i.alive for i in self.incarnations):
@@ -171,6 +201,7 @@ class Plant:
     def next_event(self) -> float | None:
         """The next moment after now at which something happens by itself, in monotonic seconds."""
         moments = [*self.ready_at.values(), *self.frees_at.values(), *(at for at, _ in self.ends_at.values())]
+        moments += [at for at, _ in self.called.values()]
         return min((m for m in moments if m > self.now.mono), default=None)
 
     def advance(self, seconds: float) -> None:
@@ -181,6 +212,12 @@ class Plant:
                 del self.ends_at[name]
                 self.end(name, code)
         self.frees_at = {n: at for n, at in self.frees_at.items() if at > self.now.mono}
+        for name, (at, action) in list(self.called.items()):
+            if at <= self.now.mono:
+                del self.called[name]
+                self.answered.append(action)
+                if action.op not in self.behaviour.failing:
+                    (self.asleep.add if action.op == "sleep" else self.asleep.discard)(name)
 
     def end(self, name: str, code: int) -> None:
         """One incarnation ends now; its memory comes back a little later."""
@@ -218,6 +255,10 @@ class Run:
 
     def step(self) -> tuple[Plan, bool]:
         """Decide and act once; whether anything was done or remembered."""
+        for action in self.plant.answered:
+            problem = "POST answered 500" if action.op in self.plant.behaviour.failing else None
+            self.ledger, _ = called(self.ledger, action, problem, self.plant.now)
+        self.plant.answered = []
         decided = self.decide()
         self.watch(self, decided)
         self.steps += 1

@@ -1,0 +1,105 @@
+"""Giving way by sleeping, end to end: the simulated vLLM behind real processes, ports and the driver's numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_driver import Box, free_ports, wait_for
+
+GIB_MIB = 1024
+
+
+@pytest.fixture
+def sleepy(tmp_path: Path) -> Iterator[Box]:
+    """One GPU with a `vllm serve` that may sleep."""
+    box = Box(tmp_path)
+    box.node = "1x80GiB"
+    box.spec["endpoints"]["ask"] = {
+        "engine": "vllm",
+        "model": "Qwen/Qwen3-1.7B",
+        "port": free_ports(1)[0],
+        "gpus": [0],
+        "memory": "40GiB",
+        "priority": 100,
+        "evict": {"method": "sleep", "level": 1, "weights": "1MiB"},
+        "health": {"interval": "500ms", "startup": "60s"},
+        "stop": {"drain": "5s", "grace": "5s"},
+    }
+    box.write()
+    yield box
+    box.close()
+
+
+def gpu_used(box: Box) -> int:
+    return int(box.status()["gpus"][0]["memory_used_mib"])
+
+
+def said(box: Box) -> list[str]:
+    events: list[dict[str, Any]] = box.json("events")["data"]["events"]
+    return [e["kind"] for e in events if e["subject"] == "ask"]
+
+
+def test_an_overlay_puts_an_endpoint_to_sleep_and_it_wakes_up_as_the_same_process(sleepy: Box) -> None:
+    sleepy.start()
+    before = sleepy.wait_healthy("ask")["ask"]
+    assert gpu_used(sleepy) > 30 * GIB_MIB
+    path = sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    asleep = sleepy.endpoints()["ask"]
+    assert (asleep["state"], asleep["pid"]) == ("sleeping", before["pid"])
+    assert asleep["scheduled"]["overlay"] == "render"
+    # the job, and the residue of the one that sleeps
+    wait_for(lambda: 70 * GIB_MIB < gpu_used(sleepy) < 72 * GIB_MIB, "both are seen on the GPU")
+    assert not [i for i in sleepy.status()["incidents"] if not i.get("planned")]
+    sleepy.finish("render")
+    after = sleepy.wait_healthy("ask")["ask"]
+    assert after["pid"] == before["pid"]
+    assert gpu_used(sleepy) > 30 * GIB_MIB
+    sleepy.wait_overlay("render", "done")
+    path.unlink()
+    assert not [kind for kind in said(sleepy) if kind in ("act.stop", "nap.failed")]
+
+
+def test_a_daemon_killed_while_an_endpoint_sleeps_finds_it_asleep_and_wakes_it(sleepy: Box) -> None:
+    sleepy.start()
+    before = sleepy.wait_healthy("ask")["ask"]
+    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    sleepy.kill()
+    sleepy.finish("render")
+    sleepy.start()
+    after = sleepy.wait_healthy("ask")["ask"]
+    assert after["pid"] == before["pid"]
+
+
+def test_an_engine_that_cannot_sleep_after_all_is_stopped_instead(sleepy: Box) -> None:
+    """It was started before its set points asked for sleep, so it has no such calls."""
+    evict = sleepy.spec["endpoints"]["ask"].pop("evict")
+    sleepy.write()
+    sleepy.start()
+    before = sleepy.wait_healthy("ask")["ask"]
+    sleepy.spec["endpoints"]["ask"]["evict"] = evict
+    sleepy.write()
+    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    assert sleepy.endpoints()["ask"]["pid"] is None
+    sleepy.finish("render")
+    after = sleepy.wait_healthy("ask")["ask"]
+    assert after["pid"] != before["pid"]
+    assert "nap.failed" in said(sleepy)
+
+
+def test_an_engine_that_dies_in_its_sleep_is_started_afresh(sleepy: Box) -> None:
+    sleepy.start()
+    before = sleepy.wait_healthy("ask")["ask"]
+    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    os.killpg(before["pid"], signal.SIGKILL)
+    sleepy.finish("render")
+    after = sleepy.wait_healthy("ask")["ask"]
+    assert after["pid"] != before["pid"]

@@ -1,0 +1,251 @@
+"""Giving way by sleeping: chosen where it frees enough, verified in NVML, and undone by waking up."""
+
+from __future__ import annotations
+
+import pytest
+from builders import endpoint, foreign, overlay, spec, uuid
+from plant import Behaviour, Plant, Run, names, overlay_state
+
+from reconciler.plan.actions import Plan
+from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
+from reconciler.units import GIB
+
+SLEEP = Evict("sleep", 1, 10 * GIB)
+QUICK = Stop(drain_s=0.0)
+
+
+def sleeper(name: str = "ask", gpus: tuple[int, ...] = (0,), **fields: object) -> EndpointSpec:
+    given: dict[str, object] = {"memory": 60, "priority": 100, "evict": SLEEP, "stop": QUICK, **fields}
+    return endpoint(name, gpus, **given)  # type: ignore[arg-type]
+
+
+def render(**fields: object) -> OverlaySpec:
+    return overlay("render", **{"gpus": [0], "memory": 60, **fields})  # type: ignore[arg-type]
+
+
+def warm(*items: EndpointSpec, plant: Plant | None = None) -> Run:
+    """A box on which the endpoints have been ready for ten minutes."""
+    run = Run(spec(*items), plant or Plant())
+    run.settle()
+    run.plant.advance(600)
+    run.settle()
+    return run
+
+
+def add(run: Run, *items: OverlaySpec) -> None:
+    run.spec = spec(*run.spec.endpoints.values(), *items)
+
+
+def ops(run: Run, name: str) -> list[str]:
+    return [a.op for a in run.plant.history if a.subject.name == name]
+
+
+def test_an_endpoint_gives_way_by_sleeping_and_returns_by_waking_with_the_same_process() -> None:
+    run = warm(sleeper())
+    pid = run.plant.current("ask")
+    add(run, render())
+    decided = run.settle(until=overlay_state("render", "active"))
+    assert decided.endpoints["ask"].state == "sleeping"
+    assert decided.endpoints["ask"].desired == "displaced"
+    run.settle()
+    assert run.plant.current("ask") == pid
+    assert run.plant.is_ready("ask")
+    assert not run.plant.asleep
+    assert ops(run, "ask") == ["start", "sleep", "wake"]
+    assert run.ledger.endpoints["ask"].nap is None
+    assert run.ledger.overlays["render"].state == "done"
+
+
+def test_the_work_begins_only_after_the_engine_sleeps_and_nvml_shows_its_memory_free() -> None:
+    run = warm(sleeper())
+    run.plant.residue = 30 * GIB  # it says that it sleeps, and keeps far more than a residue
+    add(run, render())
+    decided = run.settle(until=lambda p: p.endpoints["ask"].state == "sleeping")
+    assert "start_workload render" not in names(a for a in decided.actions if a.ready)
+    run.settle(until=overlay_state("render", "active"))
+    assert ops(run, "ask") == ["start", "sleep", "stop"], "a sleep that frees too little becomes a stop"
+    run.settle()
+    assert run.plant.is_ready("ask")
+
+
+def test_a_failed_sleep_becomes_a_stop() -> None:
+    run = warm(sleeper(), plant=Plant(behaviour=Behaviour(failing=frozenset({"sleep"}))))
+    add(run, render())
+    run.settle()
+    assert ops(run, "ask") == ["start", "sleep", "stop", "start"]
+    assert run.ledger.overlays["render"].state == "done"
+    assert run.plant.is_ready("ask")
+
+
+def test_a_failed_wake_becomes_a_restart() -> None:
+    run = warm(sleeper(), plant=Plant(behaviour=Behaviour(failing=frozenset({"wake"}))))
+    add(run, render())
+    run.settle()
+    assert ops(run, "ask") == ["start", "sleep", "wake", "stop", "start"]
+    assert run.plant.is_ready("ask")
+    assert run.ledger.overlays["render"].state == "done"
+
+
+@pytest.mark.parametrize(
+    ("evict", "host", "work", "level"),
+    [
+        (SLEEP, 64 * GIB, {}, 1),
+        (SLEEP, 13 * GIB, {}, 2),
+        (SLEEP, None, {}, 2),
+        (Evict("sleep", 2, 10 * GIB), 64 * GIB, {}, 2),
+        (Evict("sleep", 1), 63 * GIB, {}, 2),
+        (SLEEP, 64 * GIB, {"duration": 8 * 3600.0}, 2),
+        (SLEEP, 64 * GIB, {"memory": None}, None),
+        (SLEEP, 64 * GIB, {"memory": 78}, None),
+        (Evict("stop"), 64 * GIB, {}, None),
+    ],
+    ids=[
+        "host memory has room",
+        "host memory lacks",
+        "host memory unknown is no room",
+        "always level 2",
+        "weights unknown count as all that was planned",
+        "too long to park weights",
+        "the whole GPU leaves no room for a residue",
+        "too much for a residue beside it",
+        "stop is asked for",
+    ],
+)
+def test_the_level_follows_from_host_memory_makespan_and_what_is_left_beside_it(
+    evict: Evict, host: int | None, work: dict[str, object], level: int | None
+) -> None:
+    run = warm(sleeper(evict=evict), plant=Plant(host_bytes=host))
+    add(run, render(**work))
+    decided = run.decide()
+    nap = decided.ledger.endpoints["ask"].nap
+    assert (nap.level if nap else None) == level
+    first = next(a for a in decided.actions if a.subject.name == "ask")
+    assert first.op == ("stop" if level is None else "sleep")
+    assert "evict render" in str(first.cause)
+
+
+def test_two_that_would_park_more_than_host_memory_holds_do_not_both() -> None:
+    run = warm(sleeper("a", (0,)), sleeper("b", (1,)), plant=Plant(host_bytes=20 * GIB))
+    add(run, render(gpus=[0, 1]))
+    decided = run.decide()
+    levels = [nap.level for n in ("a", "b") if (nap := decided.ledger.endpoints[n].nap) is not None]
+    assert levels == [1, 2]
+
+
+def test_requests_in_flight_are_finished_before_it_sleeps_but_no_longer_than_the_drain() -> None:
+    run = warm(sleeper(stop=Stop(drain_s=20.0)))
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.busy[current.id] = 1
+    add(run, render())
+    began = run.plant.now
+    decided = run.settle(until=lambda p: any(a.op == "sleep" and a.ready for a in p.actions))
+    assert 20 <= decided.now.since(began) < 21
+    run = warm(sleeper(stop=Stop(drain_s=20.0)))
+    add(run, render())
+    began = run.plant.now
+    decided = run.settle(until=lambda p: any(a.op == "sleep" and a.ready for a in p.actions))
+    assert decided.now.since(began) < 1, "nothing is in flight"
+
+
+def test_an_overlay_withdrawn_while_requests_finish_leaves_the_endpoint_untouched() -> None:
+    run = warm(sleeper(stop=Stop(drain_s=20.0)))
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.busy[current.id] = 1
+    add(run, render())
+    run.settle(until=lambda p: any(a.op == "drain" and a.ready for a in p.actions))
+    run.spec = spec(*run.spec.endpoints.values())
+    run.settle()
+    assert ops(run, "ask") == ["start"]
+    assert run.ledger.endpoints["ask"].nap is None
+
+
+def test_an_overlay_withdrawn_while_the_engine_falls_asleep_wakes_it_once_it_sleeps() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.step()
+    run.plant.advance(0.5)
+    run.spec = spec(*run.spec.endpoints.values())
+    run.settle()
+    assert ops(run, "ask") == ["start", "sleep", "wake"]
+    assert run.plant.is_ready("ask")
+    assert not run.plant.asleep
+
+
+def test_nothing_sleeps_and_wakes_on_one_gpu_at_a_time() -> None:
+    """Two share a GPU; the one that has to give way for the second overlay waits until the other is awake."""
+    seen: list[tuple[str, ...]] = []
+
+    def watch(run: Run, decided: Plan) -> None:
+        busy = [a for _, a in run.plant.called.values()]
+        fresh = [a for a in decided.actions if a.ready and a.op in ("sleep", "wake", "start", "stop")]
+        kinds = {(a.subject.name, a.op) for a in (*busy, *fresh) if uuid(0) in a.gpus}
+        seen.append(tuple(sorted(op for _, op in kinds)))
+
+    big = sleeper("a", memory=35)
+    other = sleeper("b", memory=35)
+    run = warm(big, other)
+    run.watch = watch
+    add(run, render(memory=40, duration=60.0))
+    run.settle(until=overlay_state("render", "active"))
+    run.settle()
+    assert all(len(kinds) <= 1 for kinds in seen), seen
+    assert any("sleep" in kinds for kinds in seen)
+    assert any("wake" in kinds for kinds in seen)
+
+
+def test_one_that_sleeps_by_a_strangers_hand_is_woken() -> None:
+    run = warm(sleeper())
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.asleep.add(current.id)
+    run.settle()
+    assert ops(run, "ask") == ["start", "wake"]
+    assert run.plant.is_ready("ask")
+    assert not run.plant.asleep
+
+
+def test_it_sleeps_on_while_a_stranger_holds_the_memory_it_had() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.settle(until=overlay_state("render", "active"))
+    run.plant.foreign[0] = [foreign(7, 15 * GIB)]
+    run.spec = spec(*run.spec.endpoints.values())
+    run.plant.foreign[0] = [foreign(7, 40 * GIB)]
+    decided = run.settle()
+    assert decided.endpoints["ask"].state == "sleeping"
+    assert "wake" not in ops(run, "ask")
+    assert [b.reason for b in decided.blocked if b.subject.name == "ask"] == ["GpuOccupied"]
+    run.plant.foreign.clear()
+    run.settle()
+    assert ops(run, "ask")[-1] == "wake"
+    assert run.plant.is_ready("ask")
+
+
+def test_one_that_sleeps_and_is_wanted_no_more_is_stopped() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.settle(until=overlay_state("render", "active"))
+    base: Spec = run.spec
+    run.spec = spec(sleeper(state="stopped"), *base.overlays.values())
+    run.settle(until=lambda p: p.endpoints["ask"].state == "stopped")
+    assert ops(run, "ask") == ["start", "sleep", "stop"]
+
+
+def test_a_daemon_that_died_between_telling_and_noting_tells_again() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.step()
+    run.plant.called.clear()  # the call was lost with the daemon
+    run.settle(until=overlay_state("render", "active"))
+    assert ops(run, "ask") == ["start", "sleep", "sleep"]
+
+
+def test_unknown_is_not_asleep() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.plant.overrides[0] = {"state": "unknown"}
+    run.settle()
+    assert ops(run, "ask") == ["start"]
+    assert run.ledger.overlays["render"].state == "pending"
