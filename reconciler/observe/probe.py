@@ -18,6 +18,9 @@ HEALTH_LIMIT_BYTES = 64 << 10
 PAGE_LIMIT_BYTES = 16 << 20
 """vLLM's page is some 100 KiB; a page that never ends must not fill the memory."""
 
+PROGRESS_PACE_S = 15.0
+"""Often enough for a hang to be told after 120 s, seldom enough for a page of 100 KiB to cost nothing."""
+
 OwnsListener = Callable[[str, int], bool | None]
 """Whether the socket that listens on a port belongs to an incarnation's own processes; None: could not be seen."""
 
@@ -39,6 +42,9 @@ class ProbeTarget:
     """It was never ready: a refused connection is what to expect, and readiness is waited for."""
     busy: bool = False
     """Count the requests in flight too (while draining)."""
+    running_metrics: tuple[str, ...] = ()
+    progress_metrics: tuple[str, ...] = ()
+    """With both, a page of metrics is read every `PROGRESS_PACE_S`: a hung engine still answers that it is healthy."""
     metrics_path: str = "/metrics"
     sleeping_path: str | None = None
     """Where to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
@@ -55,6 +61,9 @@ class Answer:
     busy: int | None = None
     sleeping: bool | None = None
     detail: str = ""
+    running: int | None = None
+    progress: int | None = None
+    """Counter of work done; None: not asked now, or not told."""
     counted: bool = True
     """False: `busy` says nothing, because nobody asked or the page did not come; True with None: there is no figure."""
 
@@ -71,6 +80,7 @@ class Connection:
         # them after 5 s, which is just the usual interval between two questions.
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=600.0)
         self._transport = httpx.HTTPTransport(verify=False, trust_env=False, limits=limits)
+        self._progress_due = clock.now()
         self._base = f"http://{target.host}:{target.port}"
 
     def ask(self, target: ProbeTarget, owns: OwnsListener | None = None) -> Answer:
@@ -91,10 +101,18 @@ class Connection:
             return Answer(ready=False, detail=f"{target.health_path} answered {status}")  # 2
         if owns is not None and owns(target.incarnation, target.port) is False:
             return Answer(ready=False, detail=f"another process listens on port {target.port}")  # 3
-        page = self._page(target, target.metrics_path) if target.busy and target.busy_metrics else None
+        watched = bool(target.running_metrics and target.progress_metrics and not target.starting)
+        watched = watched and self._clock.now().mono >= self._progress_due.mono
+        counts = target.busy and bool(target.busy_metrics)
+        page = self._page(target, target.metrics_path) if counts or watched else None
+        if watched and page is not None:
+            self._progress_due = self._clock.now().plus(PROGRESS_PACE_S)
+        told = page if watched else None
         return Answer(  # 1
             ready=True,
-            busy=sum_metrics(page, target.busy_metrics) if page is not None else None,
+            busy=sum_metrics(page, target.busy_metrics) if counts and page is not None else None,
+            running=sum_metrics(told, target.running_metrics) if told is not None else None,
+            progress=sum_metrics(told, target.progress_metrics) if told is not None else None,
             sleeping=self._sleeping(target),
             counted=target.busy and (page is not None or not target.busy_metrics),
         )

@@ -230,6 +230,7 @@ def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, asked:
     told = replace(before, at=asked, ready=answer.ready, busy=answer.busy, detail=answer.detail)
     if answer.sleeping is not None:  # else it is as asleep as before
         told = replace(told, sleeping=answer.sleeping)
+    told = _watch_progress(before, told, answer, asked)
     if answer.ready is None:  # 1
         return told
     if answer.ready:  # 2
@@ -237,6 +238,19 @@ def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, asked:
     misses = before.misses + 1  # 3
     ready_since = before.ready_since if misses < target.failures else None
     return replace(told, misses=misses, failing_since=before.failing_since or asked, ready_since=ready_since)
+
+
+def _watch_progress(before: Probe, told: Probe, answer: Answer, asked: Instant) -> Probe:
+    """Since when the counter of work has stood still with requests running; an answer without it changes nothing.
+
+    1. asleep, nothing runs, the counter moved, or it is seen for the first time → it moves: since now
+    2. requests run, and the counter is where it was                              → since when it was seen there
+    """
+    if answer.progress is None or answer.running is None:
+        return told
+    frozen = not answer.sleeping and answer.running > 0 and before.progress == answer.progress  # 2
+    since = before.moved or asked if frozen else asked
+    return replace(told, progress=answer.progress, moved=since, progress_at=asked)
 
 
 def is_material(before: Probe | None, after: Probe, failures: int) -> bool:

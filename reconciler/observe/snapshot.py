@@ -159,6 +159,8 @@ def probe_targets(
             starting=incarnation.id not in options.ready_before,
             busy=incarnation.id in options.draining
             or (stop is not None and not stop.drained and stop.signalled is None),
+            running_metrics=profile.running_metrics if profile else (),
+            progress_metrics=profile.progress_metrics if profile else (),
             metrics_path=(profile.metrics_path if profile else None) or "/metrics",
             sleeping_path=profile.sleeping_path if profile and endpoint.evict.method == "sleep" else None,
         )

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from reconciler.clock import Instant
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
 from reconciler.plan.naps import follow, says_asleep
-from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.observed import Incarnation, Probe, Subject
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
 
 KEPT_EXITS = 20
+HUNG_S = 120.0
+"""A token takes milliseconds, the longest prefill seconds: a counter frozen for this long with requests running is a
+hang (vllm#36451, #39863: `/health` stays green)."""
 EVICTION_WINDOW_S = 3600.0
 NO_JITTER_BELOW_S = 1.0
 JITTER = 0.1
@@ -44,7 +47,7 @@ def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Sta
         3. sleeping   its engine says so
         4. healthy    it answers, or answered before and has not missed often enough yet
         5. starting   not ready yet, within its start-up deadline
-        6. unhealthy  past that deadline, or too many misses in a row
+        6. unhealthy  past that deadline, too many misses in a row, or its engine hangs
         7. failed     given up until the spec changes or `reset`
         8. stopped    nothing runs; whether that is `pending` is decided by who wants it
     """
@@ -84,6 +87,9 @@ def _judge(
     if says_asleep(record.nap, probe) and (probe is None or probe.misses < health.failures):
         return "sleeping", "", None, None  # 3
     if record.ready_incarnation == current.id:
+        if (frozen_s := hung_for(probe)) >= HUNG_S:
+            message = f"Hung: requests run and no token was made for {frozen_s:.0f} s, though it answers"
+            return "unhealthy", message, None, None  # 6
         if probe is None or probe.misses < health.failures:
             return "healthy", "", None, None  # 4
         return "unhealthy", probe.detail, None, None  # 6
@@ -91,6 +97,16 @@ def _judge(
     if situation.now.mono < deadline.mono:
         return "starting", probe.detail if probe else "", None, deadline  # 5
     return "unhealthy", "not ready", f"not ready within {health.startup_s:g} s", None  # 6
+
+
+def hung_for(probe: Probe | None) -> float:
+    """Seconds between two readings of its counter of work that were the same, with requests running at each.
+
+    Between readings: a page that does not come, because the box is busy, makes nobody hung.
+    """
+    if probe is None or probe.moved is None or probe.progress_at is None:
+        return 0.0
+    return probe.progress_at.since(probe.moved)
 
 
 def _absorb_answer(

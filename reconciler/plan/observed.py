@@ -131,6 +131,12 @@ class Probe:
     """Requests running + waiting; None: the engine does not say."""
     sleeping: bool | None = None
     detail: str = ""
+    progress: int | None = None
+    """Its counter of work done, when it was last read."""
+    moved: Instant | None = None
+    """When that counter was last seen to move, or nothing to be running."""
+    progress_at: Instant | None = None
+    """When it was last read."""
 
 
 @dataclass(frozen=True, slots=True)

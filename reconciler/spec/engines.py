@@ -74,6 +74,10 @@ class EngineProfile:
     metrics_path: str | None = None
     busy_metrics: tuple[str, ...] = ()
     """Their sum is the number of requests running and waiting; empty: the engine does not say."""
+    running_metrics: tuple[str, ...] = ()
+    """Their sum is the number of requests that are being worked on; empty: the engine does not say."""
+    progress_metrics: tuple[str, ...] = ()
+    """Their sum grows while any request is worked on: frozen with some running, it tells a hidden hang."""
     load_s: float = 30.0
     """Predicted start to ready, until history knows better."""
     drain_s: float = 5.0
@@ -119,6 +123,8 @@ PROFILES: Mapping[str, EngineProfile] = {
             sleeping_path="/is_sleeping",
             metrics_path="/metrics",
             busy_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
+            running_metrics=("vllm:num_requests_running",),
+            progress_metrics=("vllm:iteration_tokens_total_sum",),
             load_s=60.0,
             drain_s=10.0,
             stop_s=10.0,

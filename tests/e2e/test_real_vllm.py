@@ -1,0 +1,83 @@
+"""`examples/cpu-vllm` as its page says: two real vLLM servers, an overlay that evicts one, and its return."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from box_driver import Box, free_ports, wait_for
+
+VLLM = os.environ.get("RECONCILER_TEST_VLLM", "")
+EXAMPLE = Path(__file__).parents[2] / "examples/cpu-vllm"
+LOAD_S = 400.0
+"""27-59 s alone on two cores; two at once on a busy machine take a multiple."""
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not VLLM, reason="RECONCILER_TEST_VLLM names no vllm executable"),
+]
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    box = Box(tmp_path)
+    box.node = "2x24GiB"
+    box.spec = yaml.safe_load((EXAMPLE / "setpoints.yaml").read_text("utf-8"))
+    lab = Path(VLLM).parents[2]
+    box.spec["defaults"] |= {"executable": VLLM, "model": str(lab / "tiny-model")}
+    for endpoint, port in zip(box.spec["endpoints"].values(), free_ports(2), strict=True):
+        endpoint["port"] = port
+    box.write()
+    yield box
+    box.close()
+
+
+def completes(port: int) -> bool:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, trust_env=False, timeout=60)
+    return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 4
+
+
+def processes_of(pid: int) -> list[str]:
+    """Titles of the living processes of its session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == pid and fields[0] not in "ZX":
+                found.append((entry / "cmdline").read_bytes().split(b"\0")[0].decode())
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+def test_an_overlay_evicts_a_real_server_with_all_its_processes_and_it_returns(box: Box) -> None:
+    box.start()
+    wait_for(lambda: all(e["state"] == "healthy" for e in box.endpoints().values()), "both are ready", LOAD_S)
+    before = box.endpoints()
+    assert completes(before["thinking"]["port"])
+    assert completes(before["asking"]["port"])
+    tree = processes_of(before["asking"]["pid"])
+    assert "VLLM::EngineCore" in tree
+    shutil.copy(EXAMPLE / "overlays.available/render.yaml", box.overlays / "render.yaml")
+    box.wait_overlay("render", "active")
+    during = box.endpoints()
+    assert during["asking"]["pid"] is None
+    assert processes_of(before["asking"]["pid"]) == []
+    assert during["thinking"]["pid"] == before["thinking"]["pid"]
+    assert completes(before["thinking"]["port"])
+    assert not [i for i in box.status()["incidents"] if not i.get("planned")]
+    wait_for(lambda: box.endpoints()["asking"]["state"] == "healthy", "asking returned", LOAD_S)
+    after = box.endpoints()
+    assert after["asking"]["pid"] != before["asking"]["pid"]
+    assert after["thinking"]["pid"] == before["thinking"]["pid"]
+    assert completes(after["asking"]["port"])
+    box.wait_overlay("render", "done")
+    ends = [e for e in box.json("events")["data"]["events"] if e["subject"] == "asking" and "act.stop" in e["kind"]]
+    assert len(ends) == 1, "one stop, and one only"

@@ -1,0 +1,79 @@
+"""Whether an engine makes progress: read from its metrics now and then, never guessed from silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from http_box import HttpBox
+
+from reconciler.clock import Instant
+from reconciler.observe.probe import PROGRESS_PACE_S, Answer, Connection, ProbeTarget
+from reconciler.observe.prober import next_probe
+from reconciler.plan.endpoints import hung_for
+
+PAGE = b"""# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0"} 2.0
+vllm:num_requests_waiting{engine="0"} 1.0
+vllm:iteration_tokens_total_sum{engine="0"} 41.0
+"""
+TARGET = ProbeTarget(
+    incarnation="one", port=0, health_path="/health", busy_metrics=("vllm:num_requests_running",), interval_s=5.0,
+    timeout_s=5.0, failures=3, starting=False, running_metrics=("vllm:num_requests_running",),
+    progress_metrics=("vllm:iteration_tokens_total_sum",),
+)  # fmt: skip
+BEGIN = Instant(1_700_000_000.0, 1000.0)
+
+
+@pytest.fixture
+def box():
+    box = HttpBox().start()
+    yield box
+    box.stop()
+
+
+def hung(*answers: Answer, pace: float = 15.0) -> float:
+    probe = None
+    for number, answer in enumerate(answers):
+        probe = next_probe(probe, TARGET, answer, BEGIN.plus(number * pace))
+    return hung_for(probe)
+
+
+def working(running: int, progress: int, **fields: object) -> Answer:
+    return replace(Answer(ready=True, running=running, progress=progress), **fields)
+
+
+def test_the_counters_are_read_with_the_first_question_and_then_at_their_own_pace(box, clock):
+    box.answers["/metrics"] = (200, PAGE)
+    connection = Connection(replace(TARGET, port=box.port), clock)
+    first, second = (connection.ask(replace(TARGET, port=box.port)) for _ in range(2))
+    connection.close()
+    assert (first.running, first.progress, first.busy) == (2, 41, None)
+    assert (second.running, second.progress) == (None, None)
+    assert box.asked.count("/metrics") == 1
+    assert PROGRESS_PACE_S < 120
+
+
+def test_one_that_is_not_ready_yet_is_not_asked_for_its_counters(box, clock):
+    box.answers["/metrics"] = (200, PAGE)
+    connection = Connection(replace(TARGET, port=box.port, starting=True), clock)
+    assert connection.ask(replace(TARGET, port=box.port, starting=True)).progress is None
+    connection.close()
+
+
+def test_a_counter_that_stands_still_with_requests_running_is_frozen_since_it_was_first_seen_there():
+    assert hung(*[working(2, 41)] * 9) == 120.0
+
+
+def test_any_movement_an_idle_moment_or_sleep_begins_anew():
+    still = [working(2, 41)] * 8
+    assert hung(*still, working(2, 42)) == 0.0
+    assert hung(*still, working(0, 41)) == 0.0
+    assert hung(*still, working(2, 41, sleeping=True)) == 0.0
+    assert hung(*still, working(2, 42), working(2, 42)) == 15.0
+
+
+def test_silence_adds_nothing():
+    silent = [Answer(ready=False, detail="timeout")] * 100
+    assert hung(*[working(2, 41)] * 3, *silent) == 30.0
+    assert hung(*silent) == 0.0
