@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.draft import OVERRIDING, Draft
+from reconciler.plan.endpoints import cool_again
 from reconciler.plan.ledger import Lease
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
 from reconciler.plan.placement import Board, Need, Placement
 from reconciler.plan.preemption import Consents, Refusal
+from reconciler.plan.reservations import Seek, next_slot, reserve, window_taken
 from reconciler.plan.seating import need_of, seat
+from reconciler.plan.windows import ahead_of, keeping_off
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
 LOOK_AGAIN_S = 1.0
@@ -24,7 +27,21 @@ def admit_all(draft: Draft) -> None:
 
     After each admission everybody is seated anew: leases taken here bind those that come after.
     """
+    draft.windows = ()
     seat(draft)
+
+    def seek(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need]) -> _Answer:
+        due = draft.steps[overlay.name].record.window_start <= draft.now.wall
+        waive: frozenset[str] = frozenset() if due else frozenset({"CoolDown"})  # which will be over by then
+        return _seek(draft, overlay, board, off, waive=waive)
+
+    draft.windows = reserve(draft, seek)
+    if draft.windows:
+        told = [b for b in draft.blocked.values() if b.subject.kind == "workload"]
+        seat(draft)
+        for blocked in told:
+            draft.block(blocked)
+    opens = {w.name: w.opens for w in draft.windows}
     waiting = [s for s in draft.steps.values() if s.record.state == "pending" and s.spec is not None]
     for step in sorted(waiting, key=lambda s: (-s.record.priority, s.record.window_start, s.record.name)):
         assert step.spec is not None  # noqa: S101 - narrowed by the filter above
@@ -33,14 +50,59 @@ def admit_all(draft: Draft) -> None:
             subject = Subject("workload", step.record.name)
             draft.block(Blocked(subject, "LastRun", "its last run is not put away yet", transient=True))
             draft.wakes.append(draft.now.plus(LOOK_AGAIN_S))
-        elif draft.now.wall < step.record.window_start:
+        elif draft.now.wall < opens.get(step.record.name, step.record.window_start):
             subject, begin = Subject("workload", step.record.name), step.record.window_start
             draft.block(Blocked(subject, "NotYet", "its window has not begun", (), begin, transient=True))
         elif not draft.situation.observed.clock_jumped or step.record.window_start <= step.record.since.wall:
-            _admit(draft, step, step.spec)
+            _admit(draft, step, step.spec, seek)
 
 
-def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
+_Answer = tuple[Placement, list[Need]] | Refusal | None
+
+
+def _seek(
+    draft: Draft,
+    overlay: OverlaySpec,
+    board: Board,
+    off: Callable[[Need], Need],
+    *,
+    waive: frozenset[str] = frozenset(),
+) -> _Answer:
+    """The least lawful choice of providers, places and victims; why there is none; None: nothing provides.
+
+    Args:
+        draft: the decision so far
+        overlay: who asks
+        board: who has a place
+        off: takes from a need the GPUs that it is kept off
+        waive: rules that do not count
+    """
+    own = _own_needs(draft, overlay)
+    if own is None:
+        return None
+    board = board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
+    consents = _consents(draft, overlay)
+    best: tuple[Placement, list[Need]] | None = None
+    refusal: Refusal | None = None
+    for providers in _provider_choices(draft, overlay):
+        needs = [off(need) for need in (*own, *providers)]
+        placement = consents.seek(needs, board, waive=waive)
+        if placement is None:
+            refusal = refusal or consents.explain(needs, board)
+        elif best is None or placement.cost < best[0].cost:
+            best = placement, needs
+    return best or refusal
+
+
+def _consents(draft: Draft, overlay: OverlaySpec) -> Consents:
+    stopping = frozenset(n for n in overlay.endpoints if _would_stop(draft, overlay, n))
+    live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
+    leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
+    displaced = {n: s.record.evicted for n, s in draft.steps.items()}
+    return Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving)
+
+
+def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -> None:
     """Admit one overlay, or block it with the reason.
 
     The outcomes:
@@ -52,7 +114,8 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         5. a port that its endpoints need is not free for them       → PortInUse
         6. it would spare victims to wait for a lease being returned → WaitingForLease
         7. some choice of providers, places and victims is lawful    → leases, the least choice
-        8. none is                                                   → the rule or the lack that stands in the way
+        8. only windows to come stand in the way                     → WindowTaken, and the next free slot
+        9. none is                                                   → the rule or the lack that stands in the way
     """
     subject = Subject("workload", overlay.name)
     own = _own_needs(draft, overlay)
@@ -78,21 +141,11 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         draft.block(Blocked(subject, "SetByAnother", message, (), _earliest(draft), transient=True))  # 3
         return
     board = draft.board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
-    live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
-    leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
-    displaced = {n: s.record.evicted for n, s in draft.steps.items()}
-    consents = Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving)
-    best: tuple[Placement, list[Need]] | None = None
-    refusal: Refusal | None = None
-    for providers in _provider_choices(draft, overlay):
-        needs = [*own, *providers]
-        placement = consents.seek(needs, board)
-        if placement is None:
-            refusal = refusal or consents.explain(needs, board)
-        elif best is None or placement.cost < best[0].cost:
-            best = placement, needs
-    if best is not None:
-        placement, needs = best
+    rivalling = ahead_of(draft, overlay, draft.now.wall)
+    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling))
+    if isinstance(answer, tuple):
+        placement, needs = answer
+        consents = _consents(draft, overlay)
         taken = _port_conflict(draft, overlay, placement, needs)
         returning = _returning(draft, consents, needs, board, placement)
         if taken is not None:
@@ -103,13 +156,29 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> None:
         else:
             _take(draft, step, overlay, placement, needs, stopping)  # 7
         return
-    if refusal is None:
+    if rivalling and isinstance(_seek(draft, overlay, draft.board, lambda need: need), tuple):
+        slot = next_slot(draft, overlay, draft.now.wall, draft.windows, later)
+        draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
+        return
+    if answer is None:
         message = f"nothing offers {', '.join(overlay.requires)}"
         draft.block(Blocked(subject, "NoProvider", message, ("start or add a provider",)))  # 4
         return
+    if answer.reason == "CoolDown":
+        policy = draft.situation.spec.policy
+        cool = (
+            cool_again(
+                record,
+                draft.now,
+                max_evictions_per_hour=policy.max_evictions_per_hour,
+                min_ready_s=policy.min_ready_s,
+            )
+            for record in draft.records.values()
+        )
+        draft.wakes.extend(end for end in cool if end is not None)
     draft.block(
-        Blocked(subject, refusal.reason, refusal.message, refusal.alternatives, _earliest(draft), refusal.transient)
-    )  # 8
+        Blocked(subject, answer.reason, answer.message, answer.alternatives, _earliest(draft), answer.transient)
+    )  # 9
 
 
 def _port_conflict(draft: Draft, overlay: OverlaySpec, placement: Placement, needs: list[Need]) -> str | None:

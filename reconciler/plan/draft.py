@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
@@ -48,6 +48,23 @@ class Arriving:
     attempt: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The place of one overlay whose time has not come. Moments are epoch seconds."""
+
+    name: str
+    priority: int
+    opens: float
+    """When its victims begin to leave: its start less their predicted drain, stop and return of memory."""
+    start: float
+    end: float
+    """Predicted."""
+    victims: tuple[str, ...]
+    """Endpoints that will give way to it, as it looks now."""
+    beside: Mapping[str, int]
+    """GPU → bytes that others may hold there while it lasts; 0 where it is alone."""
+
+
 @dataclass(slots=True)
 class Draft:
     """Everything decided so far for one moment."""
@@ -64,6 +81,8 @@ class Draft:
     events: list[Event] = field(default_factory=list)
     # what seating produces; made anew each time it runs
     board: Board = field(default_factory=lambda: Board({}, {}))
+    windows: tuple[Window, ...] = ()
+    """Windows to come that have a place."""
     naps: dict[str, Nap] = field(default_factory=dict)
     """Endpoints that sleep, are about to, or wake up, by name."""
     leaving: dict[str, Leaving] = field(default_factory=dict)

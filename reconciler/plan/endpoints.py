@@ -192,3 +192,16 @@ def cooling_down(
         if ready_for < min_ready_s:
             return f"ready for {max(0.0, ready_for):.0f} s since its last eviction (at least {min_ready_s:g} s)"
     return None
+
+
+def cool_again(
+    record: EndpointRecord, now: Instant, *, max_evictions_per_hour: int, min_ready_s: float
+) -> Instant | None:
+    """When the passing of time alone lets this endpoint be evicted again; None if it cannot tell, or may be now."""
+    ends: list[Instant] = []
+    if len(record.evictions) >= max_evictions_per_hour:
+        free_again = sorted(record.evictions)[len(record.evictions) - max_evictions_per_hour]
+        ends.append(now.plus(free_again + EVICTION_WINDOW_S - now.wall))
+    if record.evictions and record.evicted_by is None and record.ready_since is not None:
+        ends.append(record.ready_since.plus(min_ready_s))
+    return max((end for end in ends if end.mono > now.mono), key=lambda end: end.mono, default=None)

@@ -16,15 +16,13 @@ from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import MEMORY_TIMEOUT_S, OverlayStep, predicted_end
+from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayStep, predicted_end
 from reconciler.plan.placement import Hold, Tenant, place
 from reconciler.plan.progress import arrival
 from reconciler.plan.seating import need_of
 from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import EndpointSpec, Spec, Stop
 
-MEMORY_RETURN_S = 1.5
-"""Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
 KILL_SLACK_S = 10.0
 """How long a whole tree may take to vanish after SIGKILL before the attempt counts as failed."""
 SPAWN_S = 0.1
@@ -341,8 +339,8 @@ class Graph:
                 needs += [*required, *yielding]
                 start = self._add(
                     "start_workload", subject, gpus, needs, reason=f"the work of overlay {record.name}", cause=cause,
-                    timeout_s=SPAWN_TIMEOUT_S, predicted_s=SPAWN_S, held=item is None,
-                    template=item or arrival(draft, step, overlay),
+                    timeout_s=SPAWN_TIMEOUT_S, predicted_s=SPAWN_S, not_before=record.window_start,
+                    held=item is None, template=item or arrival(draft, step, overlay),
                 )  # fmt: skip
                 needs = [start]
         elif record.state in ("admitted", "evicting", "starting"):
@@ -357,7 +355,7 @@ class Graph:
         end = self._add(
             "wait_end", subject, gpus, [*needs, *self._started_for.get(record.name, [])],
             reason=f"overlay {record.name} holds its GPUs", cause=cause,
-            timeout_s=span + overlay.makespan.grace_s, predicted_s=span,
+            timeout_s=span + overlay.makespan.grace_s, predicted_s=span, not_before=record.window_start,
         )  # fmt: skip
         if leases:
             end = self._add(

@@ -15,6 +15,8 @@ from reconciler.spec.spec import Makespan, OverlaySpec
 
 MEMORY_TIMEOUT_S = 60.0
 """Memory usually comes back within 1.5 s of the last process's end; what is still held after a minute is not coming."""
+MEMORY_RETURN_S = 1.5
+"""Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
 RECORD_KEPT_S = 86400.0
 """How long the outcome of an overlay stays in view after its file is gone."""
 

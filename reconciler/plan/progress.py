@@ -111,6 +111,11 @@ def _evicting(draft: Draft, step: OverlayStep) -> None:
     if leavers(draft, name, leases):
         return
     short = [x for x in leases if not _has_room(draft, x)]
+    if not short and now.wall < step.record.window_start:
+        message, begin = "its place is free; its window has not begun", step.record.window_start
+        draft.block(Blocked(Subject("workload", name), "NotYet", message, (), begin, transient=True))
+        draft.wakes.append(now.plus(begin - now.wall))
+        return
     if not short:
         draft.move(name, enter(step.record, "starting", now))
         return
@@ -232,7 +237,8 @@ def _restoring(draft: Draft, step: OverlayStep) -> None:
 def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
     """Whether a displaced endpoint needs no more waiting for.
 
-    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile; or without a place until
+    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile, or held back for one; or
+    without a place until
     somebody edits a file.
     """
     standing = draft.standings.get(victim)
@@ -241,6 +247,6 @@ def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
     if draft.records[victim].failed is not None or any(o != overlay for o in draft.evicted_from(victim)):
         return True
     blocked = draft.blocked.get(Subject("endpoint", victim))
-    if blocked is not None and not blocked.transient and standing.current is None:
+    if blocked is not None and (blocked.reason == "Held" or not blocked.transient) and standing.current is None:
         return True
     return standing.state == "healthy" and standing.current is not None and standing.current.id not in draft.leaving

@@ -20,6 +20,7 @@ from reconciler.plan.overlays import predicted_end
 from reconciler.plan.placement import Board, Hold, Need, Tenant, place
 from reconciler.plan.preemption import lacking
 from reconciler.plan.situation import Situation
+from reconciler.plan.windows import spared
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 
@@ -272,11 +273,15 @@ def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
             message = "it is pinned to a GPU that this node does not have"
             draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
             return
-        held = set().union(*draft.evicted_from(endpoint.name).values())
-        free = replace(need, candidates=tuple(c for c in need.candidates if c not in held))
+        leased = set().union(*draft.evicted_from(endpoint.name).values())
+        free = replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
         placement = place([free], draft.board, may_displace=lambda _: False)
         if placement is None:
             draft.block(_no_place(draft, need))
+            return
+        held = spared(draft, endpoint, free) if standing.current is None else None
+        if held is not None:
+            draft.block(held)
             return
         gpus = placement.gpus[subject]
         sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
