@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
-from reconciler.spec.engines import HOST, EngineCall
+from reconciler.spec.engines import HOST
+from reconciler.spec.profiles import EngineCall
 
 if TYPE_CHECKING:
     import httpx

@@ -37,7 +37,6 @@ from reconciler.plan.observed import Observed
 from reconciler.plan.planner import plan as decide
 from reconciler.plan.requests import clean_start, reset
 from reconciler.plan.status import DaemonInfo, status_data
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import Spec, Stop
 
 MEMORY_POLL_S = 0.1
@@ -270,7 +269,7 @@ class Daemon:
         record = self._parts.journal.ledger().endpoints.get(action.subject.name)
         if incarnation is None or incarnation.port is None or endpoint is None or record is None or record.nap is None:
             raise StateError(f"{action.subject} is no longer there to {action.op}")
-        profile = PROFILES[endpoint.engine]
+        profile = endpoint.profile
         level = profile.sleep_levels[record.nap.level]
         order = Order(
             incarnation=incarnation.id,

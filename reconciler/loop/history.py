@@ -9,7 +9,6 @@ from reconciler.journal.journal import Journal
 from reconciler.journal.timings import p95
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Observed
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import Spec
 
 
@@ -39,7 +38,7 @@ def predicted(journal: Journal, spec: Spec) -> Mapping[str, Timings]:
         endpoint = spec.endpoints.get(name)
         if endpoint is None:
             continue
-        default = PROFILES[endpoint.engine]
+        default = endpoint.profile
         answer[name] = Timings(
             load_s=default.load_s if entry.load_s is None else entry.load_s,
             drain_s=default.drain_s if entry.drain_s is None else entry.drain_s,

@@ -5,6 +5,7 @@ psutil gives the names of users and the commands of foreign processes, and nothi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from reconciler.census import MARKER
 from reconciler.clock import Clock
 from reconciler.identity import ProcStat, boot_id, descendants, is_alive, read_marker, read_stat
-from reconciler.journal.incarnations import Run
+from reconciler.journal.incarnations import Run, log_path
 from reconciler.journal.layout import StateDir
 from reconciler.observe.incarnation import IncarnationReader
 from reconciler.observe.listeners import every_pid, holders, listening
@@ -53,6 +54,7 @@ class ProcessReader:
     """Reads the incarnations in a state directory, and attributes processes to them."""
 
     def __init__(self, state: StateDir, clock: Clock) -> None:
+        self._state = state
         self._reader = IncarnationReader(state, clock)
         self._watches = Watches()
         self._known = _Known({}, {}, {}, {}, {})
@@ -86,6 +88,16 @@ class ProcessReader:
             sessions={run.session_id: i for i, run in runs.items() if incarnations[i].phase == "running"},
         )
         return tuple(incarnations.values())
+
+    def log_tail(self, incarnation: Incarnation, limit_bytes: int) -> str:
+        """The end of what an incarnation said; empty when its log cannot be read."""
+        subject = incarnation.subject
+        try:
+            with log_path(self._state, subject.kind, subject.name, incarnation.id).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
+                return file.read(limit_bytes).decode(errors="replace")
+        except OSError:
+            return ""
 
     def watches(self) -> Mapping[int, str]:
         """A pidfd → incarnation id for each living leader and shim, as of the last `read`; for the loop's selector.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,9 +14,11 @@ from reconciler.observe.nvml import CACHED, ReadOptions
 from reconciler.observe.probe import ProbeTarget
 from reconciler.observe.process import ProcessReader
 from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe
-from reconciler.spec.engines import PROFILES
+from reconciler.spec.profiles import LOG_TAIL_BYTES
 from reconciler.spec.spec import EndpointSpec, Spec
 
+MOST_FAILURES = 200
+"""Remembered readings of logs; ended incarnations are put away within a tick or two."""
 CLOCK_JUMP_S = 60.0
 """The wall clock may move this far against the monotonic one between two looks (semantics: Time)."""
 
@@ -56,6 +59,8 @@ class Observer:
         self._prober = prober
         self._clock = clock
         self._last: Instant | None = None
+        self._failures: dict[str, str | None] = {}
+        """What the logs of ended incarnations said, oldest first."""
 
     def observe(self, spec: Spec, options: ObserveOptions = USUAL) -> Observed:
         """What the box shows now. The prober is told whom to ask from now on; its answers are the last ones.
@@ -67,7 +72,7 @@ class Observer:
         Raises:
             StateError: the records of incarnations cannot be listed.
         """
-        incarnations = self._processes.read()  # 1
+        incarnations = tuple(self._with_failure(spec, i) for i in self._processes.read())  # 1
         readings = self._nvml.read(options.gpus)  # 2
         gpus = tuple(self._named(gpu) for gpu in readings.gpus)
         targets = probe_targets(spec, incarnations, options)  # 3
@@ -85,6 +90,20 @@ class Observer:
             gpus_detail=readings.detail,
             host_available_bytes=host_available(),
         )
+
+    def _with_failure(self, spec: Spec, incarnation: Incarnation) -> Incarnation:
+        """With what its log says of its end; the log of one that ended is read once."""
+        if incarnation.subject.kind != "endpoint" or incarnation.phase not in ("exited", "vanished"):
+            return incarnation
+        if incarnation.id not in self._failures:
+            endpoint = endpoint_of(spec, incarnation)
+            patterns = endpoint.profile.failures if endpoint else ()
+            told = self._processes.log_tail(incarnation, LOG_TAIL_BYTES) if patterns else ""
+            first = next((f for f in patterns if re.search(f.pattern, told)), None)
+            self._failures[incarnation.id] = str(first) if first else None
+            while len(self._failures) > MOST_FAILURES:
+                del self._failures[next(iter(self._failures))]
+        return replace(incarnation, failure=self._failures[incarnation.id])
 
     def _named(self, gpu: Gpu) -> Gpu:
         if not gpu.processes:
@@ -147,22 +166,22 @@ def probe_targets(
         endpoint = endpoint_of(spec, incarnation)
         if endpoint is None:
             continue
-        profile, stop = PROFILES.get(endpoint.engine), incarnation.stop
+        profile, stop = endpoint.profile, incarnation.stop
         targets[incarnation.id] = ProbeTarget(
             incarnation=incarnation.id,
             port=incarnation.port,
             health_path=endpoint.health.path,
-            busy_metrics=profile.busy_metrics if profile else (),
+            busy_metrics=profile.busy_metrics,
             interval_s=endpoint.health.interval_s,
             timeout_s=endpoint.health.timeout_s,
             failures=endpoint.health.failures,
             starting=incarnation.id not in options.ready_before,
             busy=incarnation.id in options.draining
             or (stop is not None and not stop.drained and stop.signalled is None),
-            running_metrics=profile.running_metrics if profile else (),
-            progress_metrics=profile.progress_metrics if profile else (),
-            metrics_path=(profile.metrics_path if profile else None) or "/metrics",
-            sleeping_path=profile.sleeping_path if profile and endpoint.evict.method == "sleep" else None,
+            running_metrics=profile.running_metrics,
+            progress_metrics=profile.progress_metrics,
+            metrics_path=profile.metrics_path or "/metrics",
+            sleeping_path=profile.sleeping_path if endpoint.evict.method == "sleep" else None,
         )
     return targets
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from reconciler.clock import Instant
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
-from reconciler.plan.naps import follow, says_asleep
+from reconciler.plan.naps import follow, serves
 from reconciler.plan.observed import Incarnation, Probe, Subject
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
@@ -44,7 +44,7 @@ def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Sta
     The state is the first that holds of:
         1. unknown    an incarnation whose identity could not be verified
         2. stopping   a stop is under way, or only strays of it are left
-        3. sleeping   its engine says so
+        3. sleeping   its engine says so, or is being told to sleep or to wake up
         4. healthy    it answers, or answered before and has not missed often enough yet
         5. starting   not ready yet, within its start-up deadline
         6. unhealthy  past that deadline, too many misses in a row, or its engine hangs
@@ -84,7 +84,7 @@ def _judge(
     if current.phase in ("exited", "vanished"):
         return "stopping", "its leader is gone; processes it left behind still run", None, None  # 2
     probe = situation.probe(current)
-    if says_asleep(record.nap, probe) and (probe is None or probe.misses < health.failures):
+    if not serves(record.nap, probe) and (probe is None or probe.misses < health.failures):
         return "sleeping", "", None, None  # 3
     if record.ready_incarnation == current.id:
         if (frozen_s := hung_for(probe)) >= HUNG_S:
@@ -141,7 +141,7 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         )
         planned = ended.stop is not None and record.unhealthy_since is None
         streak = record.streak if planned else (1 if calm else record.streak + 1)
-        end = Exit(ended.id, at, ended.exit_code, planned)
+        end = Exit(ended.id, at, ended.exit_code, planned, None if planned else ended.failure)
         record = replace(
             record, exits=(*record.exits, end)[-KEPT_EXITS:], streak=streak, ready_since=None, unhealthy_since=None
         )
@@ -160,10 +160,12 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
 
 
 def describe_exit(end: Exit) -> str:
-    """An exit in words."""
+    """An exit in words, with what the log said of it."""
     if end.exit_code is None:
-        return "an unknown exit code"
-    return f"signal {-end.exit_code}" if end.exit_code < 0 else f"exit code {end.exit_code}"
+        words = "an unknown exit code"
+    else:
+        words = f"signal {-end.exit_code}" if end.exit_code < 0 else f"exit code {end.exit_code}"
+    return f"{words} ({end.failure})" if end.failure else words
 
 
 def earliest_restart(record: EndpointRecord, restart: Restart) -> Instant | None:

@@ -20,7 +20,6 @@ from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayS
 from reconciler.plan.placement import Hold, Tenant, place
 from reconciler.plan.progress import arrival
 from reconciler.plan.seating import need_of
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import EndpointSpec, Spec, Stop
 
 KILL_SLACK_S = 10.0
@@ -170,7 +169,7 @@ class Graph:
         overlay = holders[0] if holders else None
         source = draft.steps[overlay].record.source if overlay else endpoint.source
         reason, cause = f"gives way to {', '.join(holders)}", Cause("evict", source, overlay)
-        level = PROFILES[endpoint.engine].sleep_levels[nap.level]
+        level = endpoint.profile.sleep_levels[nap.level]
         needs: list[int] = []
         if nap.begun is None:
             needs = [
@@ -205,7 +204,7 @@ class Graph:
         kind: Literal["restore", "setpoint"] = "restore" if overlay else "setpoint"
         reason = f"{overlay} no longer needs its place" if overlay else "its set point is running"
         cause = Cause(kind, endpoint.source, overlay)
-        part = PROFILES[endpoint.engine].sleep_levels[nap.level].wake_part
+        part = endpoint.profile.sleep_levels[nap.level].wake_part
         if nap.woken is None:
             call = self._add(
                 "wake", current.subject, current.gpus, needs, reason=reason, cause=cause,
@@ -449,7 +448,7 @@ def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | No
         return None
     record = draft.records[incarnation.subject.name]
     known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
-    if known is None or not PROFILES[known.engine].busy_metrics or record.ready_incarnation != incarnation.id:
+    if known is None or not known.profile.busy_metrics or record.ready_incarnation != incarnation.id:
         return None
     since = progress.requested if progress else draft.now
     until = since.plus(stop.drain_s)

@@ -77,6 +77,8 @@ class Exit:
     exit_code: int | None
     planned: bool
     """We had asked for it, and not because it was unhealthy."""
+    failure: str | None = None
+    """What its log said of it: a class and a hint."""
 
 
 @dataclass(frozen=True, slots=True)

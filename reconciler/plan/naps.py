@@ -18,7 +18,6 @@ from reconciler.plan.observed import Incarnation, Probe
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, predicted_end
 from reconciler.plan.placement import Hold, Need, Tenant, place
 from reconciler.plan.situation import Situation
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import EndpointSpec
 
 if TYPE_CHECKING:
@@ -39,6 +38,12 @@ def says_asleep(nap: Nap | None, probe: Probe | None) -> bool:
     if probe is not None and probe.sleeping is not None:
         return probe.sleeping
     return nap is not None and nap.slept is not None and nap.woken is None
+
+
+def serves(nap: Nap | None, probe: Probe | None) -> bool:
+    """Whether requests are answered: not from the moment it is told to sleep until it is seen awake again."""
+    told = nap is not None and nap.begun is not None and nap.failed is None
+    return not told and not says_asleep(nap, probe)
 
 
 def held_bytes(situation: Situation, incarnation: Incarnation, uuid: str) -> int | None:
@@ -62,13 +67,13 @@ def rested(situation: Situation, endpoint: EndpointSpec, incarnation: Incarnatio
     probe = situation.probe(incarnation)
     if nap.slept is None or nap.waking is not None or not says_asleep(nap, probe):
         return False
-    if PROFILES[endpoint.engine].sleeping_path and (probe is None or probe.at.mono < nap.slept.mono):
+    if endpoint.profile.sleeping_path and (probe is None or probe.at.mono < nap.slept.mono):
         return False
     for uuid in incarnation.gpus:
         held, gpu = held_bytes(situation, incarnation, uuid), situation.gpus.get(uuid)
         if held is None or gpu is None or gpu.at.mono < nap.slept.mono:
             return False
-        if held > PROFILES[endpoint.engine].residual_bytes:
+        if held > endpoint.profile.residual_bytes:
             return False
     return True
 
@@ -94,7 +99,7 @@ def follow(
         return replace(record, nap=None)  # 1
     probe, now = situation.probe(current), situation.now
     if nap is None:
-        if probe is not None and probe.sleeping and endpoint.engine in PROFILES and PROFILES[endpoint.engine].sleeps:
+        if probe is not None and probe.sleeping and endpoint.profile.sleeps:
             found = Nap(current.id, endpoint.evict.level, now, begun=now, slept=probe.at)  # 6
             return replace(record, nap=found)
         return record
@@ -227,7 +232,7 @@ def restless(draft: Draft, gpus: set[str]) -> list[Incarnation]:
 
 def drained(draft: Draft, endpoint: EndpointSpec, current: Incarnation, nap: Nap) -> Instant | None:
     """Until when its requests in flight are given time before it is told to sleep; None: there is none to wait for."""
-    if nap.begun is not None or endpoint.stop.drain_s <= 0 or not PROFILES[endpoint.engine].busy_metrics:
+    if nap.begun is not None or endpoint.stop.drain_s <= 0 or not endpoint.profile.busy_metrics:
         return None
     until, probe = nap.since.plus(endpoint.stop.drain_s), draft.situation.probe(current)
     if draft.now.mono >= until.mono:
@@ -245,7 +250,7 @@ def _level(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> int | 
     2. level 1, if it is allowed, the makespans are not too long for it, and host memory has room for the weights
     3. level 2, if the engine has it
     """
-    profile = PROFILES[endpoint.engine]
+    profile = endpoint.profile
     ready = draft.standings[endpoint.name].state in ("healthy", "sleeping")
     if endpoint.evict.method != "sleep" or not profile.sleeps or current.port is None or not ready:
         return None  # 1
@@ -273,7 +278,7 @@ def _room_on_host(draft: Draft, endpoint: EndpointSpec, current: Incarnation) ->
     coming = 0
     for name, nap in draft.naps.items():
         other, known = draft.standings[name].current, draft.wanted[name]
-        parks = PROFILES[known.engine].sleep_levels[nap.level].keeps_weights
+        parks = known.profile.sleep_levels[nap.level].keeps_weights
         if other is not None and nap.slept is None and parks:
             coming += _weights(known, other)
     return available - coming - _weights(endpoint, current) >= HOST_RESERVE
@@ -288,11 +293,11 @@ def _leaves_enough(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -
     for uuid in current.gpus:
         leases = [x for x in draft.leases if x.gpu == uuid]
         residues = [
-            PROFILES[draft.wanted[n].engine].residual_bytes
+            draft.wanted[n].profile.residual_bytes
             for n in draft.naps
             if n != endpoint.name and (c := draft.standings[n].current) is not None and uuid in c.gpus
         ]
-        wanted = sum(x.memory_bytes for x in leases) + sum(residues) + PROFILES[endpoint.engine].residual_bytes
+        wanted = sum(x.memory_bytes for x in leases) + sum(residues) + endpoint.profile.residual_bytes
         room = draft.situation.rooms.get(uuid)
         if room is None or any(x.exclusive for x in leases):
             return False
@@ -305,7 +310,7 @@ def _leaves_enough(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -
 
 
 def _residue(endpoint: EndpointSpec, current: Incarnation) -> Tenant:
-    hold = Hold(PROFILES[endpoint.engine].residual_bytes, exclusive=False)
+    hold = Hold(endpoint.profile.residual_bytes, exclusive=False)
     return Tenant(_key(endpoint.name), endpoint.priority, dict.fromkeys(current.gpus, hold))
 
 

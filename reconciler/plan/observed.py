@@ -108,6 +108,8 @@ class Incarnation:
     stop: StopProgress | None = None
     attempt: int = 0
     """Workloads: 0 for the first try, 1 for the first retry…"""
+    failure: str | None = None
+    """Endpoints that ended: the class of failure and a hint, as the end of the log tells; None: it does not."""
 
     @property
     def alive(self) -> bool:

@@ -297,6 +297,8 @@ def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         draft.wakes.append(not_before)
         wait = not_before.since(draft.now)
         message = f"it ended {record.streak} times in a row; the next start is in {wait:.1f} s"
+        last = record.exits[-1].failure if record.exits else None
+        message += f" ({last})" if last else ""
         draft.block(
             Blocked(
                 subject,
@@ -327,7 +329,9 @@ def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tu
         leaving = draft.leaving[standing.current.id]
         return leaving.reason, leaving.cause
     if record.exits and not record.exits[-1].planned:
-        return "it should run and does not", Cause("drift", endpoint.source, detail="it ended by itself")
+        told = record.exits[-1].failure
+        reason = f"it should run and does not: {told}" if told else "it should run and does not"
+        return reason, Cause("drift", endpoint.source, detail="it ended by itself")
     return "its set point is running", Cause("setpoint", endpoint.source)
 
 

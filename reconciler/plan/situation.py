@@ -14,7 +14,6 @@ from pathlib import PurePath
 from reconciler.clock import Instant
 from reconciler.plan.ledger import EndpointRecord, Ledger, Timings
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Probe, Subject
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.spec import (
     EndpointSpec,
     GpuClaim,
@@ -93,7 +92,7 @@ class Situation:
         learnt = self.ledger.timings.get(endpoint.name)
         if learnt is not None:
             return learnt
-        defaults = PROFILES[endpoint.engine]
+        defaults = endpoint.profile
         return Timings(
             load_s=min(defaults.load_s, endpoint.health.startup_s),
             drain_s=min(defaults.drain_s, endpoint.stop.drain_s),

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 
 from pydantic import BaseModel
 
+from reconciler.spec.profiles import EngineProfile
 from reconciler.spec.spec import EndpointSpec, Spec
 
 _NO_MEANING = frozenset({"source", "problems", "digest", "change_pending"})
@@ -53,8 +54,17 @@ def process_hash(endpoint: EndpointSpec, secrets: str | None) -> str:
             "env_file": endpoint.env_file,
             "secrets": secrets,
             "cwd": endpoint.cwd,
+            **({"profile": _command_of(endpoint.own_profile)} if endpoint.own_profile else {}),
         }
     )
+
+
+def _command_of(profile: EngineProfile) -> tuple[object, ...]:
+    """What of a profile is in the command line and the environment of who is started by it."""
+    return (
+        profile.executable, profile.base_args, profile.model_args, profile.file_args, profile.many_gpus_args,
+        profile.fraction_args, profile.env,
+    )  # fmt: skip
 
 
 def spec_digest(spec: Spec) -> str:

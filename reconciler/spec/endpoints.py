@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reconciler.spec.digests import digest, process_hash
-from reconciler.spec.engines import PROFILES, EngineProfile
 from reconciler.spec.env_file import parse_env_file
 from reconciler.spec.findings import Findings, clip, suggest
 from reconciler.spec.models import EndpointModel, HealthModel, RestartModel, StopModel
+from reconciler.spec.profiles import PROFILES, EngineProfile
 from reconciler.spec.spec import (
     EndpointSpec,
     Evict,
@@ -46,6 +46,8 @@ class Context:
     """None: the set points are broken, names cannot be looked up and are not complained about."""
     node_gpus: tuple[int | str, ...] | None
     read_env_file: ReadEnvFile
+    engines: Mapping[str, EngineProfile] = field(default_factory=dict)
+    """Profiles that the set points define."""
     secrets: dict[str, str | None] = field(default_factory=dict)
     """Digests of the `env_file`s read so far; None: could not be read."""
 
@@ -153,18 +155,30 @@ def resolve_endpoint(
         return locate(node, path) if child(node, *path) is not None else key_at
 
     findings = context.findings
-    profile = PROFILES.get(model.engine)
+    own = context.engines.get(model.engine)
+    profile = own or PROFILES.get(model.engine)
     if profile is None:
-        findings.add(at("engine"), f'unknown engine "{clip(model.engine)}"', suggest(model.engine, PROFILES))
+        findings.add(
+            at("engine"), f'unknown engine "{clip(model.engine)}"', suggest(model.engine, (*PROFILES, *context.engines))
+        )
     else:
         _check_engine(name, model, node, key_at, profile, findings)
     context.check_variables(child(node, "env"))
     gpus = model.gpus if model.gpus is not None else GpuCount(1)
     context.check_gpus(gpus, at("gpus"))
     env_file, secrets = context.env_file(model.env_file, at("env_file"))
-    health = _health(model.health)
-    if model.health.path is None and profile:
-        health = replace(health, path=profile.health_path)
+    health, ending = _health(model.health), stop(model.stop)
+    if profile:  # the engine's own, where nothing is written
+        health = replace(
+            health,
+            path=model.health.path or profile.health_path,
+            startup_s=health.startup_s if "startup" in model.health.model_fields_set else profile.startup_s,
+        )
+        ending = replace(
+            ending,
+            signal=ending.signal if "signal" in model.stop.model_fields_set else profile.stop_signal,
+            grace_s=ending.grace_s if "grace" in model.stop.model_fields_set else profile.grace_s,
+        )
     endpoint = EndpointSpec(
         name=name,
         model=model.model,
@@ -185,10 +199,11 @@ def resolve_endpoint(
         env_file=env_file,
         cwd=absolute(model.cwd, at("cwd")) if model.cwd else absolute(".", home or key_at),
         health=health,
-        stop=stop(model.stop),
+        stop=ending,
         restart=_restart(model.restart),
         process_hash="",
         source=key_at,
+        own_profile=own,
     )
     return replace(endpoint, process_hash=process_hash(endpoint, secrets))
 

@@ -15,6 +15,7 @@ from reconciler.spec.endpoints import Context, merge, resolve_endpoint, weight
 from reconciler.spec.findings import Findings
 from reconciler.spec.models import EndpointModel, SetpointsModel
 from reconciler.spec.overlays import Baseline, merge_live_edit, resolve_overlay, strip_extensions
+from reconciler.spec.own_engines import own_profiles
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Policy, Source, Spec
 from reconciler.spec.spec import Node as NodeSpec
 from reconciler.spec.texts import SourceText, Texts, read_texts, read_trusted
@@ -138,13 +139,14 @@ class _Setpoints:
         self.node = NodeSpec(model.node.name or hostname, model.node.gpus, model.node.reserve)
         policy = model.policy
         self.policy = Policy(policy.max_evictions_per_hour, policy.min_ready, policy.resync)
+        self.engines = own_profiles(model.engines, text, findings)
         self.floors = {name: item.min_available for name, item in sorted(model.capabilities.items())}
 
     def baseline(self) -> Baseline:
         """The endpoints; what is wrong with them goes to the findings."""
         defaults = child(self.text, "defaults")
         defaults = defaults if isinstance(defaults, Map) else None
-        context = Context(self.findings, self.priorities, self.node.gpus, self.read_env_file)
+        context = Context(self.findings, self.priorities, self.node.gpus, self.read_env_file, self.engines)
         endpoints: dict[str, EndpointSpec] = {}
         texts: dict[str, Node] = {}
         if defaults is not None and weight(defaults) * len(self.listed) > _MOST_EXPANDED:
@@ -167,7 +169,7 @@ class _Setpoints:
             count = None if self.node.gpus is None else len(self.node.gpus)
             check_floors(self.floors, tuple(endpoints.values()), self.text, count, self.findings)
         priorities = self.priorities if whole else None
-        return Baseline(endpoints, texts, defaults, priorities, self.node.gpus)
+        return Baseline(endpoints, texts, defaults, priorities, self.node.gpus, self.engines)
 
 
 def _overlays(

@@ -114,7 +114,7 @@ class EndpointModel(Model):
     model: Text | None = None
     """What it serves: a repository name or a path. Required unless the engine is `custom`."""
     engine: Text = "vllm"
-    """Engine profile: vllm, sglang, llamacpp, tgi, tei, or custom."""
+    """Engine profile: vllm, sglang, llamacpp, tgi, tei, custom, or one of one's own (`engines`)."""
     executable: Text | None = None
     """Program to start. Default: the engine's own, looked up on PATH; a path is taken as it is."""
     capabilities: Names = ()
@@ -182,6 +182,62 @@ class PolicyModel(Model):
     """The box is looked at this often even when nothing happens."""
 
 
+class FailureModel(Model):
+    """A way in which an engine fails, told from the end of its log."""
+
+    pattern: Text
+    """Regular expression."""
+    kind: Text
+    """A class in CamelCase."""
+    hint: Text
+    """What to do about it."""
+
+
+class EngineModel(Model):
+    """An engine profile of one's own. What is left out is as in `like`."""
+
+    like: Text = "custom"
+    """The profile that it is a variant of: vllm, sglang, llamacpp, tgi, tei; `custom` is an empty one."""
+    executable: Text | None = None
+    """Program, looked up on PATH. Required unless `like` has one."""
+    args: Words | None = None
+    """Always given; {host} {port} {model} {gpus} {gpu_count} {memory} {fraction} {drain} are filled in."""
+    model_args: Words | None = None
+    """Given first: they name the model."""
+    many_gpus_args: Words | None = None
+    """Added when it gets more than one GPU."""
+    fraction_args: Words | None = None
+    """Added when it claims less than the whole GPU."""
+    drain_args: Words | None = None
+    """Added when requests in flight may finish (`stop.drain`)."""
+    env: Annotated[dict[str, EnvValue], Empty] = Field(default_factory=dict)
+    """Variables it is always started with."""
+    health_path: UrlPath | None = None
+    """Answers 200 when ready."""
+    metrics_path: UrlPath | None = None
+    """A page of Prometheus metrics."""
+    busy_metrics: Words | None = None
+    """Their sum is the number of requests running and waiting."""
+    running_metrics: Words | None = None
+    """Their sum is the number of requests that are being worked on."""
+    progress_metrics: Words | None = None
+    """Counters that grow while any request is worked on."""
+    stop_signal: Signal | None = None
+    """Unless the endpoint's `stop.signal` says otherwise."""
+    grace: Duration | None = None
+    """Unless the endpoint's `stop.grace` says otherwise."""
+    startup: PositiveDuration | None = None
+    """Unless the endpoint's `health.startup` says otherwise."""
+    load: PositiveDuration | None = None
+    """Predicted time from start to ready, until history knows better."""
+    residual: Size | None = None
+    """Memory that it keeps on each GPU while it sleeps."""
+    titles: Words | None = None
+    """Regular expressions of its processes' titles."""
+    failures: tuple[FailureModel, ...] = ()
+    """What its log says when it fails; looked at before those of `like`."""
+
+
 class SetpointsModel(Model):
     """The set points of one box: what should run on its GPUs."""
 
@@ -199,5 +255,7 @@ class SetpointsModel(Model):
     """Brakes against thrashing; the defaults suit most boxes."""
     overlays: Text = "overlays/"
     """Folder of overlay files, relative to this file."""
+    engines: Annotated[dict[str, EngineModel], Empty] = Field(default_factory=dict)
+    """Engine profiles of one's own, by name; usable as an endpoint's `engine`."""
     endpoints: Annotated[dict[str, EndpointModel], Empty] = Field(default_factory=dict)
     """The baseline, by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.checks import check_pins, check_ports
@@ -14,6 +14,7 @@ from reconciler.spec.findings import Findings, suggest
 from reconciler.spec.makespan import resolve_makespan
 from reconciler.spec.models import EndpointModel
 from reconciler.spec.overlay_models import OverlayModel
+from reconciler.spec.profiles import EngineProfile
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Source, WholeGpu, Workload
 from reconciler.spec.texts import SourceText
 from reconciler.spec.tree import Entry, Map, Node, Scalar, child, locate
@@ -30,6 +31,8 @@ class Baseline:
     priorities: Mapping[str, int] | None
     """None: the set points are broken; only what does not depend on them is checked."""
     node_gpus: tuple[int | str, ...] | None
+    engines: Mapping[str, EngineProfile] = field(default_factory=dict)
+    """Profiles that the set points define."""
 
 
 def resolve_overlay(source: SourceText, baseline: Baseline, read_env_file: ReadEnvFile) -> OverlaySpec:
@@ -42,7 +45,7 @@ def resolve_overlay(source: SourceText, baseline: Baseline, read_env_file: ReadE
     text = strip_extensions(parse(source.text, source.path))
     top = Source(source.path, 1, 1)
     findings.check_name(top, "overlay", source.name)
-    context = Context(findings, baseline.priorities, baseline.node_gpus, read_env_file)
+    context = Context(findings, baseline.priorities, baseline.node_gpus, read_env_file, baseline.engines)
     model = findings.validate(OverlayModel, text) or findings.salvage(OverlayModel, text, _stand_ins(top))
     overlay = None if model is None else _resolve(source.name, model, text, baseline, context)
     if findings or overlay is None:
@@ -99,7 +102,8 @@ def _resolve(name: str, model: OverlayModel, text: Map, baseline: Baseline, cont
 
     if not {"gpus", "workload", "set", "requires"} & set(text.entries):
         hint = "give it gpus, a workload, `set`, or `requires`"
-        findings.add(next(iter(text.entries.values())).key_at, "the overlay asks for nothing", hint)
+        first = next(iter(text.entries.values()), None)  # `{}` holds nothing to point at
+        findings.add(first.key_at if first else text.at, "the overlay asks for nothing", hint)
     if model.gpus is not None:
         context.check_gpus(model.gpus, at("gpus"))
         if model.gpus.count == 0 and not {"workload", "set", "requires"} & set(text.entries):

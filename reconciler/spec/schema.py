@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
-from reconciler.spec.engines import PROFILES
 from reconciler.spec.models import Model, SetpointsModel
 from reconciler.spec.overlay_models import OverlayModel
+from reconciler.spec.profiles import PROFILES
 from reconciler.spec.values import DURATION_PATTERN, NAME, SIZE_PATTERN
 from reconciler.units import format_duration, format_size
 
@@ -94,4 +94,4 @@ def _tidy(name: str, field: dict[str, Any]) -> None:
         if name in _NAMED:
             field["propertyNames"] = {"pattern": f"^{NAME.pattern}$"}
     if name == "engine":
-        field["enum"] = list(PROFILES)
+        field["examples"] = list(PROFILES)  # the set points may define more

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from reconciler.errors import Problem
+from reconciler.spec.profiles import PROFILES, EngineProfile
 
 SetPoint = Literal["running", "standby", "stopped"]
 
@@ -157,6 +158,13 @@ class EndpointSpec:
     not priority, capabilities, state, consent, health, stop, restart or evict, and not *which* GPUs are claimed,
     only how many and how much memory."""
     source: Source
+    own_profile: EngineProfile | None = None
+    """The profile that the set points define under the name `engine`; None: the one that comes with the program."""
+
+    @property
+    def profile(self) -> EngineProfile:
+        """What is known of its engine."""
+        return self.own_profile or PROFILES[self.engine]
 
 
 # ---------------------------------------------------------------- overlays

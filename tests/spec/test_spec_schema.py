@@ -94,7 +94,6 @@ def test_shipped_files_mean_the_same_to_other_yaml_readers() -> None:
         ("    priority: 1.5\n", False),
         ("    gpus: [3, GPU-0123abcd]\n", True),
         ("    gpus: []\n", False),
-        ("    engine: vlm\n", False),
         ("    enginee: vllm\n", False),
         ("    state: on\n", False),
         ("    env: {A: 1}\n", False),

@@ -1,0 +1,78 @@
+"""Engine profiles that the set points define: a built-in one with some of its parts replaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from reconciler.spec.findings import Findings, clip, suggest
+from reconciler.spec.models import EngineModel
+from reconciler.spec.profiles import PROFILES, EngineProfile, FailurePattern
+from reconciler.spec.tree import Map, locate
+
+
+def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Findings) -> dict[str, EngineProfile]:
+    """The profiles by name; what is wrong with them goes to the findings.
+
+    Wrong are a name that the program has itself, an unknown `like`, no program to start, metrics without a page of
+    them, and patterns that are no regular expressions.
+    """
+    found: dict[str, EngineProfile] = {}
+    for name, model in sorted(models.items()):
+        at = locate(text, ("engines", name), key=True)
+        if not findings.check_name(at, "engine", name):
+            continue
+        if name in PROFILES:
+            findings.add(
+                at, f'engine "{name}" comes with the program', f"choose another name, and write `like: {name}`"
+            )
+            continue
+        base = PROFILES.get(model.like)
+        if base is None:
+            place = locate(text, ("engines", name, "like"))
+            findings.add(place, f'unknown engine "{clip(model.like)}"', suggest(model.like, PROFILES))
+            continue
+        profile = _merged(name, base, model)
+        if profile.executable is None:
+            findings.add(
+                at, f'engine "{name}" has no program to start', "write `executable:`, or `like:` another engine"
+            )
+            continue
+        counted = profile.busy_metrics or profile.running_metrics or profile.progress_metrics
+        if counted and profile.metrics_path is None:
+            findings.add(at, f'engine "{name}" names metrics and no page of them', "write `metrics_path:`")
+        for pattern in (*profile.titles, *(f.pattern for f in profile.failures)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                findings.add(at, f'engine "{name}": {clip(pattern)} is no regular expression: {error}')
+        found[name] = profile
+    return found
+
+
+def _merged(name: str, base: EngineProfile, model: EngineModel) -> EngineProfile:
+    written: dict[str, Any] = {
+        "executable": model.executable,
+        "base_args": model.args,
+        "model_args": model.model_args,
+        "file_args": () if model.model_args is not None else None,
+        "many_gpus_args": model.many_gpus_args,
+        "fraction_args": model.fraction_args,
+        "drain_args": model.drain_args,
+        "health_path": model.health_path,
+        "metrics_path": model.metrics_path,
+        "busy_metrics": model.busy_metrics,
+        "running_metrics": model.running_metrics,
+        "progress_metrics": model.progress_metrics,
+        "stop_signal": model.stop_signal,
+        "grace_s": model.grace,
+        "startup_s": model.startup,
+        "load_s": model.load,
+        "residual_bytes": model.residual,
+        "titles": model.titles,
+    }
+    parts = {part: value for part, value in written.items() if value is not None}
+    failures = tuple(FailurePattern(f.pattern, f.kind, f.hint) for f in model.failures)
+    return replace(base, name=name, env={**base.env, **model.env}, failures=(*failures, *base.failures), **parts)

@@ -1,0 +1,266 @@
+"""Engine profiles as data: what is known of each kind of model server. `spec.engines` fills them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+RESIDUAL = 3 << 29
+"""1.5 GiB: vLLM keeps 1.1-1.2 GiB on each GPU while it sleeps, for its context and graphs (realities)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePattern:
+    """A way in which an engine fails, told from the end of its log."""
+
+    pattern: str
+    """Regular expression, searched in the last `LOG_TAIL_BYTES`."""
+    kind: str
+    """A class in CamelCase, for people and alerts."""
+    hint: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.hint}"
+
+
+LOG_TAIL_BYTES = 64 << 10
+
+_PYTHON_FAILURES = (
+    FailurePattern(
+        r"Error in memory profiling",
+        "MemoryChanged",
+        "a neighbour on its GPU freed memory while it measured; it is tried again",
+    ),
+    FailurePattern(
+        r"Free memory on device .* is less than desired|OutOfMemoryError|CUDA out of memory|CUDA error: out of memory",
+        "OutOfMemory",
+        "give it a larger GPU or a smaller `memory:`, or see with `reconciler status` who holds its GPU",
+    ),
+    FailurePattern(r"[Aa]ddress already in use", "PortTaken", "another process has its port; `ss -ltnp` names it"),
+    FailurePattern(
+        r"(?m)error: (?:unrecognized arguments|argument |the following arguments|ambiguous option)",
+        "BadArgument",
+        "correct `args:`; the engine's --help knows them",
+    ),
+    FailurePattern(
+        r"GatedRepoError|401 Client Error|403 Client Error|Access to model .* is restricted",
+        "NoAccess",
+        "accept the model's licence and put HF_TOKEN in its env_file",
+    ),
+    FailurePattern(
+        r"RepositoryNotFoundError|is not a local folder and is not a valid model identifier|"
+        r"Can't load the configuration of|Repo id must be in the form|Invalid repository ID",
+        "ModelNotFound",
+        "correct `model:`, or download it first",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One POST to an engine's own port; an answer other than 2xx is a failure."""
+
+    path: str
+    body: str | None = None
+    """JSON; None: no body."""
+
+
+@dataclass(frozen=True, slots=True)
+class SleepLevel:
+    """One way to give GPU memory back and keep the process."""
+
+    sleep: tuple[EngineCall, ...]
+    wake: tuple[EngineCall, ...]
+    sleep_s: float
+    """Predicted."""
+    wake_part: float
+    """Predicted time from the calls to ready, as a part of a whole load."""
+    keeps_weights: bool
+    """They move to host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """What is known of one engine.
+
+    Command-line parts may hold {port} {model} {gpus} {gpu_count} {memory} {fraction} {host}; filled in at start.
+    """
+
+    name: str
+    executable: str | None
+    """None: the endpoint's `command` is the whole command."""
+    base_args: tuple[str, ...] = ()
+    model_args: tuple[str, ...] = ()
+    file_args: tuple[str, ...] = ()
+    """Instead of `model_args` when the model is a path; empty: the same."""
+    many_gpus_args: tuple[str, ...] = ()
+    """Added when it gets more than one GPU."""
+    fraction_args: tuple[str, ...] = ()
+    """Added when it claims less than the whole GPU; empty: the engine has no such bound."""
+    drain_args: tuple[str, ...] = ()
+    """Added when requests in flight may finish: the engine's own drain, for those that are left at the signal."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables it is always started with."""
+    sleep_args: tuple[str, ...] = ()
+    """Added when it is to be evicted by sleep."""
+    sleep_env: Mapping[str, str] = field(default_factory=dict)
+    sleep_levels: Mapping[int, SleepLevel] = field(default_factory=dict)
+    """How it frees its GPU memory and keeps its process; empty: it cannot."""
+    residual_bytes: int = 0
+    """Planned on each GPU for one that sleeps; it counts as asleep once NVML shows no more."""
+    sleeping_path: str | None = None
+    """Answers `{"is_sleeping": true|false}`, once it may sleep; None: it cannot be asked."""
+    health_path: str = "/health"
+    """Answers 200 when ready."""
+    metrics_path: str | None = None
+    busy_metrics: tuple[str, ...] = ()
+    """Their sum is the number of requests running and waiting; empty: the engine does not say."""
+    running_metrics: tuple[str, ...] = ()
+    """Their sum is the number of requests that are being worked on; empty: the engine does not say."""
+    progress_metrics: tuple[str, ...] = ()
+    """Their sum grows while any request is worked on: frozen with some running, it tells a hidden hang."""
+    load_s: float = 30.0
+    """Predicted start to ready, until history knows better."""
+    drain_s: float = 5.0
+    stop_s: float = 5.0
+    stop_signal: str = "SIGTERM"
+    """Unless the endpoint's `stop.signal` says otherwise; so `grace_s` and `startup_s`."""
+    grace_s: float = 30.0
+    startup_s: float = 900.0
+    failures: tuple[FailurePattern, ...] = ()
+    """What its log says when it ends by itself; the first that is found names the class."""
+    titles: tuple[str, ...] = ()
+    """Regular expressions of process titles: secondary evidence, for people and for `doctor`."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can free its GPU memory and keep its process."""
+        return bool(self.sleep_levels)
+
+
+# Load and stop times: vLLM measured 27-98 s to ready, 0.4-0.9 s from SIGTERM to exit when idle; others by analogy.
+PROFILES: Mapping[str, EngineProfile] = {
+    profile.name: profile
+    for profile in (
+        EngineProfile(
+            name="vllm",
+            executable="vllm",
+            model_args=("serve", "{model}"),
+            base_args=("--host", "{host}", "--port", "{port}"),
+            many_gpus_args=("--tensor-parallel-size", "{gpu_count}"),
+            drain_args=("--shutdown-timeout", "{drain}"),  # without it the server waits for its clients for minutes
+            fraction_args=("--gpu-memory-utilization", "{fraction}"),
+            sleep_args=("--enable-sleep-mode",),
+            sleep_env={"VLLM_SERVER_DEV_MODE": "1"},
+            sleep_levels={
+                # 0.3-6 s to wake with the weights in host memory, against 38-98 s; without them they are read once more
+                1: SleepLevel((EngineCall("/sleep?level=1"),), (EngineCall("/wake_up"),), 5.0, 0.1, keeps_weights=True),
+                2: SleepLevel(
+                    (EngineCall("/sleep?level=2"),),
+                    (
+                        EngineCall("/wake_up?tags=weights"),
+                        EngineCall("/collective_rpc", '{"method": "reload_weights"}'),
+                        EngineCall("/wake_up?tags=kv_cache"),
+                    ),
+                    2.0,
+                    0.4,
+                    keeps_weights=False,
+                ),
+            },
+            residual_bytes=RESIDUAL,
+            sleeping_path="/is_sleeping",
+            metrics_path="/metrics",
+            busy_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
+            running_metrics=("vllm:num_requests_running",),
+            progress_metrics=("vllm:iteration_tokens_total_sum",),
+            load_s=60.0,
+            drain_s=10.0,
+            stop_s=10.0,
+            failures=_PYTHON_FAILURES,
+            titles=(r"VLLM::\w+", r"\bvllm serve\b"),
+        ),
+        EngineProfile(
+            name="sglang",
+            executable="sglang",
+            model_args=("serve", "--model-path", "{model}"),
+            base_args=("--host", "{host}", "--port", "{port}", "--enable-metrics"),  # off by default; drain needs them
+            many_gpus_args=("--tp-size", "{gpu_count}"),
+            fraction_args=("--mem-fraction-static", "{fraction}"),
+            # without the backup the weights would be gone when it resumes
+            sleep_args=("--enable-memory-saver", "--enable-weights-cpu-backup"),
+            sleep_levels={
+                1: SleepLevel(
+                    (EngineCall("/release_memory_occupation", "{}"),),
+                    (EngineCall("/resume_memory_occupation", "{}"),),
+                    5.0,
+                    0.1,
+                    keeps_weights=True,
+                ),
+            },
+            residual_bytes=RESIDUAL,
+            metrics_path="/metrics",
+            busy_metrics=("sglang:num_running_reqs", "sglang:num_queue_reqs"),
+            load_s=60.0,
+            drain_s=10.0,
+            stop_s=10.0,
+            failures=_PYTHON_FAILURES,
+            titles=(r"sglang::\w+", r"\bsglang\b"),
+        ),
+        EngineProfile(
+            name="llamacpp",
+            executable="llama-server",
+            model_args=("-hf", "{model}"),
+            file_args=("--model", "{model}"),
+            base_args=("--host", "{host}", "--port", "{port}", "--metrics"),  # off by default; drain needs them
+            metrics_path="/metrics",
+            busy_metrics=("llamacpp:requests_processing", "llamacpp:requests_deferred"),
+            load_s=15.0,
+            stop_s=1.0,
+            failures=(
+                FailurePattern(
+                    r"cudaMalloc failed: out of memory|failed to allocate|unable to allocate",
+                    "OutOfMemory",
+                    "give it a larger GPU, or fewer layers with `--n-gpu-layers`",
+                ),
+                FailurePattern(
+                    r"error: invalid argument|error while handling argument", "BadArgument", "correct `args:`"
+                ),
+                FailurePattern(
+                    r"failed to load model|No such file or directory|failed to open GGUF",
+                    "ModelNotFound",
+                    "correct `model:`",
+                ),
+                FailurePattern(r"couldn't bind HTTP server socket", "PortTaken", "another process has its port"),
+            ),
+            titles=(r"\bllama-server\b",),
+        ),
+        EngineProfile(
+            name="tgi",
+            executable="text-generation-launcher",
+            model_args=("--model-id", "{model}"),
+            # two launchers share /tmp/text-generation-server unless told otherwise
+            base_args=("--hostname", "{host}", "--port", "{port}", "--shard-uds-path", "/tmp/text-generation-{port}"),  # noqa: S108
+            many_gpus_args=("--num-shard", "{gpu_count}"),
+            fraction_args=("--cuda-memory-fraction", "{fraction}"),
+            metrics_path="/metrics",
+            busy_metrics=("tgi_batch_current_size", "tgi_queue_size"),
+            load_s=60.0,
+            stop_s=10.0,
+            failures=_PYTHON_FAILURES,
+            titles=(r"\btext-generation-(?:launcher|router|server)\b",),
+        ),
+        EngineProfile(
+            name="tei",
+            executable="text-embeddings-router",
+            model_args=("--model-id", "{model}"),
+            base_args=("--hostname", "{host}", "--port", "{port}"),
+            metrics_path="/metrics",
+            busy_metrics=("te_queue_size",),
+            load_s=20.0,
+            stop_s=2.0,
+            titles=(r"\btext-embeddings-router\b",),
+        ),
+        EngineProfile(name="custom", executable=None),
+    )
+}

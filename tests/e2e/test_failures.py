@@ -1,0 +1,43 @@
+"""Why an endpoint does not come up, as its log tells: a class and a hint, where people look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box_driver import Box, free_ports, wait_for
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    box = Box(tmp_path)
+    box.node = "1x24GiB"
+    yield box
+    box.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"args": ["--no-such-option", "1"]}, "BadArgument"),
+        ({"model": "/nowhere/model"}, "ModelNotFound"),
+        ({"model": "meta-llama/Llama-3.1-70B"}, "OutOfMemory"),
+    ],
+)
+def test_a_start_that_fails_is_named_with_a_hint_in_status_and_incident(
+    box: Box, fields: dict[str, object], kind: str
+) -> None:
+    box.spec["endpoints"]["ask"] = {
+        "engine": "vllm",
+        "model": "Qwen/Qwen3-0.6B",
+        "port": free_ports(1)[0],
+        "gpus": [0],
+        "restart": {"max_restarts": 0},
+        **fields,
+    }
+    box.write()
+    box.start()
+    seen = wait_for(lambda: (e := box.endpoints()["ask"])["state"] == "failed" and e, "it is given up")
+    assert f"({kind}: " in seen["reason"]
+    assert any(kind in i["message"] for i in box.status()["incidents"])
