@@ -96,14 +96,15 @@ def merge_live_edit(running: OverlaySpec, edited: OverlaySpec) -> OverlaySpec:
 
 def _resolve(name: str, model: OverlayModel, text: Map, baseline: Baseline, context: Context) -> OverlaySpec:
     findings = context.findings
+    first = next(iter(text.entries.values()), None)
+    top = first.key_at if first else text.at  # `{}` holds nothing to point at
 
     def at(*path: str | int) -> Source:
         return locate(text, path)
 
     if not {"gpus", "workload", "set", "requires"} & set(text.entries):
         hint = "give it gpus, a workload, `set`, or `requires`"
-        first = next(iter(text.entries.values()), None)  # `{}` holds nothing to point at
-        findings.add(first.key_at if first else text.at, "the overlay asks for nothing", hint)
+        findings.add(top, "the overlay asks for nothing", hint)
     if model.gpus is not None:
         context.check_gpus(model.gpus, at("gpus"))
         if model.gpus.count == 0 and not {"workload", "set", "requires"} & set(text.entries):
@@ -130,7 +131,7 @@ def _resolve(name: str, model: OverlayModel, text: Map, baseline: Baseline, cont
         endpoints=dict(sorted(endpoints.items())),
         on_edit=model.on_edit,
         placement_hash=digest([model.gpus, model.memory, process, model.requires, patches]),
-        source=next(iter(text.entries.values())).key_at,
+        source=top,
     )
 
 
