@@ -67,6 +67,8 @@ class Plant:
     """Incarnation → requests in flight; 0 if not there."""
     nameless: frozenset[str] = frozenset()
     """Incarnations whose memory NVML names no process for."""
+    begun: list[float] = field(default_factory=list)
+    """Epoch seconds of the starts of work, in order."""
     history: list[Action] = field(default_factory=list)
     """Every action carried out, in order."""
     serial: int = 0
@@ -170,6 +172,7 @@ class Plant:
         )  # fmt: skip
         behaviour = self.behaviour
         if action.op == "start_workload":
+            self.begun.append(self.now.wall)
             codes = behaviour.exit_codes.get(action.subject.name, (0,))
             code = codes[min(action.attempt, len(codes) - 1)]
             run = behaviour.run_s.get(action.subject.name, behaviour.default_run_s)
