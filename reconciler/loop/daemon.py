@@ -172,7 +172,7 @@ class Daemon:
         options = self._look_options(ledger)
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
-        ledger = replace(ledger, timings=predicted(parts.journal, in_force.spec))
+        ledger = replace(ledger, timings=predicted(parts.journal.timings(), in_force.spec))
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now)  # the record first, then the act

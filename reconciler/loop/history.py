@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reconciler.journal.journal import Journal
-from reconciler.journal.timings import p95
+from reconciler.journal.timings import Measure, p95
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Observed
 from reconciler.spec.spec import Spec
@@ -19,10 +19,15 @@ class _Learnt:
     stop_s: float | None = None
 
 
-def predicted(journal: Journal, spec: Spec) -> Mapping[str, Timings]:
-    """p95 of what was measured, per endpoint that was measured at all; the engine's defaults for the rest of it."""
+def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spec) -> Mapping[str, Timings]:
+    """p95 of what was measured, per endpoint that was measured at all; the engine's defaults for the rest of it.
+
+    Args:
+        measured: seconds by (endpoint, measure), as the journal has them
+        spec: bounds what was not measured, and how long a drain may take now
+    """
     learnt: dict[str, _Learnt] = {}
-    for (subject, what), seconds in journal.timings().items():
+    for (subject, what), seconds in measured.items():
         entry = learnt.setdefault(subject, _Learnt())
         match what:
             case "load":
@@ -40,9 +45,9 @@ def predicted(journal: Journal, spec: Spec) -> Mapping[str, Timings]:
             continue
         default = endpoint.profile
         answer[name] = Timings(
-            load_s=default.load_s if entry.load_s is None else entry.load_s,
-            drain_s=default.drain_s if entry.drain_s is None else entry.drain_s,
-            stop_s=default.stop_s if entry.stop_s is None else entry.stop_s,
+            load_s=min(default.load_s, endpoint.health.startup_s) if entry.load_s is None else entry.load_s,
+            drain_s=min(default.drain_s if entry.drain_s is None else entry.drain_s, endpoint.stop.drain_s),
+            stop_s=min(default.stop_s, endpoint.stop.grace_s) if entry.stop_s is None else entry.stop_s,
         )
     return answer
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from desk import Desk
 
 from reconciler.cli import wiring
 from reconciler.cli.main import run
-from reconciler.clock import Instant
+from reconciler.clock import Instant, SystemClock
+from reconciler.journal.journal import Journal
+from reconciler.journal.layout import StateDir, acquire_writer
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Gpu, Observed
 from reconciler.plan.planner import plan as decide
@@ -158,3 +162,20 @@ def test_a_note_of_the_wiring_goes_to_stderr(box, monkeypatch, capsys):
     monkeypatch.setattr(wiring, "look", lambda *a, **k: replace(plain(*a, **k), notes=("mind the gap",)))
     assert run(["plan"]) == 0
     assert "mind the gap" in capsys.readouterr().err
+
+
+def test_the_expected_times_are_those_that_were_measured_also_without_a_daemon(desk: Desk) -> None:
+    def load_s() -> float:
+        waits = [a for a in desk.data("plan")["actions"] if a["op"] == "wait_ready" and a["subject"] == "big"]
+        begin, end = (datetime.fromisoformat(moment) for moment in waits[0]["expected"])
+        return (end - begin).total_seconds()
+
+    before = load_s()
+    state = StateDir(desk.state)
+    state.ensure()
+    with acquire_writer(state):
+        journal = Journal.open(state.journal, SystemClock())
+        journal.record_timing("big", "load", 7.5)
+        journal.close()
+    assert before == pytest.approx(60.0, abs=0.01)
+    assert load_s() == pytest.approx(7.5, abs=0.01)
