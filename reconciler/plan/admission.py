@@ -113,6 +113,7 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -
         4. nothing can provide what it requires                      → NoProvider
         5. a port that its endpoints need is not free for them       → PortInUse
         6. it would spare victims to wait for a lease being returned → WaitingForLease
+           or another begins beside its victims at this moment       → WaitingForBegin
         7. some choice of providers, places and victims is lawful    → leases, the least choice
         8. only windows to come stand in the way                     → WindowTaken, and the next free slot
         9. none is                                                   → the rule or the lack that stands in the way
@@ -150,6 +151,9 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -
         returning = _returning(draft, consents, needs, board, placement)
         if taken is not None:
             draft.block(Blocked(subject, "PortInUse", taken, ("choose another port",), transient=True))  # 5
+        elif beginning := _beginning(draft, overlay, placement):
+            message = f"{', '.join(beginning)} begins on a GPU that somebody would have to leave for it"
+            draft.block(Blocked(subject, "WaitingForBegin", message, transient=True))  # 6
         elif returning:
             message = f"it waits for the place that {', '.join(returning)} is giving back, rather than displace more"
             draft.block(Blocked(subject, "WaitingForLease", message, transient=True))  # 6
@@ -197,6 +201,19 @@ def _port_conflict(draft: Draft, overlay: OverlaySpec, placement: Placement, nee
             if rival and endpoint.port is not None and other.port == endpoint.port:
                 return f"port {endpoint.port}, which {endpoint.name} needs, belongs to {name}"
     return None
+
+
+def _beginning(draft: Draft, overlay: OverlaySpec, placement: Placement) -> list[str]:
+    """Overlays, not less important, that are about to begin where its victims are: an eviction would delay them."""
+    gpus = {g for key in placement.victims for g in draft.board.tenants[key].holds}
+    return sorted(
+        name
+        for name, step in draft.steps.items()
+        if step.record.state in ("admitted", "evicting", "starting")
+        and step.record.priority >= overlay.priority
+        and f"overlay/{name}" not in placement.victims
+        and any(lease.overlay == name and lease.gpu in gpus for lease in draft.leases)
+    )
 
 
 def _returning(draft: Draft, consents: Consents, needs: list[Need], board: Board, placement: Placement) -> list[str]:
