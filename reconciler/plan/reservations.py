@@ -87,13 +87,16 @@ def _to_come(draft: Draft) -> list[OverlayStep]:
 
 
 def _board_at(draft: Draft, wall: float) -> Board:
-    """Who will have a place then: without the overlays predicted to be over, and with whom they keep away."""
+    """Who will have a place then: without the overlays predicted to be over, and with whom they keep away.
+
+    Of one that should have ended already nobody knows when it will.
+    """
     over = {
         name
         for name, s in draft.steps.items()
         if s.spec is None
         or s.record.state not in OVERRIDING
-        or predicted_end(s.record, s.spec.makespan, draft.now.wall) <= wall
+        or draft.now.wall < predicted_end(s.record, s.spec.makespan, draft.now.wall) <= wall
     }
     board = draft.board.without(frozenset(f"overlay/{name}" for name in over))
     baseline = draft.situation.spec.endpoints.values()
