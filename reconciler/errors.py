@@ -3,6 +3,7 @@
     ReconcilerError
     ├── SpecError            a set-point or overlay file is wrong (terminal: a person must edit it)
     ├── UsageError           the command line is wrong
+    ├── UnknownName          nothing has the name that was asked for
     ├── StateError           the state directory or the journal cannot be used (terminal)
     │   └── DaemonRunning    another daemon holds the state directory
     ├── DriverError          NVML is not there or does not answer (transient, but for a missing driver)
@@ -16,6 +17,7 @@ Data stands in fields; `str()` gives where, what, and what next.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -34,6 +36,19 @@ class Problem:
         """`file:line:column: what`, and the hint on a line of its own."""
         where = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
         return f"{where}: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
+
+
+def suggest(word: str, known: Iterable[str]) -> str | None:
+    """`did you mean "x"?`, or what there is, or nothing."""
+    from difflib import get_close_matches
+
+    names = sorted(known)
+    # difflib is quadratic in the length of the word
+    if close := get_close_matches(word.lower()[:64], names[:1000], n=1):
+        return f'did you mean "{close[0]}"?'
+    if not names:
+        return None
+    return "known: " + ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
 
 
 class ReconcilerError(Exception):
@@ -66,6 +81,16 @@ class UsageError(ReconcilerError):
 
     code = "UsageError"
     exit_code = 64
+
+
+class UnknownName(ReconcilerError):  # noqa: N818 - a state of the world, named as in the messages
+    """Nothing has the name that was asked for; the hint says which name comes near, or which there are."""
+
+    code = "UnknownName"
+
+    def __init__(self, message: str, *, name: str, known: Iterable[str]) -> None:
+        super().__init__(message, hint=suggest(name, known))
+        self.name = name
 
 
 class StateError(ReconcilerError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
 from reconciler.cli.tables import clock
-from reconciler.errors import ReconcilerError
+from reconciler.errors import UnknownName
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
 from reconciler.plan.ledger import TERMINAL
@@ -72,11 +71,7 @@ def _find(data: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
         if name in (str(item["index"]), item["uuid"]):
             return "gpu", item
     known = [item["name"] for key in ("endpoints", "overlays") for item in data[key]]
-    near = get_close_matches(name, known, 1)
-    raise ReconcilerError(
-        f"nothing is named {name!r}",
-        hint=f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known)),
-    )
+    raise UnknownName(f"nothing is named {name!r}", name=name, known=known)
 
 
 def _concerns(action: Action, kind: str, subject: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.output_files import Tail, last_lines, names_with_output, outputs_of
 from reconciler.cli.waiting import changes
-from reconciler.errors import ReconcilerError
+from reconciler.errors import UnknownName
 
 SHOWN = 200
 
@@ -41,7 +40,7 @@ def logs(
     state = wiring.state_dir(face.options)
     found = outputs_of(state, name)
     if not found:
-        raise _no_output(name, names_with_output(state))
+        raise UnknownName(f"nothing was ever started for {name!r}", name=name, known=names_with_output(state))
     tail = Tail(state, name)
     tail.skip()
     text = last_lines(found[-1].path, count)
@@ -61,11 +60,3 @@ def write_raw(blocks: Iterable[bytes]) -> None:
     for block in blocks:
         sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()
-
-
-def _no_output(name: str, known: set[str]) -> ReconcilerError:
-    near = get_close_matches(name, known, 1)
-    if near:
-        return ReconcilerError(f"nothing was ever started for {name!r}", hint=f"did you mean {near[0]!r}?")
-    listed = ", ".join(sorted(known)) or "nothing was started here yet"
-    return ReconcilerError(f"nothing was ever started for {name!r}", hint=f"there is output of: {listed}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -17,7 +16,7 @@ from reconciler.cli.output_files import Tail
 from reconciler.cli.submission import DEFAULT_DURATION, Job, choose_name, overlay_text, write_overlay
 from reconciler.cli.values import Bytes, Seconds
 from reconciler.cli.waiting import changes
-from reconciler.errors import ReconcilerError, StateError
+from reconciler.errors import ReconcilerError, StateError, UnknownName
 from reconciler.journal.layout import writer
 from reconciler.plan.ledger import TERMINAL, OverlayRecord
 from reconciler.spec.load import Texts, read_texts
@@ -123,10 +122,7 @@ def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME
     texts = read_texts(wiring.setpoints_path(face.options))
     files = _files(texts)
     if name not in files:
-        near = get_close_matches(name, files, 1)
-        listed = ", ".join(sorted(files)) or "none"
-        hint = f"did you mean {near[0]!r}?" if near else f"overlays in {texts.overlays_folder}: {listed}"
-        raise ReconcilerError(f"there is no overlay {name!r}", hint=hint)
+        raise UnknownName(f"there is no overlay {name!r} in {texts.overlays_folder}", name=name, known=files)
     path = texts.overlays_folder / files[name]
     with suppress(FileNotFoundError):  # somebody else was faster
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import Problem, ReconcilerError, SpecError, UsageError
+from reconciler.errors import Problem, SpecError, UnknownName, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ async def converging(
     spec = _in_force(options, last_good=request == "down").spec
     unknown = sorted(set(endpoints) - set(spec.endpoints))
     if unknown:
-        raise ReconcilerError(f"no endpoint is named {unknown[0]!r}", hint=f"there are {', '.join(spec.endpoints)}")
+        raise UnknownName(f"no endpoint is named {unknown[0]!r}", name=unknown[0], known=spec.endpoints)
     names = endpoints or tuple(sorted(spec.endpoints))
     asked = (
         await asyncio.to_thread(_ask, state_dir(options), "clean_start", endpoints=list(names))
@@ -405,6 +405,7 @@ def reset(options: Options, name: str) -> str:
         return str(answer["message"])
     from reconciler.journal.journal import Journal
     from reconciler.plan.requests import reset as forgive
+    from reconciler.plan.requests import unknown
 
     clock = SystemClock()
     state.ensure()
@@ -414,7 +415,7 @@ def reset(options: Options, name: str) -> str:
             gpus = {uuid: uuid for uuid in journal.ledger().quarantines}
             found = forgive(journal.ledger(), name, gpus)
             if found is None:
-                raise ReconcilerError(f"nothing is named {name!r}", hint="`reconciler status` lists all names")
+                raise unknown(journal.ledger(), name, gpus)
             journal.commit(*found, clock.now())
         finally:
             journal.close()

@@ -93,7 +93,8 @@ def ask(path: Path, op: str, **arguments: object) -> Any:
     """Put one request to the daemon; None when none listens.
 
     Raises:
-        StateError: it did not answer, or refused; the message is its own.
+        StateError: it did not answer.
+        ReconcilerError: it refused; code, message and hint are its own.
     """
     try:
         with (
@@ -113,5 +114,7 @@ def ask(path: Path, op: str, **arguments: object) -> Any:
         raise StateError(f"{path}: the daemon closed the connection without an answer")
     answer = json.loads(line)
     if "error" in answer:
-        raise StateError(answer["error"]["message"], hint=answer["error"]["hint"])
+        refusal = ReconcilerError(answer["error"]["message"], hint=answer["error"]["hint"])
+        refusal.code = answer["error"]["code"]
+        raise refusal
     return answer["ok"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from reconciler.act.engine import EngineActor, Order
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import Clock, Instant
-from reconciler.errors import ReconcilerError, StateError
+from reconciler.errors import StateError
 from reconciler.health.assess import Facts, assess
 from reconciler.health.incident import Incident
 from reconciler.journal.codec import encode
@@ -35,7 +35,7 @@ from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Observed
 from reconciler.plan.planner import plan as decide
-from reconciler.plan.requests import clean_start, reset
+from reconciler.plan.requests import clean_start, reset, unknown
 from reconciler.plan.status import DaemonInfo, status_data
 from reconciler.spec.spec import Spec, Stop
 
@@ -327,7 +327,7 @@ class Daemon:
         known = {str(g.index): g.uuid for g in observed.gpus} | {g.uuid: g.uuid for g in observed.gpus}
         found = reset(self._parts.journal.ledger(), name, known)
         if found is None:
-            raise ReconcilerError(f"nothing is named {name!r}", hint="`reconciler status` lists all names")
+            raise unknown(self._parts.journal.ledger(), name, known)
         self._requested.append(lambda ledger, _: reset(ledger, name, known) or (ledger, ()))
         self._wakers.wake()
         return f"{name} is reset" if found[1] else f"{name} had nothing to reset"

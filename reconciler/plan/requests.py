@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from reconciler.clock import Instant
+from reconciler.errors import UnknownName
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, Ledger
 from reconciler.spec.spec import Spec
@@ -37,6 +38,11 @@ def reset(ledger: Ledger, name: str, gpus: dict[str, str]) -> tuple[Ledger, tupl
     if name in ledger.overlays or uuid is not None:
         return ledger, ()
     return None
+
+
+def unknown(ledger: Ledger, name: str, gpus: dict[str, str]) -> UnknownName:
+    """The error for a name that `reset` knows nothing of."""
+    return UnknownName(f"nothing is named {name!r}", name=name, known={*ledger.endpoints, *ledger.overlays, *gpus})
 
 
 def clean_start(ledger: Ledger, names: Collection[str], now: Instant) -> tuple[Ledger, tuple[Event, ...]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
-from reconciler.errors import Problem
-from reconciler.spec.findings import Findings, suggest
+from reconciler.errors import Problem, suggest
+from reconciler.spec.findings import Findings
 from reconciler.spec.spec import (
     EndpointSpec,
     GpuClaim,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from reconciler.errors import suggest
 from reconciler.spec.digests import digest, process_hash
 from reconciler.spec.env_file import parse_env_file
-from reconciler.spec.findings import Findings, clip, suggest
+from reconciler.spec.findings import Findings, clip
 from reconciler.spec.models import EndpointModel, HealthModel, RestartModel, StopModel
 from reconciler.spec.profiles import PROFILES, EngineProfile
 from reconciler.spec.spec import (

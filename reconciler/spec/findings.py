@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from reconciler.errors import Problem
+from reconciler.errors import Problem, suggest
 from reconciler.spec.spec import Source
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate, plain
 from reconciler.spec.values import NAME, NAME_HELP, ItemError
@@ -160,17 +159,6 @@ def inner_model(kind: type[BaseModel], path: Path) -> type[BaseModel] | None:
         if get_origin(annotation) is not dict:  # `Model | None` is a model
             annotation = next((part for part in get_args(annotation) if _is_model(part)), annotation)
     return annotation if _is_model(annotation) else None
-
-
-def suggest(word: str, known: Iterable[str]) -> str | None:
-    """`did you mean "x"?`, or what there is, or nothing."""
-    names = sorted(known)
-    # difflib is quadratic in the length of the word
-    if close := difflib.get_close_matches(word.lower()[:64], names[:1000], n=1):
-        return f'did you mean "{close[0]}"?'
-    if not names:
-        return None
-    return "known: " + ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
 
 
 def text_of(node: Node | None) -> str:

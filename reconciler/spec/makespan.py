@@ -7,7 +7,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
-from reconciler.spec.findings import Findings, clip, suggest
+from reconciler.errors import suggest
+from reconciler.spec.findings import Findings, clip
 from reconciler.spec.overlay_models import MakespanModel
 from reconciler.spec.spec import Makespan, Source
 from reconciler.spec.tree import Map, Node, child, locate

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from reconciler.errors import Problem, SpecError
+from reconciler.errors import Problem, SpecError, suggest
 from reconciler.spec.checks import check_pins, check_ports
 from reconciler.spec.digests import canonical, digest
 from reconciler.spec.document import parse
 from reconciler.spec.endpoints import Context, ReadEnvFile, absolute, merge, resolve_endpoint, stop
-from reconciler.spec.findings import Findings, suggest
+from reconciler.spec.findings import Findings
 from reconciler.spec.makespan import resolve_makespan
 from reconciler.spec.models import EndpointModel
 from reconciler.spec.overlay_models import OverlayModel

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from reconciler.spec.findings import Findings, clip, suggest
+from reconciler.errors import suggest
+from reconciler.spec.findings import Findings, clip
 from reconciler.spec.models import EngineModel
 from reconciler.spec.profiles import PROFILES, EngineProfile, FailurePattern
 from reconciler.spec.tree import Map, locate

@@ -70,12 +70,14 @@ def test_on_a_terminal_a_clean_start_asks_first(desk, asked, monkeypatch, capsys
 def test_reset_of_an_unknown_name_is_an_error_with_a_way_on(desk, capsys):
     assert run([*desk.words, "reset", "nobody"]) == 1
     assert "nobody" in capsys.readouterr().err
+    assert run([*desk.words, "--format=json", "reset", "nobody"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "UnknownName"
 
 
 def test_an_unknown_endpoint_is_refused_before_anything_is_stopped(desk):
     done = desk.run("down", "bgi")
     assert done.returncode == 1
-    assert "big" in done.stderr
+    assert 'did you mean "big"' in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -88,6 +90,9 @@ def test_a_daemon_introduces_itself_ends_on_ctrl_c_and_leaves_without_a_tracebac
     assert str(desk.setpoints) in line
     assert str(desk.state) in line
     desk.wait(lambda: desk.run("--format", "json", "status").stdout.count(f'"pid": {process.pid}'), "it answers")
+    refused = json.loads(desk.run("--format", "json", "reset", "bgi").stdout)["error"]
+    assert refused["code"] == "UnknownName"
+    assert refused["hint"] == 'did you mean "big"?'
     process.send_signal(2)
     assert process.wait(20) == 0
     assert b"Traceback" not in process.stderr.read()

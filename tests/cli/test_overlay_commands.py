@@ -116,7 +116,7 @@ def test_a_file_in_a_private_folder_is_private_and_readable_where_the_folder_is(
 def test_cancel_removes_the_file_and_knows_what_was_nearly_meant(desk, capsys):
     assert submit(desk, "--name", "render-cards", "--", "true") == 0
     assert run([*desk.words, "overlay", "cancel", "render-card"]) == 1
-    assert "did you mean 'render-cards'" in capsys.readouterr().err
+    assert 'did you mean "render-cards"' in capsys.readouterr().err
     assert run([*desk.words, "overlay", "cancel", "render-cards"]) == 0
     assert written(desk) == {}
 

@@ -86,7 +86,7 @@ def test_explain_knows_gpus_overlays_and_what_was_nearly_meant(desk: Desk):
     assert desk.run("explain", "render").stdout.startswith("Overlay render is ")
     wrong = desk.run("explain", "rendr")
     assert wrong.returncode == 1
-    assert "did you mean 'render'" in wrong.stderr
+    assert 'did you mean "render"' in wrong.stderr
 
 
 def test_history_of_a_box_without_one_is_empty_and_no_error(desk: Desk):
