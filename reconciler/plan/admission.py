@@ -32,7 +32,7 @@ def admit_all(draft: Draft) -> None:
 
     def seek(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need]) -> _Answer:
         due = draft.steps[overlay.name].record.window_start <= draft.now.wall
-        waive: frozenset[str] = frozenset() if due else frozenset({"CoolDown"})  # which will be over by then
+        waive: frozenset[str] = frozenset() if due else frozenset({"CoolDown", "NoProvider"})  # may be over by then
         return _seek(draft, overlay, board, off, waive=waive)
 
     draft.windows = reserve(draft, seek)
@@ -84,7 +84,8 @@ def _seek(
     consents = _consents(draft, overlay)
     best: tuple[Placement, list[Need]] | None = None
     refusal: Refusal | None = None
-    for providers in _provider_choices(draft, overlay):
+    placeless = "NoProvider" in waive
+    for providers in _provider_choices(draft, overlay, placeless=placeless):
         needs = [off(need) for need in (*own, *providers)]
         placement = consents.seek(needs, board, waive=waive)
         if placement is None:
@@ -99,7 +100,8 @@ def _consents(draft: Draft, overlay: OverlaySpec) -> Consents:
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
-    return Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving)
+    placed = frozenset(n for n in draft.wanted if draft.has_place(n))
+    return Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving, placed)
 
 
 def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -> None:
@@ -110,7 +112,8 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -
         2. it sets aside an endpoint that is not preemptible         → NotPreemptible, or GpuUnknown
            or cannot be stopped now
         3. another overlay has its own version of an endpoint it sets → SetByAnother
-        4. nothing can provide what it requires                      → NoProvider
+        4. nothing that has a place, or finds one, can provide what   → NoProvider
+           it requires
         5. a port that its endpoints need is not free for them       → PortInUse
         6. it would spare victims to wait for a lease being returned → WaitingForLease
            or another begins beside its victims at this moment       → WaitingForBegin
@@ -165,8 +168,7 @@ def _admit(draft: Draft, step: OverlayStep, overlay: OverlaySpec, later: Seek) -
         draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
         return
     if answer is None:
-        message = f"nothing offers {', '.join(overlay.requires)}"
-        draft.block(Blocked(subject, "NoProvider", message, ("start or add a provider",)))  # 4
+        draft.block(_no_provider(draft, overlay))  # 4
         return
     if answer.reason == "CoolDown":
         policy = draft.situation.spec.policy
@@ -268,15 +270,22 @@ def _endpoint_need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
     return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
 
 
-def _provider_choices(draft: Draft, overlay: OverlaySpec) -> Iterator[list[Need]]:
-    """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs."""
+def _provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
+    """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs.
+
+    Who is wanted and has no place provides nothing: victims would wait for it in vain. With `placeless` it counts.
+    """
     options: list[list[Need]] = []
     for capability in overlay.requires:
         after = {**draft.wanted, **{e.name: e for e in _running(overlay)}}
         for name in set(overlay.endpoints) - {e.name for e in _running(overlay)}:
             after.pop(name, None)
-        healthy = [n for n, e in after.items() if capability in e.capabilities and draft.records[n].failed is None]
-        if healthy:
+        if any(
+            capability in e.capabilities
+            and draft.records[n].failed is None
+            and (placeless or n in overlay.endpoints or draft.has_place(n))
+            for n, e in after.items()
+        ):
             continue
         base = draft.situation.spec.endpoints.values()
         taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
@@ -286,6 +295,21 @@ def _provider_choices(draft: Draft, overlay: OverlaySpec) -> Iterator[list[Need]
     for choice in product(*options):
         unique = {n.subject: n for n in choice}
         yield [unique[s] for s in sorted(unique)]
+
+
+def _no_provider(draft: Draft, overlay: OverlaySpec) -> Blocked:
+    """Why nothing provides what an overlay requires: nothing offers it, or what does has no place at the moment."""
+    subject = Subject("workload", overlay.name)
+    offering = sorted(n for n, e in draft.wanted.items() if set(overlay.requires) & set(e.capabilities))
+    away = [n for n in offering if draft.records[n].failed is None and not draft.has_place(n)]
+    if not away:
+        message = f"nothing offers {', '.join(overlay.requires)}"
+        return Blocked(subject, "NoProvider", message, ("start or add a provider",))
+    held = {n: draft.blocked.get(Subject("endpoint", n)) for n in away}
+    told = ", ".join(f"{n} ({b.reason})" if b is not None else n for n, b in held.items())
+    message = f"it requires {', '.join(overlay.requires)}, and what offers it has no place: {told}"
+    hints = ("wait for its return, or add a standby provider",)
+    return Blocked(subject, "NoProvider", message, hints, _earliest(draft), transient=True)
 
 
 def _take(

@@ -120,6 +120,13 @@ class Draft:
         """The moment of the decision."""
         return self.situation.now
 
+    def has_place(self, name: str) -> bool:
+        """Whether an endpoint runs and stays, awake, or is about to be started: as seated last."""
+        current, nap = self.standings[name].current, self.naps.get(name)
+        if Subject("endpoint", name) in self.arriving:
+            return True
+        return current is not None and current.id not in self.leaving and (nap is None or nap.waking is not None)
+
     def want(self) -> None:
         """Which endpoints are wanted now: the baseline, as overridden by overlays in force, the highest last."""
         base = self.situation.spec.endpoints

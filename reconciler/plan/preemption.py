@@ -43,6 +43,8 @@ class Consents:
     """Endpoints that the overlay itself sets aside: they count as gone already."""
     leaving: frozenset[str] = frozenset()
     """Endpoints that are about to leave anyhow: ready they may be, but not for long."""
+    placed: frozenset[str] = frozenset()
+    """Wanted endpoints that run and stay, or are about to be started."""
 
     @cached_property
     def floors(self) -> Mapping[str, int]:
@@ -90,7 +92,7 @@ class Consents:
         """Whether every capability keeps its floor of ready providers once the victims are gone.
 
         A floor that is broken already is no reason against a victim that was not ready anyway. Of what the overlay
-        itself requires, one provider has to stay that is wanted, ready or not.
+        itself requires, one provider has to stay that has a place, ready or not.
         """
         gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
         for capability, floor in self.floors.items():
@@ -98,7 +100,7 @@ class Consents:
             if len(ready - gone) < min(floor, len(ready)):
                 return False
         for capability in self.overlay.requires:
-            providers = {n for n, e in self.endpoints.items() if capability in e.capabilities}
+            providers = {n for n in self.placed if capability in self.endpoints[n].capabilities}
             if providers and not providers - gone:
                 return False
         return True
