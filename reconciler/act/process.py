@@ -33,6 +33,9 @@ from reconciler.spec.spec import Stop
 
 _SHIM = Path(__file__).resolve().with_name("shim.py")
 
+LOG_BYTES = 64 << 20
+"""Kept of the output of one incarnation, a quarter more at times: days of an engine, and 20 past ones still fit."""
+
 _LOCK_S = 1.0
 """How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
 _START_S = 30.0
@@ -67,8 +70,9 @@ class Launch:
 class ProcessActor:
     """Starts and ends the incarnations recorded in one state directory."""
 
-    def __init__(self, state: StateDir, clock: Clock, boot_id: str) -> None:
+    def __init__(self, state: StateDir, clock: Clock, boot_id: str, *, log_bytes: int = LOG_BYTES) -> None:
         self._state = state
+        self._log_bytes = log_bytes
         self._clock = clock
         self._boot_id = boot_id
         self._shims: dict[int, subprocess.Popen[bytes]] = {}
@@ -91,7 +95,7 @@ class ProcessActor:
         """
         if (self._state.ended / launch.incarnation).exists():  # 1
             return
-        order = _encode_order(launch, self._state, self._boot_id)
+        order = _encode_order(launch, self._state, self._boot_id, self._log_bytes)
         deadline = self._clock.now().plus(_LOCK_S)
         while True:
             if (self._state.run / launch.incarnation).exists():  # looked for before each try: a twin call may be first
@@ -325,7 +329,7 @@ def _signal_number(name: str) -> signal.Signals:
         raise ActError(f"there is no signal {name!r}", hint="SIGTERM, SIGINT, SIGQUIT…") from None
 
 
-def _encode_order(launch: Launch, state: StateDir, boot_id: str) -> bytes:
+def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int) -> bytes:
     """What the shim reads on stdin; the markers that prove membership are added here."""
     subject = launch.subject
     log = incarnations.log_path(state, subject.kind, subject.name, launch.incarnation)
@@ -336,7 +340,8 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str) -> bytes:
         "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
     }
     fields = [
-        *(str(state.run / launch.incarnation), boot_id, str(log), launch.cwd, str(len(launch.argv))),
+        *(str(state.run / launch.incarnation), boot_id, str(log), str(log_bytes), launch.cwd),
+        str(len(launch.argv)),
         *launch.argv,
         *(f"{name}={value}" for name, value in environment.items()),
     ]

@@ -5,14 +5,19 @@ Run as `python -I -S shim.py LOCK_FD READY_FD` in a session of its own, by absol
 package, and nothing after its start, so an upgrade underneath it does no harm. One is alive per incarnation, hence no
 json, enum, pathlib or subprocess: they would double its start time and add half to its private memory.
 
-stdin       the order, fields separated by NUL: records' folder, boot id, log file, working directory, number of
-            arguments, the arguments, then the environment as NAME=VALUE. A pipe or memory: secrets touch no disk.
+stdin       the order, fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, working
+            directory, number of arguments, the arguments, then the environment as NAME=VALUE. A pipe or memory: secrets
+            touch no disk.
 LOCK_FD     an flock of the subject, held by being open here until the last descendant ended.
 READY_FD    closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 
 Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` becomes
 durable; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
 without having run anything.
+
+The log is bounded here, since this process lives exactly as long as anything that writes to it, with or without a
+daemon: the oldest part is given back to the disk (a hole is punched into the file), nothing is moved. What is kept is
+the end of the file in one piece, so no line of it is lost or doubled, whenever anybody is killed.
 """
 
 from __future__ import annotations
@@ -27,6 +32,10 @@ import time
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
+_LOG = 2  # stderr is the log
+_PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_BLOCK = 64 << 10  # no file system has larger blocks; only whole ones are given back
+_LOOK_S, _FLOOD_LOOK_S = 1.0, 0.05  # how often the log's size is looked at: 0.13 ms of CPU each
 _TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
 
 
@@ -36,19 +45,19 @@ def main() -> int:
     os.set_inheritable(lock_fd, False)
     os.set_inheritable(ready_fd, False)
     try:
-        leader, folder_fd = start()
+        leader, folder_fd, log_bytes = start()
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready_fd, f"{type(error).__name__}: {error}".encode())
         return 1
     os.close(ready_fd)
-    watch(leader, folder_fd)
+    watch(leader, folder_fd, log_bytes)
     return 0
 
 
-def start() -> tuple[int, int]:
-    """Carry out the order on stdin; the leader's pid and the folder its end is recorded in."""
+def start() -> tuple[int, int, int]:
+    """Carry out the order on stdin; the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
     with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
-        folder, boot_id, log, cwd, count, *rest = stdin.read().split(b"\0")
+        folder, boot_id, log, log_bytes, cwd, count, *rest = stdin.read().split(b"\0")
     argv, environment = rest[: int(count)], rest[int(count) :]
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -81,7 +90,7 @@ def start() -> tuple[int, int]:
         code, _, error = failure.decode(errors="replace").partition(" ")
         os.waitpid(leader, 0)
         write_record(folder_fd, "exit.json", f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}')
-    return leader, folder_fd
+    return leader, folder_fd, int(log_bytes)
 
 
 def become_reaper(log_fd: int) -> None:
@@ -145,15 +154,37 @@ def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
     raise denied or FileNotFoundError(2, "no such program on PATH", program)
 
 
-def watch(leader: int, folder_fd: int) -> None:
-    """Collect every descendant that ends, record the leader's end, return when nobody is left."""
+def watch(leader: int, folder_fd: int, log_bytes: int) -> None:
+    """Collect every descendant that ends, record the leader's end, bound the log, return when nobody is left."""
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGCHLD,))  # blocked, it stays pending until waited for
+    punched = seen = 0
     while True:
         try:
-            pid, status = os.waitpid(-1, 0)
+            while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
+                if ended[0] == leader:
+                    record_exit(folder_fd, os.waitstatus_to_exitcode(ended[1]))
         except ChildProcessError:
+            trim_log(punched, log_bytes)
             return
-        if pid == leader:
-            record_exit(folder_fd, os.waitstatus_to_exitcode(status))
+        punched = trim_log(punched, log_bytes)
+        size = os.fstat(_LOG).st_size
+        _signal.sigtimedwait((_signal.SIGCHLD,), _FLOOD_LOOK_S if size - seen > log_bytes // 8 else _LOOK_S)
+        seen = size
+
+
+def trim_log(punched: int, keep: int) -> int:
+    """Once the log has grown a quarter beyond `keep` bytes, give back what is older; up to where that was done."""
+    size = os.fstat(_LOG).st_size
+    if punched < 0 or size - punched <= keep + keep // 4:
+        return punched
+    end = (size - keep) // _BLOCK * _BLOCK
+    libc = ctypes.CDLL(None, use_errno=True)
+    start, length = ctypes.c_int64(punched), ctypes.c_int64(end - punched)
+    if end > punched and libc.fallocate(_LOG, _PUNCH_HOLE, start, length) != 0:
+        problem = os.strerror(ctypes.get_errno())
+        os.write(_LOG, f"reconciler: this log cannot be bounded on this file system: {problem}\n".encode())
+        return -1
+    return max(punched, end)
 
 
 def record_exit(folder_fd: int, code: int) -> None:

@@ -43,7 +43,7 @@ def logs(
         raise UnknownName(f"nothing was ever started for {name!r}", name=name, known=names_with_output(state))
     tail = Tail(state, name)
     tail.skip()
-    text = last_lines(found[-1].path, count)
+    text = last_lines(found[-1].path, count, tail.seen(found[-1]))
     if face.is_json and not follow:
         latest = found[-1]
         lines = text.decode(errors="replace").splitlines()

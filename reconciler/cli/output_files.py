@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,45 +62,62 @@ class Tail:
             self._offsets[output.incarnation] = _size(output.path)
 
     def new(self) -> Iterator[bytes]:
-        """What is new, in order; the holes that rotation leaves are passed over."""
+        """What is new, in order. What was given back to the disk before it was seen is passed over, in whole lines."""
         for output in outputs_of(self._state, self._name, self._kind):
-            offset = self._offsets.get(output.incarnation, 0)
-            for block in _read_from(output.path, offset):
-                offset += len(block)
+            for end, block in _read_from(output.path, self.seen(output)):
+                self._offsets[output.incarnation] = end
                 if text := block.replace(b"\0", b""):
                     yield text
-            self._offsets[output.incarnation] = offset
+
+    def seen(self, output: OutputFile) -> int:
+        """Up to which byte that file was seen."""
+        return self._offsets.get(output.incarnation, 0)
 
 
-def last_lines(path: Path, count: int) -> bytes:
-    """The last `count` lines of a file that may be large; empty when it is not there."""
+def last_lines(path: Path, count: int, end: int | None = None) -> bytes:
+    """The last `count` lines before byte `end` of a file that may be large; empty when it is not there."""
     if count <= 0:
         return b""
     try:
         with path.open("rb") as file:
-            position = file.seek(0, os.SEEK_END)
+            first = _first_kept(file.fileno(), 0)
+            position = file.seek(0, os.SEEK_END) if end is None else end
             text = b""
-            while position > 0 and text.rstrip(b"\n").count(b"\n") < count:
-                step = min(_BLOCK, position)
+            while position > first and text.rstrip(b"\n").count(b"\n") < count:
+                step = min(_BLOCK, position - first)
                 position -= step
                 file.seek(position)
                 block = file.read(step)
                 text = block + text
-                if not block.strip(b"\0"):
-                    break  # a hole: what was before has been rotated away
+            if position <= first and first > 0:
+                text = text.partition(b"\n")[2]  # the beginning of that line is gone
     except FileNotFoundError:
         return b""
     return b"".join(text.replace(b"\0", b"").splitlines(keepends=True)[-count:])
 
 
-def _read_from(path: Path, offset: int) -> Iterator[bytes]:
+def _read_from(path: Path, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Blocks from `offset` on, each with the offset behind it."""
     try:
         with path.open("rb") as file:
-            file.seek(offset)
+            first = _first_kept(file.fileno(), offset)
+            file.seek(first)
+            if first > offset:
+                file.readline()  # the beginning of that line is gone
             while block := file.read(_BLOCK):
-                yield block
+                yield file.tell(), block
     except FileNotFoundError:
         return
+
+
+def _first_kept(fd: int, offset: int) -> int:
+    """Where, from `offset` on, the file's content begins: what lay before was given back to the disk by the shim."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing lies behind it
+            return offset
+        raise
 
 
 def _size(path: Path) -> int:
