@@ -35,7 +35,8 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _BLOCK = 64 << 10  # no file system has larger blocks; only whole ones are given back
-_LOOK_S, _FLOOD_LOOK_S = 1.0, 0.05  # how often the log's size is looked at: 0.13 ms of CPU each
+# How often the log's size is looked at, 0.13 ms of CPU each: while nothing is written, while it grows, in a flood.
+_SILENT_LOOK_S, _LOOK_S, _FLOOD_LOOK_S = 4.0, 1.0, 0.05
 _TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
 
 
@@ -168,8 +169,9 @@ def watch(leader: int, folder_fd: int, log_bytes: int) -> None:
             return
         punched = trim_log(punched, log_bytes)
         size = os.fstat(_LOG).st_size
-        _signal.sigtimedwait((_signal.SIGCHLD,), _FLOOD_LOOK_S if size - seen > log_bytes // 8 else _LOOK_S)
-        seen = size
+        grown, seen = size - seen, size
+        pause = _SILENT_LOOK_S if grown == 0 else _LOOK_S if grown <= log_bytes // 8 else _FLOOD_LOOK_S
+        _signal.sigtimedwait((_signal.SIGCHLD,), pause)
 
 
 def trim_log(punched: int, keep: int) -> int:
