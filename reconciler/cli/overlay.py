@@ -60,7 +60,7 @@ def submit(
 ) -> int:
     """Write an overlay that runs a command on borrowed GPUs.
 
-    It runs in this folder, with the few variables that every child gets (docs/operations.md). Prints the overlay's name.
+    It runs in this folder, with the few variables that every child gets. Prints the overlay's name.
 
     Example: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg
     """

@@ -103,7 +103,8 @@ def apply(
 ) -> int:
     """Converge once, with live progress.
 
-    With a saved plan: refuses (exit 4) if the set points or the box have moved since. Asks on a terminal unless --yes.
+    With a saved plan: refuses (exit 4) if the set points, the box or what is to be done now have moved
+    since. Asks on a terminal unless --yes.
 
     Example: reconciler apply --yes --timeout 10m
     """
@@ -114,7 +115,7 @@ def apply(
         seen = wiring.look(face.options)
         _tell_notes(face, seen)
         if file is not None:
-            refuse_if_stale(read_saved(file), seen.plan, file)
+            refuse_if_stale(read_saved(file), seen.plan, seen.observed, file)
         if face.asks and not yes:
             _print_plan(face, seen)
             if _pending(seen.plan):

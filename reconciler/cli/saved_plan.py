@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reconciler.errors import ReconcilerError, StalePlanError
 from reconciler.plan.actions import Plan
@@ -13,6 +14,8 @@ from reconciler.plan.observed import Observed
 from reconciler.plan.render import plan_data
 
 FORMAT = "1"
+_TIMELESS = ("id", "needs", "op", "subject", "gpus", "cause", "ready")
+"""What makes an action the same one, whenever it is decided; reasons and predictions speak of times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class SavedPlan:
 
     spec_hash: str
     observed_fingerprint: str
+    deeds: list[list[object]]
+    """What it would do: `_TIMELESS` of each action, in order."""
 
 
 def save(path: Path, plan: Plan, observed: Observed) -> None:
@@ -56,7 +61,9 @@ def read_saved(path: Path) -> SavedPlan:
             raise ReconcilerError(
                 f"{path}: a plan of format {document['format_version']}", hint="save it again with `reconciler plan`"
             )
-        return SavedPlan(str(document["spec_hash"]), str(document["observed_fingerprint"]))
+        return SavedPlan(
+            str(document["spec_hash"]), str(document["observed_fingerprint"]), _deeds(document["data"]["actions"])
+        )
     except OSError as error:
         raise ReconcilerError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -66,19 +73,26 @@ def read_saved(path: Path) -> SavedPlan:
         ) from error
 
 
-def refuse_if_stale(saved: SavedPlan, fresh: Plan, path: Path) -> None:
-    """Go on only if the same decision would be taken now.
+def refuse_if_stale(saved: SavedPlan, fresh: Plan, observed: Observed, path: Path) -> None:
+    """Go on only if the same decision would be taken now, on the same grounds.
 
     Raises:
-        StalePlanError: the spec or the box moved; nothing was done.
+        StalePlanError: the spec or the box moved, or it is time for something else; nothing was done.
     """
     moved = []
     if saved.spec_hash != fresh.spec_hash:
         moved.append("the set points or overlays")
     if saved.observed_fingerprint != fresh.observed_fingerprint:
         moved.append("the box")
+    if not moved and saved.deeds != _deeds(plan_data(fresh, observed)["actions"]):
+        moved.append("what is to be done now")
     if moved:
         raise StalePlanError(
             f"{path}: {' and '.join(moved)} moved since this plan was saved; nothing was done",
             hint=f"look at the new one and save it: reconciler plan --out {path}",
         )
+
+
+def _deeds(actions: Any) -> list[list[object]]:
+    """Raises: KeyError, TypeError: these are no actions of a plan's JSON."""
+    return [[action[key] for key in _TIMELESS] for action in actions]

@@ -106,6 +106,19 @@ def test_a_stale_plan_exits_4_says_what_moved_and_does_nothing(box, desk, tmp_pa
     assert ("the box" if mover == "box" else "the set points") in capsys.readouterr().err
 
 
+def test_a_plan_for_another_time_is_not_carried_out_now(box, desk, tmp_path, capsys):
+    desk.write(
+        "overlays/night.yaml",
+        "version: 1\npriority: 900\nallow_baseline_eviction: true\ngpus: 4\n"
+        'makespan: {start: "2026-12-24T18:00:00+01:00", duration: 1h}\nworkload: {command: [sleep, "60"]}\n',
+    )
+    saved = tmp_path / "then.plan"
+    assert run(["plan", "--at", "2026-12-24T18:10:00+01:00", "--out", str(saved)]) == 0
+    assert run(["apply", str(saved), "--yes"]) == 4
+    assert box.asked == []
+    assert "what is to be done now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": "1"}', "version: 1\nendpoints: {}\n"])
 def test_a_file_that_is_no_saved_plan_is_refused(box, tmp_path, text, capsys):
     path = tmp_path / "x"
