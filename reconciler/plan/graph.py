@@ -12,12 +12,13 @@ from typing import Literal
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Cause, Op
+from reconciler.plan.board import Hold, Tenant
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayStep, predicted_end
-from reconciler.plan.placement import Hold, Tenant, place
+from reconciler.plan.placement import place
 from reconciler.plan.progress import arrival
 from reconciler.plan.seating import need_of
 from reconciler.spec.spec import EndpointSpec, Spec, Stop
@@ -395,7 +396,7 @@ class Graph:
                 continue
             prefer = current.gpus if current is not None else record.last_gpus
             need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
-            placement = place([need], board, may_displace=lambda _: False) if need else None
+            placement = place([need], board) if need else None
             if need is None or placement is None:
                 continue
             gpus = placement.gpus[subject]

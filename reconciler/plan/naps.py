@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Blocked, Event
+from reconciler.plan.board import Hold, Need, Tenant
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
 from reconciler.plan.observed import Incarnation, Probe
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, predicted_end
-from reconciler.plan.placement import Hold, Need, Tenant, place
+from reconciler.plan.placement import place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec
 
@@ -202,7 +203,7 @@ def rise(draft: Draft) -> None:
         sizes = dict(zip(current.gpus, current.memory_bytes, strict=True))
         need = Need(current.subject, current.gpus, len(sizes), sizes, current.exclusive, current.gpus)
         board = draft.board.without(frozenset({_key(name)}))
-        if nap.waking is None and place([need], board, may_displace=lambda _: False) is None:
+        if nap.waking is None and place([need], board) is None:
             message = "it sleeps: the memory it had is in use"
             draft.block(Blocked(current.subject, "GpuOccupied", message, transient=True))
             continue

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from reconciler.plan.board import Board, Need, Tenant, Victims
 from reconciler.plan.endpoints import Standing, cooling_down
-from reconciler.plan.placement import Board, Need, Placement, Tenant, Victims, place
+from reconciler.plan.placement import Placement, place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 from reconciler.units import format_size
@@ -120,9 +121,6 @@ class Consents:
         floors: Callable[[Victims], bool] = (lambda _: True) if "FloorWouldBreak" in waive else self.floors_hold
         if not floors(frozenset()):
             return None
-        free = place(needs, board, may_displace=lambda _: False)
-        if free is not None:
-            return free
         return place(needs, board, may_displace=lambda t: self.broken_by(t) <= waive, may_displace_all=floors)
 
     def explain(self, needs: Sequence[Need], board: Board) -> Refusal:

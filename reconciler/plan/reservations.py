@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from reconciler.plan.actions import Blocked
+from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, predicted_end
-from reconciler.plan.placement import Board, Hold, Need, Placement, Tenant, place
+from reconciler.plan.placement import Placement, place
 from reconciler.plan.preemption import Refusal
 from reconciler.plan.seating import need_of
 from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s
@@ -105,7 +106,7 @@ def _board_at(draft: Draft, wall: float) -> Board:
         if endpoint.state != "running" or key in board.tenants or draft.records[endpoint.name].failed is not None:
             continue
         need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, draft.records[endpoint.name].last_gpus)
-        placement = place([need], board, may_displace=lambda _: False) if need is not None else None
+        placement = place([need], board) if need is not None else None
         if need is not None and placement is not None:
             holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
             board.add(Tenant(key, endpoint.priority, holds))

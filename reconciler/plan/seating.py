@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
+from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import Arriving, Draft, Leaving
 from reconciler.plan.endpoints import Standing, earliest_restart
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import predicted_end
-from reconciler.plan.placement import Board, Hold, Need, Tenant, place
+from reconciler.plan.overlays import MEMORY_RETURN_S, predicted_end
+from reconciler.plan.placement import place
 from reconciler.plan.preemption import lacking
+from reconciler.plan.search import solve
 from reconciler.plan.situation import Situation
 from reconciler.plan.windows import spared
+from reconciler.plan.wishes import MOST_TOGETHER, Wish
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 
@@ -42,6 +46,15 @@ def need_of(
 
 def seat(draft: Draft) -> None:
     """Make board, leaving, arriving and blocked anew from the leases and records as they are now."""
+    asking = _seat_one_by_one(draft)
+    places = _places_together(draft, asking)
+    if places:
+        draft.places |= places
+        _seat_one_by_one(draft)
+
+
+def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
+    """Seat everybody; returns those who looked for a place, who comes first in front, in classes."""
     situation = draft.situation
     rooms = situation.rooms
     usable = {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines}
@@ -65,12 +78,41 @@ def seat(draft: Draft) -> None:
     for endpoint in (*homeless, *moved):
         if isinstance(endpoint.gpus, GpuPins):
             pins.update(situation.resolve_pins(endpoint.gpus) or ())
+    for step in draft.steps.values():
+        if step.spec is not None and step.record.state == "pending" and isinstance(step.spec.gpus, GpuPins):
+            pins.update(situation.resolve_pins(step.spec.gpus) or ())
     draft.board.contested = pins
     # Who ran up to now keeps its place before one that had none: nothing was stopped in vain.
     ran = [e for e in homeless if situation.incarnations(Subject("endpoint", e.name))]
     new = [e for e in homeless if e not in ran]
-    for endpoint in (*sorted(ran, key=_by_priority), *moved, *sorted(new, key=_by_priority)):
+    asking = [sorted(ran, key=_by_priority), list(moved), sorted(new, key=_by_priority)]
+    for endpoint in sorted(chain.from_iterable(asking), key=lambda e: draft.places.get(e.name) == ()):
         _settle(draft, endpoint, draft.standings[endpoint.name])
+    return asking
+
+
+def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str, tuple[str, ...]]:
+    """The least places for all who look for one, where each by itself left one out or had one move.
+
+    Who is left out has none. Empty: as good as it is.
+    """
+    rank = {e.name: (-i, e.priority) for i, group in enumerate(asking) for e in group}
+    needs: dict[str, Need] = {}
+    worse = False
+    for endpoint in chain.from_iterable(asking):
+        subject, need = Subject("endpoint", endpoint.name), need_elsewhere(draft, endpoint)
+        blocked, arriving = draft.blocked.get(subject), draft.arriving.get(subject)
+        if need is None or draft.leased(subject) or (blocked is not None and blocked.reason == "Held"):
+            continue
+        needs[endpoint.name] = need
+        worse |= arriving is None and _key(endpoint.name) not in draft.board.tenants
+        worse |= arriving is not None and bool(need.prefer) and not set(arriving.gpus) <= set(need.prefer)
+    if not worse or not 1 < len(needs) <= MOST_TOGETHER or all(n.count == len(n.candidates) for n in needs.values()):
+        return {}
+    order = {r: i for i, r in enumerate(sorted(set(rank.values())))}
+    wishes = [Wish(_key(n), ((need,),), rank=order[rank[n]]) for n, need in needs.items()]
+    choice = solve(wishes, draft.board.without(frozenset(map(_key, needs))))
+    return {} if choice is None else {n: choice.gpus.get(Subject("endpoint", n), ()) for n in needs}
 
 
 def _by_priority(endpoint: EndpointSpec) -> tuple[int, str]:
@@ -229,7 +271,7 @@ def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
     prefer = current.gpus if current is not None else ()
     need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
     without = board.without(frozenset({_key(endpoint.name)}))
-    placement = place([need], without, may_displace=lambda _: False) if need else None
+    placement = place([need], without) if need else None
     if need is None or placement is None:
         return False
     holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
@@ -246,11 +288,15 @@ def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: Endpoin
         gpu: Hold(size, incarnation.exclusive)
         for gpu, size in zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
     }
-    lost = 0.0
-    if endpoint is not None and draft.standings[name].state == "healthy":
-        times = draft.situation.timings(endpoint)
-        lost = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
-    return Tenant(_key(name), endpoint.priority if endpoint else 0, holds, lost)
+    if endpoint is None:
+        return Tenant(_key(name), 0, holds)
+    times, lost_s = draft.situation.timings(endpoint), 0.0
+    if draft.standings[name].state == "healthy":
+        lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
+    departure_s = times.drain_s + times.stop_s + MEMORY_RETURN_S
+    return Tenant(
+        _key(name), endpoint.priority, holds, round(lost_s * 1000), round(departure_s * 1000), endpoint.capabilities
+    )
 
 
 def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: EndpointSpec | None) -> None:
@@ -260,26 +306,25 @@ def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: E
 
 def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
     """Find a place for a wanted endpoint that has none, and arrange its start."""
-    situation, subject = draft.situation, Subject("endpoint", endpoint.name)
+    subject = Subject("endpoint", endpoint.name)
     record = draft.records[endpoint.name]
     leases = draft.leased(subject)
     if leases:
         gpus = tuple(x.gpu for x in leases)
         sizes, exclusive = tuple(x.memory_bytes for x in leases), leases[0].exclusive
     else:
-        prefer = standing.current.gpus if standing.current is not None else record.last_gpus
-        need = need_of(situation, subject, endpoint.gpus, endpoint.memory, prefer)
+        need = need_elsewhere(draft, endpoint)
         if need is None:
             message = "it is pinned to a GPU that this node does not have"
             draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
             return
-        leased = set().union(*draft.evicted_from(endpoint.name).values())
-        free = replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
-        placement = place([free], draft.board, may_displace=lambda _: False)
+        chosen = draft.places.get(endpoint.name, ())
+        kept = replace(need, candidates=tuple(g for g in need.candidates if g in chosen))
+        placement = (place([kept], draft.board) if chosen else None) or place([need], draft.board)
         if placement is None:
-            draft.block(_no_place(draft, need))
+            draft.block(_no_place(draft, endpoint))
             return
-        held = spared(draft, endpoint, free) if standing.current is None else None
+        held = spared(draft, endpoint, need) if standing.current is None else None
         if held is not None:
             draft.block(held)
             return
@@ -358,10 +403,27 @@ def _port_blocked(draft: Draft, endpoint: EndpointSpec) -> bool:
     return False
 
 
-def _no_place(draft: Draft, need: Need) -> Blocked:
+def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:
+    """What a wanted endpoint needs, on GPUs that nobody holds against it; None: a pin does not exist."""
+    need = _need(draft, endpoint)
+    if need is None:
+        return None
+    leased = set().union(*draft.evicted_from(endpoint.name).values())
+    return replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
+
+
+def _need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
+    current = draft.standings[endpoint.name].current
+    prefer = current.gpus if current is not None else draft.records[endpoint.name].last_gpus
+    return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
+
+
+def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
     """Why a wanted endpoint has no place: an overlay holds it, something stranger does, or the box lacks it."""
+    need = _need(draft, endpoint)
+    assert need is not None  # noqa: S101 - its pins exist, or it would not have come so far
     overlays = frozenset(k for k in draft.board.tenants if k.startswith("overlay/"))
-    if place([need], draft.board.without(overlays), may_displace=lambda _: False) is not None:
+    if place([need], draft.board.without(overlays)) is not None:
         steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
         here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
         names = ", ".join(s.record.name for s in here)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from math import inf
 
 from reconciler.plan.actions import Blocked
+from reconciler.plan.board import Need
 from reconciler.plan.draft import Draft, Window
 from reconciler.plan.overlays import MEMORY_RETURN_S
-from reconciler.plan.placement import Need, place
+from reconciler.plan.placement import place
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
 KILL_S = 10.0
@@ -87,7 +88,7 @@ def spared(draft: Draft, endpoint: EndpointSpec, need: Need) -> Blocked | None:
     if not soon:
         return None
     elsewhere = keeping_off(soon)(need)
-    if place([elsewhere], draft.board, may_displace=lambda _: False) is not None:
+    if place([elsewhere], draft.board) is not None:
         return None
     last = max(soon, key=lambda w: w.end)
     names = ", ".join(sorted(w.name for w in soon))

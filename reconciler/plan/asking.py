@@ -1,0 +1,95 @@
+"""What a waiting overlay asks for: its needs, the ways to have what it requires, and the rules that hold for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from reconciler.plan.board import Need
+from reconciler.plan.draft import OVERRIDING, Draft
+from reconciler.plan.observed import Subject
+from reconciler.plan.preemption import Consents
+from reconciler.plan.seating import need_of
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+
+
+def own_needs(draft: Draft, overlay: OverlaySpec) -> list[Need] | None:
+    """The overlay's own GPUs and those of the endpoints it sets; None when a pin does not exist."""
+    needs: list[Need | None] = []
+    if overlay.gpus is not None:
+        needs.append(need_of(draft.situation, Subject("workload", overlay.name), overlay.gpus, overlay.memory))
+    needs.extend(_endpoint_need(draft, e) for e in running(overlay))
+    found = [n for n in needs if n is not None]
+    return found if len(found) == len(needs) else None
+
+
+def running(overlay: OverlaySpec) -> list[EndpointSpec]:
+    """The endpoints that it runs a version of its own of."""
+    return [e for _, e in sorted(overlay.endpoints.items()) if e.state == "running"]
+
+
+def _endpoint_need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
+    current = draft.standings[endpoint.name].current
+    prefer = current.gpus if current is not None else draft.records[endpoint.name].last_gpus
+    return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
+
+
+def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
+    """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs.
+
+    Who is wanted and has no place provides nothing: victims would wait for it in vain. With `placeless` it counts.
+    """
+    options: list[list[Need]] = []
+    for capability in overlay.requires:
+        after = {**draft.wanted, **{e.name: e for e in running(overlay)}}
+        for name in set(overlay.endpoints) - {e.name for e in running(overlay)}:
+            after.pop(name, None)
+        if any(
+            capability in e.capabilities
+            and draft.records[n].failed is None
+            and (placeless or n in overlay.endpoints or draft.has_place(n))
+            for n, e in after.items()
+        ):
+            continue
+        base = draft.situation.spec.endpoints.values()
+        taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
+        standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
+        needs = [_endpoint_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
+        options.append([n for n in needs if n is not None])
+    for choice in product(*options):
+        unique = {n.subject: n for n in choice}
+        yield [unique[s] for s in sorted(unique)]
+
+
+def consents_of(draft: Draft, overlay: OverlaySpec) -> Consents:
+    """The rules of displacement that hold for it, as everybody is seated now."""
+    stopping = frozenset(n for n in overlay.endpoints if would_stop(draft, overlay, n))
+    live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
+    leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
+    displaced = {n: s.record.evicted for n, s in draft.steps.items()}
+    placed = frozenset(n for n in draft.wanted if draft.has_place(n))
+    return Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving, placed)
+
+
+def rivals_of(draft: Draft, overlay: OverlaySpec) -> list[str]:
+    """Overlays that hold places for endpoints which this one sets, or set them while this one would run them."""
+    names = set(overlay.endpoints)
+    holding = {x.overlay for x in draft.leases if x.subject.kind == "endpoint" and x.subject.name in names}
+    runs = {e.name for e in running(overlay)}
+    in_force = [s.spec for s in draft.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+    return sorted(holding | {other.name for other in in_force if runs & set(other.endpoints)})
+
+
+def would_stop(draft: Draft, overlay: OverlaySpec, name: str) -> bool:
+    """Whether what the overlay sets for an endpoint ends the process that runs now."""
+    current, new = draft.standings[name].current, overlay.endpoints[name]
+    if current is None:
+        return False
+    same = new.process_hash == current.process_hash and draft.situation.satisfies(new.gpus, current.gpus)
+    return new.state != "running" or not same
+
+
+def can_stop(draft: Draft, name: str) -> bool:
+    """Whether an endpoint is seen well enough to be stopped."""
+    standing = draft.standings[name]
+    return standing.current is not None and standing.state != "unknown" and draft.situation.sees(standing.current.gpus)

@@ -1,0 +1,174 @@
+"""All waiting overlays at once, with the endpoints that look for a place: whom to admit, where, and in whose place.
+
+Nothing is taken here; `admission` carries the choice out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+
+from reconciler.plan.asking import consents_of, own_needs, provider_choices, running
+from reconciler.plan.board import Need, Victims
+from reconciler.plan.draft import Draft
+from reconciler.plan.observed import Subject
+from reconciler.plan.preemption import Consents
+from reconciler.plan.search import solve
+from reconciler.plan.seating import need_elsewhere
+from reconciler.plan.windows import ahead_of, keeping_off
+from reconciler.plan.wishes import MOST_TOGETHER, Choice, Wish
+from reconciler.spec.spec import GpuCount, OverlaySpec
+
+MOST_CHOICES = 64
+"""So many combinations of providers are tried for one overlay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A waiting overlay, with what it asks for."""
+
+    overlay: OverlaySpec
+    wish: Wish
+    consents: Consents
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What one overlay gets."""
+
+    overlay: OverlaySpec
+    needs: tuple[Need, ...]
+    """Those that it gets GPUs for; a provider that another overlay starts is not among them."""
+    gpus: Mapping[Subject, tuple[str, ...]]
+    victims: Victims
+    """Whom it displaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """The least choice for all of them."""
+
+    seats: tuple[Seat, ...]
+    """In the order in which they were asked for."""
+    places: Mapping[str, tuple[str, ...]]
+    """Endpoint that looks for a place → the GPUs left to it."""
+    choice: Choice
+    wishes: tuple[Wish, ...]
+    askers: tuple[Asker, ...]
+
+
+def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
+    """The least choice for these overlays, the most important first and of equals the one that was due first.
+
+    Endpoints that are about to be started and may choose their GPUs make room: each keeps a place, unless an overlay
+    that may displace it takes the last one.
+    """
+    askers = [a for a in (_asker(draft, o) for o in overlays[:MOST_TOGETHER]) if a is not None]
+    askers = _with_rivals(_grouped(askers))
+    restless = _restless(draft)
+    board = draft.board.without(frozenset(f"endpoint/{n}" for n in restless))
+    wishes = [a.wish for a in askers]
+    for name, need in restless.items():
+        tenant = draft.board.tenants[f"endpoint/{name}"]
+        takers = frozenset(a.wish.key for a in askers if not a.consents.broken_by(tenant))
+        wishes.append(Wish(tenant.key, ((need,),), yields=(takers, tenant.priority)))
+    choice = solve(wishes, board, lambda victims, seated: lawful(askers, victims, seated))
+    assert choice is not None  # noqa: S101 - all are left out, and the endpoints have the places they had
+    places = {s.name: g for s, g in choice.gpus.items() if choice.owners[s] == f"endpoint/{s.name}"}
+    seats = tuple(_seat(a, choice) for a in askers if a.wish.key in choice.seated)
+    return Together(seats, places, choice, tuple(wishes), tuple(askers))
+
+
+def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
+    """What it asks for; None: nothing offers what it requires."""
+    own = own_needs(draft, overlay)
+    if own is None:
+        return None
+    off = keeping_off(ahead_of(draft, overlay, draft.now.wall))
+    choices = islice(provider_choices(draft, overlay), MOST_CHOICES)
+    options = tuple(tuple(off(need) for need in (*own, *providers)) for providers in choices)
+    if not options:
+        return None
+    consents = consents_of(draft, overlay)
+    frees = frozenset(f"endpoint/{n}" for n in overlay.endpoints)
+    wish = Wish(
+        key=f"overlay/{overlay.name}",
+        options=options,
+        rank=overlay.priority,
+        may_displace=lambda tenant: not consents.broken_by(tenant),
+        frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
+    )
+    return Asker(overlay, wish, consents)
+
+
+def _grouped(askers: Sequence[Asker]) -> list[Asker]:
+    """In groups of those that may evict and those that may not.
+
+    Nobody gives way to one before, so that one which may not evict, and comes later, has a place.
+    """
+    groups = groupby(askers, key=lambda a: a.overlay.allow_baseline_eviction)
+    return [replace(a, wish=replace(a.wish, group=i)) for i, (_, some) in enumerate(groups) for a in some]
+
+
+def _with_rivals(askers: Sequence[Asker]) -> list[Asker]:
+    """Those that set an endpoint which another would run are not admitted beside it."""
+
+    def runs(asker: Asker) -> set[str]:
+        needs = (n.subject for option in asker.wish.options for n in option)
+        return {s.name for s in needs if s.kind == "endpoint"} | {e.name for e in running(asker.overlay)}
+
+    def clash(one: Asker, other: Asker) -> bool:
+        return bool(runs(one) & set(other.overlay.endpoints) or runs(other) & set(one.overlay.endpoints))
+
+    rivals = {a.wish.key: frozenset(b.wish.key for b in askers if b is not a and clash(a, b)) for a in askers}
+    return [replace(a, wish=replace(a.wish, rivals=rivals[a.wish.key])) for a in askers]
+
+
+def _restless(draft: Draft) -> dict[str, Need]:
+    """Endpoints that are about to be started and may choose among GPUs, in the order in which they were seated."""
+    found: dict[str, Need] = {}
+    for subject in draft.arriving:
+        endpoint = draft.wanted.get(subject.name) if subject.kind == "endpoint" else None
+        if endpoint is None or not isinstance(endpoint.gpus, GpuCount) or draft.leased(subject):
+            continue
+        need = need_elsewhere(draft, endpoint)
+        if (
+            need is not None
+            and 0 < need.count < len(need.candidates)
+            and f"endpoint/{subject.name}" in draft.board.tenants
+        ):
+            found[subject.name] = need
+    return found if len(found) <= MOST_TOGETHER else {}
+
+
+def lawful(askers: Sequence[Asker], victims: Victims, seated: frozenset[str]) -> bool:
+    """Whether every floor holds without these victims, with these overlays admitted.
+
+    What an admitted overlay requires has a floor of one ready provider, and keeps one that has a place, ready or not.
+    """
+    admitted = [a for a in askers if a.wish.key in seated]
+    if not admitted:
+        return True
+    rules = admitted[0].consents
+    gone = {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+    gone = gone.union(*(a.consents.vacated for a in admitted))
+    required = {c for a in admitted for c in a.overlay.requires}
+    floors = {**rules.floors, **{c: max(1, rules.floors.get(c, 0)) for c in required}}
+    for capability, floor in floors.items():
+        ready = rules.ready_providers(capability)
+        if len(ready - gone) < min(floor, len(ready)):
+            return False
+    for capability in required:
+        providers = {n for n in rules.placed if capability in rules.endpoints[n].capabilities}
+        if providers and not providers - gone:
+            return False
+    return True
+
+
+def _seat(asker: Asker, choice: Choice) -> Seat:
+    key = asker.wish.key
+    needs = {n.subject: n for option in asker.wish.options for n in option if choice.owners.get(n.subject) == key}
+    gpus = {subject: choice.gpus[subject] for subject in needs}
+    victims = frozenset(victim for victim, by in choice.victims.items() if by == key)
+    return Seat(asker.overlay, tuple(needs.values()), gpus, victims)
