@@ -91,7 +91,6 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
     if not options:
         return None
     consents = consents_of(draft, overlay)
-    frees = frozenset(f"endpoint/{n}" for n in overlay.endpoints)
     wish = Wish(
         key=f"overlay/{overlay.name}",
         options=options,
