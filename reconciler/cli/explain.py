@@ -143,7 +143,7 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             else (f"It had GPU {', '.join(map(str, item['gpus']))}.")
         )
     if item["evicted"]:
-        yield f"It displaced {', '.join(item['evicted'])}: {seen.plan.proof}."
+        yield f"It displaced {', '.join(item['evicted'])}." + (f" {record.why}" if record.why else "")
     if item["exit_code"] is not None:
         yield f"Its workload ended with exit code {item['exit_code']}."
     word = "It ended" if record.state in TERMINAL else "It is expected to end"

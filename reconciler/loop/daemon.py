@@ -30,7 +30,7 @@ from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
 from reconciler.observe.snapshot import ObserveOptions, endpoint_of
 from reconciler.plan.actions import Action, Event, Plan
-from reconciler.plan.graph import stop_for
+from reconciler.plan.departures import stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Observed

@@ -108,6 +108,28 @@ class Blocked:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why overlays that are admitted together displace these and nobody else."""
+
+    victims: Mapping[str, str]
+    """Who gives way → the overlay that takes the place; both by name."""
+    cost: Mapping[str, int]
+    """What was compared, the most important part first; parts that are 0 are left out. Names end in their unit."""
+    runner_up: tuple[tuple[str, ...], Mapping[str, int]] | None
+    """The next best victims with which the same overlays fit, and their cost; None: none was found."""
+    worse: str
+    """In words: where the runner-up is worse."""
+    all_seen: bool
+    """The search for the runner-up came to its end: there is no better one, or none at all."""
+    optimal: bool
+    """Proved: nothing costs less."""
+    bound: Mapping[str, int]
+    """Nothing costs less than this."""
+    steps: int
+    """Of the search, the one for the runner-up included."""
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One decision, for the journal: what changed in the ledger and why."""
 
@@ -158,3 +180,5 @@ class Plan:
     """When the planner wants to be asked again even if nothing happens."""
     archive: tuple[str, ...] = ()
     """Ended incarnations whose end is in `ledger`: their records may be put away."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Of the admissions of this decision that displace somebody."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from reconciler.plan.actions import Blocked, Cause
+from reconciler.clock import Instant
+from reconciler.plan.actions import Blocked, Cause, Verdict
 from reconciler.plan.asking import can_stop, consents_of, own_needs, provider_choices, rivals_of, would_stop
 from reconciler.plan.board import Board, Need
-from reconciler.plan.draft import Draft
+from reconciler.plan.draft import Draft, Window
 from reconciler.plan.endpoints import cool_again
 from reconciler.plan.ledger import Lease
 from reconciler.plan.observed import Subject
@@ -18,6 +19,7 @@ from reconciler.plan.preemption import Refusal
 from reconciler.plan.reservations import Seek, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
 from reconciler.plan.together import Seat, seat_together
+from reconciler.plan.why import tell
 from reconciler.plan.windows import ahead_of, keeping_off
 from reconciler.spec.spec import OverlaySpec
 
@@ -110,7 +112,9 @@ def _admit_together(draft: Draft, due: Sequence[OverlayStep]) -> None:
         if hindered is None:
             draft.places = dict(found.places)
             for each in found.seats:
-                _take(draft, each)
+                _take(draft, each, found.verdict)
+            if found.verdict is not None:
+                draft.verdicts.append(found.verdict)
             if found.seats:
                 draft.want()
                 seat(draft)
@@ -156,7 +160,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, later: Seek) -> None:
         if hindrance is not None:
             draft.block(hindrance)  # 5, 6
             return
-        _take(draft, alone)  # 7
+        _take(draft, alone, None)  # 7
         draft.want()
         seat(draft)
         return
@@ -167,21 +171,35 @@ def _admit(draft: Draft, overlay: OverlaySpec, later: Seek) -> None:
     if answer is None:
         draft.block(_no_provider(draft, overlay))  # 4
         return
-    if answer.reason == "CoolDown":
-        policy = draft.situation.spec.policy
-        cool = (
-            cool_again(
-                record,
-                draft.now,
-                max_evictions_per_hour=policy.max_evictions_per_hour,
-                min_ready_s=policy.min_ready_s,
-            )
-            for record in draft.records.values()
+    earliest = next_slot(draft, overlay, draft.now.wall, draft.windows, later)
+    cool = _cool(draft, overlay, rivalling) if answer.reason == "CoolDown" else None
+    if cool is not None:
+        cool_wall = draft.now.wall + cool.since(draft.now)
+        earliest = cool_wall if earliest is None else min(earliest, cool_wall)
+    draft.block(Blocked(subject, answer.reason, answer.message, answer.alternatives, earliest, answer.transient))  # 9
+
+
+def _cool(draft: Draft, overlay: OverlaySpec, rivalling: Sequence[Window]) -> Instant | None:
+    """When the victims that it would take may be evicted again; None: the time alone does not tell.
+
+    Others may be sooner: it is asked again at the end of each cool-down.
+    """
+    policy, ends = draft.situation.spec.policy, {}
+    for name, record in draft.records.items():
+        end = cool_again(
+            record,
+            draft.now,
+            max_evictions_per_hour=policy.max_evictions_per_hour,
+            min_ready_s=policy.min_ready_s,
         )
-        draft.wakes.extend(end for end in cool if end is not None)
-    draft.block(
-        Blocked(subject, answer.reason, answer.message, answer.alternatives, _earliest(draft), answer.transient)
-    )  # 9
+        if end is not None:
+            ends[name] = end
+    draft.wakes.extend(ends.values())
+    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling), waive=frozenset({"CoolDown"}))
+    if not isinstance(answer, tuple):
+        return None
+    names = [key.partition("/")[2] for key in sorted(answer[0].victims) if key.startswith("endpoint/")]
+    return max((ends[n] for n in names if n in ends), key=lambda end: end.mono, default=None)
 
 
 def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
@@ -202,7 +220,9 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     rivals = rivals_of(draft, overlay)
     if rivals:
         message = f"{', '.join(rivals)} set the same endpoint otherwise"
-        return Blocked(subject, "SetByAnother", message, (), _earliest(draft), transient=True)  # 3
+        steps = [draft.steps[n] for n in rivals]
+        ends = [predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in steps if s.spec is not None]
+        return Blocked(subject, "SetByAnother", message, (), max(ends, default=None), transient=True)  # 3
     return None
 
 
@@ -287,10 +307,11 @@ def _no_provider(draft: Draft, overlay: OverlaySpec) -> Blocked:
     told = ", ".join(f"{n} ({b.reason})" if b is not None else n for n, b in held.items())
     message = f"it requires {', '.join(overlay.requires)}, and what offers it has no place: {told}"
     hints = ("wait for its return, or add a standby provider",)
-    return Blocked(subject, "NoProvider", message, hints, _earliest(draft), transient=True)
+    back = [b.earliest_start for b in held.values() if b is not None and b.earliest_start is not None]
+    return Blocked(subject, "NoProvider", message, hints, min(back, default=None), transient=True)
 
 
-def _take(draft: Draft, found: Seat) -> None:
+def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:
     """Record the admission: leases, victims, and who will have to come back. Everybody has to be seated anew."""
     overlay, now, name = found.overlay, draft.now, found.overlay.name
     step, vacated = draft.steps[name], _stopping(draft, overlay)
@@ -316,20 +337,15 @@ def _take(draft: Draft, found: Seat) -> None:
         draft.move(victim, finish(lower.record, None, now, f"displaced by {name}"))
         draft.say("displaced", victim, f"gives way to {name}", cause)
     gpus = found.gpus.get(Subject("workload", name), ())
+    why = " ".join(tell(verdict)) if verdict is not None and found.victims else ""
     record = replace(
-        enter(step.record, "evicting", now), gpus=gpus, evicted=tuple(evicted), seized=tuple(seized), outcome=None
+        enter(step.record, "evicting", now),
+        gpus=gpus,
+        evicted=tuple(evicted),
+        seized=tuple(seized),
+        outcome=None,
+        why=why,
     )
     draft.move(name, record)
-    draft.say(
-        "admitted", name, f"leases taken on {len({x.gpu for x in draft.leases if x.overlay == name})} GPUs", cause
-    )
-
-
-def _earliest(draft: Draft) -> float | None:
-    """When the next live overlay is predicted to end: the first moment at which the answer may differ."""
-    ends = [
-        predicted_end(s.record, s.spec.makespan, draft.now.wall)
-        for s in draft.steps.values()
-        if s.spec is not None and s.live
-    ]
-    return min(ends, default=None)
+    count = len({x.gpu for x in draft.leases if x.overlay == name})
+    draft.say("admitted", name, f"leases taken on {count} GPUs" + (f". {why}" if why else ""), cause)

@@ -9,7 +9,7 @@ from reconciler.plan.board import Need
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
-from reconciler.plan.seating import need_of
+from reconciler.plan.settling import need_of, own_need
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
 
@@ -18,7 +18,7 @@ def own_needs(draft: Draft, overlay: OverlaySpec) -> list[Need] | None:
     needs: list[Need | None] = []
     if overlay.gpus is not None:
         needs.append(need_of(draft.situation, Subject("workload", overlay.name), overlay.gpus, overlay.memory))
-    needs.extend(_endpoint_need(draft, e) for e in running(overlay))
+    needs.extend(own_need(draft, e) for e in running(overlay))
     found = [n for n in needs if n is not None]
     return found if len(found) == len(needs) else None
 
@@ -26,12 +26,6 @@ def own_needs(draft: Draft, overlay: OverlaySpec) -> list[Need] | None:
 def running(overlay: OverlaySpec) -> list[EndpointSpec]:
     """The endpoints that it runs a version of its own of."""
     return [e for _, e in sorted(overlay.endpoints.items()) if e.state == "running"]
-
-
-def _endpoint_need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
-    current = draft.standings[endpoint.name].current
-    prefer = current.gpus if current is not None else draft.records[endpoint.name].last_gpus
-    return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
 
 
 def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
@@ -54,7 +48,7 @@ def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = Fa
         base = draft.situation.spec.endpoints.values()
         taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
         standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
-        needs = [_endpoint_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
+        needs = [own_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
         options.append([n for n in needs if n is not None])
     for choice in product(*options):
         unique = {n.subject: n for n in choice}

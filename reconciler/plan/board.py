@@ -14,6 +14,11 @@ Victims = frozenset[str]
 """Keys of tenants."""
 
 
+def endpoint_key(name: str) -> str:
+    """The key of an endpoint as a tenant."""
+    return f"endpoint/{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """One subject's all-or-nothing wish: so many GPUs, so many bytes on each."""

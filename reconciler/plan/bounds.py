@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from reconciler.plan.board import Board, Tenant, Victims
@@ -28,6 +28,25 @@ class Gang:
     def at_least(self, position: int, count: int) -> Cost:
         """A lower bound of what `count` GPUs from `position` on add to the cost."""
         return tuple(b - a for a, b in zip(self._sums[position], self._sums[position + count], strict=True))
+
+
+def minimal_sets(tenants: Sequence[Tenant], gpu: str, missing: int) -> Iterator[tuple[str, ...]]:
+    """The sets of tenants that give up so many bytes of one GPU together, and would not without any one of them."""
+    ordered = sorted(tenants, key=lambda t: (-t.holds[gpu].memory_bytes, t.key))  # so the last one is the smallest
+    sizes = [t.holds[gpu].memory_bytes for t in ordered]
+    left = [*accumulate(reversed(sizes), initial=0)][::-1]
+
+    def sets(position: int, still: int) -> Iterator[tuple[str, ...]]:
+        for i in range(position, len(ordered)):
+            if left[i] < still:
+                return
+            if sizes[i] >= still:
+                yield (ordered[i].key,)
+            else:
+                for more in sets(i + 1, still - sizes[i]):
+                    yield (ordered[i].key, *more)
+
+    yield from sets(0, missing)
 
 
 class Bounds:

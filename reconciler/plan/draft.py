@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
-from reconciler.plan.actions import Blocked, Cause, Event
+from reconciler.plan.actions import Blocked, Cause, Event, Verdict
 from reconciler.plan.board import Board
 from reconciler.plan.endpoints import Standing, stand
 from reconciler.plan.ledger import EndpointRecord, Lease, Nap, OverlayRecord, Quarantine
@@ -79,6 +79,7 @@ class Draft:
     """Wanted endpoint → the overlay that overrides or demands it."""
     quarantines: dict[str, Quarantine] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Endpoint without a place → the GPUs chosen for it together with what others want."""
     # what seating produces; made anew each time it runs

@@ -10,18 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Cause, Op
-from reconciler.plan.board import Hold, Tenant
+from reconciler.plan.departures import draining, stop_for
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayStep, predicted_end
-from reconciler.plan.placement import place
 from reconciler.plan.progress import arrival
-from reconciler.plan.seating import need_of
-from reconciler.spec.spec import EndpointSpec, Spec, Stop
+from reconciler.plan.restoring import Return, returning
+from reconciler.spec.spec import EndpointSpec
 
 KILL_SLACK_S = 10.0
 """How long a whole tree may take to vanish after SIGKILL before the attempt counts as failed."""
@@ -374,87 +372,16 @@ class Graph:
 
     def _restorations(self) -> None:
         """The predicted way back of everything an overlay displaced."""
-        draft = self.draft
-        board = draft.board.without(frozenset(f"overlay/{n}" for n in self._ended_by))
-        for item in draft.arriving.values():  # on an ended overlay's leases already, which the board no longer shows
-            if item.subject.kind == "endpoint" and item.overlay is None:
-                holds = {g: Hold(s, item.exclusive) for g, s in zip(item.gpus, item.memory_bytes, strict=True)}
-                board.add(Tenant(f"endpoint/{item.subject.name}", 0, holds))
-        baseline = draft.situation.spec.endpoints
-        for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
-            holders = [o for o in draft.evicted_from(name) if o in self._ended_by]
-            subject = Subject("endpoint", name)
-            current, record = draft.standings[name].current, draft.records[name]
-            placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)
-            dozes = name in draft.naps and draft.naps[name].waking is None and not wakes(draft, name)
-            if not holders or endpoint.state != "running" or (placed and not dozes and name not in draft.owners):
-                continue
-            nap = draft.naps.get(name)
-            if nap is not None and dozes and current is not None:
-                held = {x.overlay for x in draft.leases if x.gpu in current.gpus and x.overlay in self._ended_by}
-                self._wake(name, nap, [a for o in sorted({*holders, *held}) for a in self._ended_by[o]])
-                continue
-            prefer = current.gpus if current is not None else record.last_gpus
-            need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
-            placement = place([need], board) if need else None
-            if need is None or placement is None:
-                continue
-            gpus = placement.gpus[subject]
-            sizes = tuple(need.memory_bytes[g] for g in gpus)
-            holds = {g: Hold(s, need.exclusive) for g, s in zip(gpus, sizes, strict=True)}
-            board.add(Tenant(f"endpoint/{name}", endpoint.priority, holds))
-            self._restore(endpoint, gpus, sizes, holders, exclusive=need.exclusive)
+        for back in returning(self.draft, frozenset(self._ended_by)):
+            if back.nap is not None:
+                self._wake(back.endpoint.name, back.nap, [a for o in back.after for a in self._ended_by[o]])
+            else:
+                self._restore(back)
 
-    def _restore(
-        self,
-        endpoint: EndpointSpec,
-        gpus: tuple[str, ...],
-        sizes: tuple[int, ...],
-        holders: list[str],
-        *,
-        exclusive: bool,
-    ) -> None:
-        subject = Subject("endpoint", endpoint.name)
-        names = ", ".join(sorted(holders))
+    def _restore(self, back: Return) -> None:
+        endpoint, names = back.endpoint, ", ".join(sorted(back.holders))
         item = Arriving(
-            subject, gpus, sizes, exclusive, endpoint.process_hash, f"{names} no longer needs its place",
-            Cause("restore", endpoint.source, holders[0]),
+            Subject("endpoint", endpoint.name), back.gpus, back.memory_bytes, back.exclusive, endpoint.process_hash,
+            f"{names} no longer needs its place", Cause("restore", endpoint.source, back.holders[0]),
         )  # fmt: skip
-        # Whoever else's overlay still holds one of these GPUs has to end first, too: no prefix may oversubscribe.
-        held = {x.overlay for x in self.draft.leases if x.gpu in gpus and x.overlay in self._ended_by}
-        self._endpoint_start(item, [action for o in {*holders, *held} for action in self._ended_by[o]])
-
-
-def stop_for(spec: Spec, subject: Subject) -> Stop:
-    """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
-    if subject.kind == "workload":
-        overlay = spec.overlays.get(subject.name)
-        return overlay.workload.stop if overlay and overlay.workload else Stop()
-    if subject.name in spec.endpoints:
-        return spec.endpoints[subject.name].stop
-    overlays = (overlay for _, overlay in sorted(spec.overlays.items()))
-    return next((o.endpoints[subject.name].stop for o in overlays if subject.name in o.endpoints), Stop())
-
-
-def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:
-    """Until when this incarnation is given time to finish its requests; None when there is nothing to wait for.
-
-    Draining is over when its time is up, when the engine reports no request in flight since the stop was asked for,
-    or when it cannot report any (not ready, no metric): waiting for an answer that cannot come helps nobody.
-    """
-    if incarnation.subject.kind == "workload" or stop.drain_s <= 0:
-        return None
-    progress, probe = incarnation.stop, draft.situation.probe(incarnation)
-    if progress is not None and (progress.drained or progress.signalled is not None):
-        return None
-    record = draft.records[incarnation.subject.name]
-    known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
-    if known is None or not known.profile.busy_metrics or record.ready_incarnation != incarnation.id:
-        return None
-    since = progress.requested if progress else draft.now
-    until = since.plus(stop.drain_s)
-    if progress is not None:
-        answered = probe is not None and probe.at.mono > progress.requested.mono
-        if draft.now.mono >= until.mono or (answered and probe is not None and not probe.busy):
-            return None
-    return until
+        self._endpoint_start(item, [action for o in back.after for action in self._ended_by[o]])

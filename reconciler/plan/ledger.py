@@ -66,6 +66,8 @@ class OverlayRecord:
     outcome: Literal["done", "failed", "cancelled", "expired"] | None = None
     """What it will be once the baseline is back; set on entering `completing`."""
     reason: str = ""
+    why: str = ""
+    """Why it displaced these and nobody else, in words, as told when it was admitted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Blocked, Event
-from reconciler.plan.board import Hold, Need, Tenant
+from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
 from reconciler.plan.observed import Incarnation, Probe
 from reconciler.plan.overlays import MEMORY_TIMEOUT_S, predicted_end
@@ -202,18 +202,18 @@ def rise(draft: Draft) -> None:
             continue
         sizes = dict(zip(current.gpus, current.memory_bytes, strict=True))
         need = Need(current.subject, current.gpus, len(sizes), sizes, current.exclusive, current.gpus)
-        board = draft.board.without(frozenset({_key(name)}))
+        board = draft.board.without(frozenset({endpoint_key(name)}))
         if nap.waking is None and place([need], board) is None:
             message = "it sleeps: the memory it had is in use"
             draft.block(Blocked(current.subject, "GpuOccupied", message, transient=True))
             continue
         holds = {gpu: Hold(size, current.exclusive) for gpu, size in sizes.items()}
-        draft.board.add(Tenant(_key(name), endpoint.priority, holds))
+        draft.board.add(Tenant(endpoint_key(name), endpoint.priority, holds))
 
 
 def wakes(draft: Draft, name: str) -> bool:
     """Whether one that sleeps has its place again, and so is to wake up."""
-    tenant, current = draft.board.tenants.get(_key(name)), draft.standings[name].current
+    tenant, current = draft.board.tenants.get(endpoint_key(name)), draft.standings[name].current
     if current is None or name not in draft.naps:
         return False
     if draft.leased(current.subject):
@@ -312,8 +312,4 @@ def _leaves_enough(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -
 
 def _residue(endpoint: EndpointSpec, current: Incarnation) -> Tenant:
     hold = Hold(endpoint.profile.residual_bytes, exclusive=False)
-    return Tenant(_key(endpoint.name), endpoint.priority, dict.fromkeys(current.gpus, hold))
-
-
-def _key(name: str) -> str:
-    return f"endpoint/{name}"
+    return Tenant(endpoint_key(endpoint.name), endpoint.priority, dict.fromkeys(current.gpus, hold))

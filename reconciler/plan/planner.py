@@ -84,14 +84,22 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
             "victims": float(len(victims)),
             "lost_readiness_s": sum(draft.situation.timings(spec.endpoints[n]).load_s for n in victims),
         },
-        proof="each overlay's victims and places are the least of all choices (exhaustive search)",
+        proof=_proof(draft),
         agenda=forecast_entries(agenda, actions),
         ledger=after,
         events=tuple(draft.events),
         endpoints=views,
         next_wake=min((w for w in draft.wakes if w.mono > now.mono), key=lambda w: w.mono, default=None),
         archive=_archive(draft),
+        verdicts=tuple(draft.verdicts),
     )
+
+
+def _proof(draft: Draft) -> str:
+    """How sure it is that nothing less would do, in a word."""
+    if not draft.verdicts:
+        return "nobody is displaced"
+    return "optimal" if all(v.optimal for v in draft.verdicts) else "bounded"
 
 
 def _victims(draft: Draft) -> list[str]:

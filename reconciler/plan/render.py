@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, tzinfo
 
-from reconciler.plan.actions import WAITS, Action, Blocked, Cause, Change, Drift, Plan
+from reconciler.plan.actions import WAITS, Action, Blocked, Cause, Change, Drift, Plan, Verdict
 from reconciler.plan.observed import Observed
+from reconciler.plan.why import tell
 from reconciler.units import format_duration
 
 NO_CHANGES = "No changes. The box matches its set points."
@@ -124,11 +125,11 @@ def _moment(wall: float, now: float, zone: tzinfo) -> str:
 
 
 def _victims_lines(plan: Plan) -> list[str]:
-    victims = int(plan.objective.get("victims", 0))
-    if not victims:
-        return []
-    lost = format_duration(plan.objective.get("lost_readiness_s", 0.0))
-    return [f"Why these victims: {victims} displaced, {lost} to load them again; {plan.proof}."]
+    lines = []
+    for verdict in plan.verdicts:
+        first, *more = tell(verdict)
+        lines += [f"Why these victims: {first}", *(f"    {sentence}" for sentence in more)]
+    return lines
 
 
 def _summary(plan: Plan) -> str:
@@ -166,6 +167,7 @@ def plan_data(plan: Plan, observed: Observed) -> dict[str, object]:
         "budgets": list(plan.budgets),
         "objective": dict(plan.objective),
         "proof": plan.proof,
+        "verdicts": [_verdict_data(v) for v in plan.verdicts],
     }
 
 
@@ -202,6 +204,20 @@ def _blocked_data(blocked: Blocked) -> dict[str, object]:
         "message": blocked.message,
         "alternatives": list(blocked.alternatives),
         "earliest_start": _iso(blocked.earliest_start),
+    }
+
+
+def _verdict_data(verdict: Verdict) -> dict[str, object]:
+    runner_up = verdict.runner_up
+    return {
+        "victims": dict(verdict.victims),
+        "cost": dict(verdict.cost),
+        "runner_up": None
+        if runner_up is None
+        else {"victims": list(runner_up[0]), "cost": dict(runner_up[1]), "worse": verdict.worse},
+        "optimal": verdict.optimal,
+        "bound": dict(verdict.bound),
+        "steps": verdict.steps,
     }
 
 

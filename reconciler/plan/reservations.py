@@ -16,10 +16,12 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, predicted_end
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.preemption import Refusal
-from reconciler.plan.seating import need_of
+from reconciler.plan.settling import need_of
 from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s
 from reconciler.spec.spec import OverlaySpec
 
+MOST_SLOTS = 16
+"""So many ends are looked at for a place: who waits for more of them waits for a different day."""
 Seek = Callable[[OverlaySpec, Board, Callable[[Need], Need]], tuple[Placement, list[Need]] | Refusal | None]
 """The least lawful placement of an overlay on a board, its needs seen through a filter; why there is none; or None:
 its files ask for what cannot be."""
@@ -62,9 +64,17 @@ def window_taken(
 
 
 def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, windows: Iterable[Window], seek: Seek) -> float | None:
-    """The first moment after `begin`, epoch seconds, at which the overlay has a place among these windows."""
+    """The first moment after `begin`, epoch seconds, at which the overlay is predicted to have a place.
+
+    Looked at are the predicted ends of live overlays and of these windows, in order; None: none of the next
+    `MOST_SLOTS` helps. It is the earliest: whoever else waits may be there first.
+    """
     windows = tuple(windows)
-    for moment_ in sorted({w.end for w in windows if w.end > begin}):
+    ends = {w.end for w in windows}
+    for step in draft.steps.values():
+        if step.spec is not None and step.live:
+            ends.add(predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S)
+    for moment_ in sorted(end for end in ends if end > max(begin, draft.now.wall + MEMORY_RETURN_S))[:MOST_SLOTS]:
         off = keeping_off(ahead_of(draft, overlay, moment_, windows))
         if isinstance(seek(overlay, _board_at(draft, moment_), off), tuple):
             return moment_

@@ -14,12 +14,12 @@ GPUs are tried cheapest first and then in NVML order, and ties keep the first: e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import islice
 
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
-from reconciler.plan.bounds import Bounds, Gang
+from reconciler.plan.bounds import Bounds, Gang, minimal_sets
 from reconciler.plan.observed import Subject
 from reconciler.plan.wishes import (
     BROKEN,
@@ -37,8 +37,10 @@ from reconciler.plan.wishes import (
     add,
 )
 
-LIMIT = 4000
-"""Steps of one search, of some 30 µs each."""
+LIMIT = 2000
+"""Steps of one search, of some 0.1 ms each: a quarter of a second, and every look decides anew."""
+MOST_SETS = 200
+"""Sets of victims looked at for one GPU: ten tenants of one size, any five of whom have to leave, make 252."""
 Lawful = Callable[[Victims, frozenset[str]], bool]
 
 
@@ -65,7 +67,6 @@ def solve(
     lawful: Lawful = lambda _victims, _seated: True,
     *,
     limit: int = LIMIT,
-    other_than: Victims | None = None,
 ) -> Choice | None:
     """The least way to seat `wishes` together, or None when those that have to be seated do not fit.
 
@@ -75,31 +76,29 @@ def solve(
         lawful: may these tenants be displaced together, and these wishes be seated? Monotone: once it refuses two sets
             it refuses all larger ones
         limit: steps after which the best answer so far is taken
-        other_than: the answer has to have other victims than these
     """
-    search = _Search(tuple(wishes), board, lawful, limit, other_than)
-    search.wish(0, _Branch((0,) * len(search.levels.zero)))
-    best = search.best
-    if best is None:
-        return None
-    order = {gpu: i for i, gpu in enumerate(board.capacity)}
-    gpus = {s: tuple(sorted(found, key=order.__getitem__)) for s, (_, found) in best.placed.items()}
-    owners = {s: owner for s, (owner, _) in best.placed.items()}
-    bound = best.cost if search.missed is None else min(best.cost, search.missed)
-    proof = Proof(bound == best.cost, bound, search.steps)
-    seated = tuple(w.key for w in wishes if w.key in best.seated)
-    return Choice(seated, gpus, owners, dict(sorted(best.by.items())), best.cost, search.levels.names, proof)
+    search = _Search(tuple(wishes), board, lawful, limit, None)
+    return search.answer()
+
+
+def next_best(
+    than: Choice, wishes: Sequence[Wish], board: Board, lawful: Lawful, *, limit: int = LIMIT
+) -> tuple[Choice | None, bool]:
+    """The least way to seat the same wishes with other victims, and whether the search for it came to its end."""
+    search = _Search(tuple(wishes), board, lawful, limit, than)
+    return search.answer(), search.missed is None
 
 
 class _Search:
     def __init__(
-        self, wishes: tuple[Wish, ...], board: Board, lawful: Lawful, limit: int, other_than: Victims | None
+        self, wishes: tuple[Wish, ...], board: Board, lawful: Lawful, limit: int, other_than: Choice | None
     ) -> None:
         self._wishes = wishes
         self._board = board
         self._lawful = lawful
         self._limit = limit
-        self._other_than = other_than
+        self._not_these = None if other_than is None else frozenset(other_than.victims)
+        self._seated = None if other_than is None else frozenset(other_than.seated)
         self._rights: dict[tuple[str, str], bool] = {}
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
         self.levels = Levels(wishes, board)
@@ -109,31 +108,56 @@ class _Search:
         self.missed: Cost | None = None
         """The least that a branch not looked at may cost."""
 
+    def answer(self) -> Choice | None:
+        """The least way that is found; None: none is."""
+        self._wish(0, _Branch(self.levels.zero))
+        best = self.best
+        if best is None:
+            return None
+        order = {gpu: i for i, gpu in enumerate(self._board.capacity)}
+        gpus = {s: tuple(sorted(found, key=order.__getitem__)) for s, (_, found) in best.placed.items()}
+        owners = {s: owner for s, (owner, _) in best.placed.items()}
+        bound = best.cost if self.missed is None else min(best.cost, self.missed)
+        proof = Proof(bound == best.cost, bound, self.steps)
+        seated = tuple(w.key for w in self._wishes if w.key in best.seated)
+        return Choice(seated, gpus, owners, dict(sorted(best.by.items())), best.cost, self.levels.names, proof)
+
     # ------------------------------------------------------------ wishes
 
-    def wish(self, index: int, branch: _Branch) -> None:
+    def _wish(self, index: int, branch: _Branch) -> None:
         """Seat the wishes from `index` on, or leave them out."""
         if self._cut(add(branch.cost, self._bounds.later(index, branch.taken, branch.gone))):
             return
         if index == len(self._wishes):
-            if branch.victims != self._other_than:
+            if branch.victims != self._not_these:
                 self.best = branch
             return
         wish = self._wishes[index]
         if wish.key in branch.gone:  # a seated wish frees its place
-            self.wish(index + 1, branch)
+            self._wish(index + 1, branch)
             return
-        if not wish.rivals & branch.seated:
+        if self.steps >= self._limit and self.best is None and wish.rank is not None:
+            self._miss(branch.cost)
+            self._leave_out(index, branch)
+            return
+        given = None if self._seated is None or wish.rank is None else wish.key in self._seated
+        if given is not False and not wish.rivals & branch.seated:
             begun = self._freed(wish, replace(branch, seated=branch.seated | {wish.key}))
             if self._is_lawful(begun.victims, begun.seated):
                 later = self._bounds.later(index + 1, begun.taken, begun.gone)
                 for option in wish.options:
                     self._needs(index, option, begun, later)
-        cost = list(branch.cost)
+        if given is True:
+            return
+        self._leave_out(index, branch)
+
+    def _leave_out(self, index: int, branch: _Branch) -> None:
+        """Go on without one that may be left out, or whose place is taken by one that may."""
+        wish, cost = self._wishes[index], list(branch.cost)
         if wish.rank is not None:
             cost[self.levels.seat(wish)] += 1
             cost[DUE] += 1 << (len(self._wishes) - 1 - index)
-            self.wish(index + 1, replace(branch, cost=tuple(cost)))
+            self._wish(index + 1, replace(branch, cost=tuple(cost)))
         elif wish.yields is not None:
             by = self._who_takes_it(wish, wish.yields[0], branch)
             if by is not None:
@@ -141,7 +165,7 @@ class _Search:
                 victims = branch.victims | {wish.key}
                 if self._is_lawful(victims, branch.seated):
                     left = replace(branch, cost=tuple(cost), victims=victims, by={**branch.by, wish.key: by})
-                    self.wish(index + 1, left)
+                    self._wish(index + 1, left)
 
     def _who_takes_it(self, wish: Wish, takers: frozenset[str], branch: _Branch) -> str | None:
         """The first seated wish without which this one would have a place, if it may take it."""
@@ -157,7 +181,7 @@ class _Search:
         """Meet the needs of one wish, one after the other."""
         if not needs:
             if not self._in_vain(self._wishes[index], branch):
-                self.wish(index + 1, branch)
+                self._wish(index + 1, branch)
             return
         wish, need = self._wishes[index], needs[0]
         if need.subject in branch.placed:  # another wish has it already
@@ -225,13 +249,20 @@ class _Search:
                 self._choose(index, needs, gang, next_position + 1, (*chosen, gpu), way, later)
 
     def _cut(self, at_least: Cost) -> bool:
-        """Whether a branch need not be looked at: it cannot be better, or the work is bounded."""
+        """Whether a branch need not be looked at: it cannot be better, or the work is bounded.
+
+        Past the limit there is a first answer all the same: who may be left out is, and the rest are seated.
+        """
         if self.best is not None and at_least >= self.best.cost:
             return True
-        if self.steps >= self._limit:
-            self.missed = at_least if self.missed is None else min(self.missed, at_least)
-            return True
-        return False
+        if self.steps < self._limit or (self.best is None and self.steps < 2 * self._limit):
+            return False
+        self._miss(at_least)
+        return True
+
+    def _miss(self, at_least: Cost) -> None:
+        """Note what a branch that is not looked at may cost at the least."""
+        self.missed = at_least if self.missed is None else min(self.missed, at_least)
 
     # ------------------------------------------------------------ victims
 
@@ -285,26 +316,13 @@ class _Search:
         missing += sum(t.holds[gpu].memory_bytes for t in shared)
         if missing <= 0:
             return [must]
-        return [must | group for group in self._minimal(shared, gpu, missing)]
+        return [must | group for group in self._minimal(shared, gpu, missing, branch)]
 
-    def _minimal(self, shared: list[Tenant], gpu: str, missing: int) -> list[Victims]:
-        """The sets of tenants that give up so many bytes together, and would not without any one of them."""
-        shared = sorted(shared, key=lambda t: (-t.holds[gpu].memory_bytes, t.key))  # so the last one is the smallest
-        sizes = [t.holds[gpu].memory_bytes for t in shared]
-        left = [*accumulate(reversed(sizes), initial=0)][::-1]
-
-        def sets(position: int, still: int) -> Iterator[tuple[str, ...]]:
-            for i in range(position, len(shared)):
-                if left[i] < still or (self.steps >= self._limit and i > position):
-                    return
-                self.steps += 1
-                if sizes[i] >= still:
-                    yield (shared[i].key,)
-                else:
-                    for more in sets(i + 1, still - sizes[i]):
-                        yield (shared[i].key, *more)
-
-        return [frozenset(found) for found in sets(0, missing)]
+    def _minimal(self, shared: list[Tenant], gpu: str, missing: int, branch: _Branch) -> list[Victims]:
+        found = [frozenset(keys) for keys in islice(minimal_sets(shared, gpu, missing), MOST_SETS + 1)]
+        if len(found) > MOST_SETS:
+            self._miss(branch.cost)
+        return found[:MOST_SETS]
 
     # ------------------------------------------------------------ costs
 

@@ -7,41 +7,21 @@ started where, and who is wanted and finds no place.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
-from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
-from reconciler.plan.board import Board, Hold, Need, Tenant
-from reconciler.plan.draft import Arriving, Draft, Leaving
-from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
+from reconciler.plan.draft import Draft, Leaving
+from reconciler.plan.endpoints import Standing
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, predicted_end
+from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.placement import place
-from reconciler.plan.preemption import lacking
 from reconciler.plan.search import solve
-from reconciler.plan.situation import Situation
-from reconciler.plan.windows import spared
+from reconciler.plan.settling import need_elsewhere, need_of, settle
 from reconciler.plan.wishes import MOST_TOGETHER, Wish
-from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
-
-
-def need_of(
-    situation: Situation, subject: Subject, gpus: GpuClaim, memory: MemoryClaim, prefer: tuple[str, ...] = ()
-) -> Need | None:
-    """A claim as a need on this node's GPUs; None when a pin names a GPU that does not exist here."""
-    match gpus:
-        case GpuPins():
-            pinned = situation.resolve_pins(gpus)
-            if pinned is None:
-                return None
-            candidates, count = pinned, len(pinned)
-        case GpuCount(count):
-            candidates = tuple(u for u in situation.gpus if u in situation.managed)
-    sizes = {uuid: situation.claim_bytes(memory, situation.gpus[uuid]) for uuid in candidates}
-    return Need(subject, candidates, count, sizes, isinstance(memory, WholeGpu), prefer)
+from reconciler.spec.spec import EndpointSpec, GpuPins
 
 
 def seat(draft: Draft) -> None:
@@ -87,7 +67,7 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
     new = [e for e in homeless if e not in ran]
     asking = [sorted(ran, key=_by_priority), list(moved), sorted(new, key=_by_priority)]
     for endpoint in sorted(chain.from_iterable(asking), key=lambda e: draft.places.get(e.name) == ()):
-        _settle(draft, endpoint, draft.standings[endpoint.name])
+        settle(draft, endpoint, draft.standings[endpoint.name])
     return asking
 
 
@@ -105,13 +85,13 @@ def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str
         if need is None or draft.leased(subject) or (blocked is not None and blocked.reason == "Held"):
             continue
         needs[endpoint.name] = need
-        worse |= arriving is None and _key(endpoint.name) not in draft.board.tenants
+        worse |= arriving is None and endpoint_key(endpoint.name) not in draft.board.tenants
         worse |= arriving is not None and bool(need.prefer) and not set(arriving.gpus) <= set(need.prefer)
     if not worse or not 1 < len(needs) <= MOST_TOGETHER or all(n.count == len(n.candidates) for n in needs.values()):
         return {}
     order = {r: i for i, r in enumerate(sorted(set(rank.values())))}
-    wishes = [Wish(_key(n), ((need,),), rank=order[rank[n]]) for n, need in needs.items()]
-    choice = solve(wishes, draft.board.without(frozenset(map(_key, needs))))
+    wishes = [Wish(endpoint_key(n), ((need,),), rank=order[rank[n]]) for n, need in needs.items()]
+    choice = solve(wishes, draft.board.without(frozenset(map(endpoint_key, needs))))
     return {} if choice is None else {n: choice.gpus.get(Subject("endpoint", n), ()) for n in needs}
 
 
@@ -270,17 +250,13 @@ def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
         return True
     prefer = current.gpus if current is not None else ()
     need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
-    without = board.without(frozenset({_key(endpoint.name)}))
+    without = board.without(frozenset({endpoint_key(endpoint.name)}))
     placement = place([need], without) if need else None
     if need is None or placement is None:
         return False
     holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
-    board.add(Tenant(_key(endpoint.name), endpoint.priority, holds))
+    board.add(Tenant(endpoint_key(endpoint.name), endpoint.priority, holds))
     return True
-
-
-def _key(name: str) -> str:
-    return f"endpoint/{name}"
 
 
 def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: EndpointSpec | None) -> Tenant:
@@ -289,150 +265,21 @@ def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: Endpoin
         for gpu, size in zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
     }
     if endpoint is None:
-        return Tenant(_key(name), 0, holds)
+        return Tenant(endpoint_key(name), 0, holds)
     times, lost_s = draft.situation.timings(endpoint), 0.0
     if draft.standings[name].state == "healthy":
         lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
     departure_s = times.drain_s + times.stop_s + MEMORY_RETURN_S
     return Tenant(
-        _key(name), endpoint.priority, holds, round(lost_s * 1000), round(departure_s * 1000), endpoint.capabilities
+        endpoint_key(name),
+        endpoint.priority,
+        holds,
+        round(lost_s * 1000),
+        round(departure_s * 1000),
+        endpoint.capabilities,
     )
 
 
 def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: EndpointSpec | None) -> None:
     if not draft.leased(current.subject):
         draft.board.add(_tenant(draft, name, current, endpoint))
-
-
-def _settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
-    """Find a place for a wanted endpoint that has none, and arrange its start."""
-    subject = Subject("endpoint", endpoint.name)
-    record = draft.records[endpoint.name]
-    leases = draft.leased(subject)
-    if leases:
-        gpus = tuple(x.gpu for x in leases)
-        sizes, exclusive = tuple(x.memory_bytes for x in leases), leases[0].exclusive
-    else:
-        need = need_elsewhere(draft, endpoint)
-        if need is None:
-            message = "it is pinned to a GPU that this node does not have"
-            draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
-            return
-        chosen = draft.places.get(endpoint.name, ())
-        kept = replace(need, candidates=tuple(g for g in need.candidates if g in chosen))
-        placement = (place([kept], draft.board) if chosen else None) or place([need], draft.board)
-        if placement is None:
-            draft.block(_no_place(draft, endpoint))
-            return
-        held = spared(draft, endpoint, need) if standing.current is None else None
-        if held is not None:
-            draft.block(held)
-            return
-        gpus = placement.gpus[subject]
-        sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
-        holds = {g: Hold(size, exclusive) for g, size in zip(gpus, sizes, strict=True)}
-        draft.board.add(Tenant(_key(endpoint.name), endpoint.priority, holds))
-    if _port_blocked(draft, endpoint):
-        return
-    reason, cause = _why_started(draft, endpoint, standing)
-    not_before = earliest_restart(record, endpoint.restart)
-    if not_before is not None and not_before.mono <= draft.now.mono:
-        not_before = None
-    if not_before is not None:
-        draft.wakes.append(not_before)
-        wait = not_before.since(draft.now)
-        message = f"it ended {record.streak} times in a row; the next start is in {wait:.1f} s"
-        last = record.exits[-1].failure if record.exits else None
-        message += f" ({last})" if last else ""
-        draft.block(
-            Blocked(
-                subject,
-                "CoolDown",
-                message,
-                ("reconciler reset " + endpoint.name,),
-                _wall(draft, not_before),
-                transient=True,
-            )
-        )
-    draft.arriving[subject] = Arriving(
-        subject, gpus, sizes, exclusive, endpoint.process_hash, reason, cause,
-        draft.owners.get(endpoint.name), not_before,
-    )  # fmt: skip
-
-
-def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tuple[str, Cause]:
-    """Why an endpoint is to be started, for people; the first that holds."""
-    record, owner = draft.records[endpoint.name], draft.owners.get(endpoint.name)
-    if owner is not None:
-        return f"overlay {owner} asks for it", Cause("overlay", draft.steps[owner].record.source, owner)
-    for overlay in sorted(o for o, held in draft.evicted_from(endpoint.name).items() if held):
-        return f"{overlay} took its place; it moves", Cause("evict", draft.steps[overlay].record.source, overlay)
-    if record.evicted_by is not None:
-        overlay = record.evicted_by
-        return f"{overlay} no longer needs its place", Cause("restore", endpoint.source, overlay)
-    if standing.current is not None and draft.leaving[standing.current.id].cause.kind in ("edit", "request", "drift"):
-        leaving = draft.leaving[standing.current.id]
-        return leaving.reason, leaving.cause
-    if record.exits and not record.exits[-1].planned:
-        told = record.exits[-1].failure
-        reason = f"it should run and does not: {told}" if told else "it should run and does not"
-        return reason, Cause("drift", endpoint.source, detail="it ended by itself")
-    return "its set point is running", Cause("setpoint", endpoint.source)
-
-
-def _wall(draft: Draft, instant: Instant) -> float:
-    return draft.now.wall + instant.since(draft.now)
-
-
-def _port_blocked(draft: Draft, endpoint: EndpointSpec) -> bool:
-    subject = Subject("endpoint", endpoint.name)
-    holder = draft.situation.observed.ports.get(endpoint.port) if endpoint.port is not None else None
-    if holder is not None:
-        who = f"pid {holder.pid} ({holder.command})" if holder.pid is not None else "a process that cannot be seen"
-        message = f"port {endpoint.port} is in use by {who}"
-        draft.block(
-            Blocked(subject, "PortInUse", message, ("end that process, or choose another port",), transient=True)
-        )
-        return True
-    for other in draft.situation.observed.incarnations:
-        ours = other.alive and other.port == endpoint.port and other.subject != subject and endpoint.port is not None
-        if ours and other.id not in draft.leaving:
-            message = f"port {endpoint.port} is in use by {other.subject} (pid {other.pid})"
-            draft.block(Blocked(subject, "PortInUse", message, ("choose another port",), transient=True))
-            return True
-    return False
-
-
-def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:
-    """What a wanted endpoint needs, on GPUs that nobody holds against it; None: a pin does not exist."""
-    need = _need(draft, endpoint)
-    if need is None:
-        return None
-    leased = set().union(*draft.evicted_from(endpoint.name).values())
-    return replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
-
-
-def _need(draft: Draft, endpoint: EndpointSpec) -> Need | None:
-    current = draft.standings[endpoint.name].current
-    prefer = current.gpus if current is not None else draft.records[endpoint.name].last_gpus
-    return need_of(draft.situation, Subject("endpoint", endpoint.name), endpoint.gpus, endpoint.memory, prefer)
-
-
-def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
-    """Why a wanted endpoint has no place: an overlay holds it, something stranger does, or the box lacks it."""
-    need = _need(draft, endpoint)
-    assert need is not None  # noqa: S101 - its pins exist, or it would not have come so far
-    overlays = frozenset(k for k in draft.board.tenants if k.startswith("overlay/"))
-    if place([need], draft.board.without(overlays)) is not None:
-        steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
-        here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
-        names = ", ".join(s.record.name for s in here)
-        ends = [predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in here if s.spec]
-        back = max(ends, default=None)
-        return Blocked(need.subject, "EvictedBy", f"its place is held by {names}", (), back, transient=True)
-    lack = lacking(draft.situation, [need])
-    if lack.transient and lack.reason == "InsufficientGpus":
-        rivals = sorted({t.key.partition("/")[2] for g in need.candidates for t in draft.board.on(g)})
-        message = f"its GPUs are held by {', '.join(rivals)}; endpoints do not displace each other"
-        return Blocked(need.subject, "InsufficientGpus", message, ("free a GPU, or lower its claim",), transient=False)
-    return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
+from reconciler.plan.actions import Verdict
 from reconciler.plan.asking import consents_of, own_needs, provider_choices, running
 from reconciler.plan.board import Need, Victims
 from reconciler.plan.draft import Draft
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
-from reconciler.plan.search import solve
-from reconciler.plan.seating import need_elsewhere
+from reconciler.plan.search import next_best, solve
+from reconciler.plan.settling import need_elsewhere
+from reconciler.plan.why import judge
 from reconciler.plan.windows import ahead_of, keeping_off
 from reconciler.plan.wishes import MOST_TOGETHER, Choice, Wish
 from reconciler.spec.spec import GpuCount, OverlaySpec
@@ -53,9 +55,8 @@ class Together:
     """In the order in which they were asked for."""
     places: Mapping[str, tuple[str, ...]]
     """Endpoint that looks for a place → the GPUs left to it."""
-    choice: Choice
-    wishes: tuple[Wish, ...]
-    askers: tuple[Asker, ...]
+    verdict: Verdict | None
+    """Why these victims; None: there are none."""
 
 
 def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
@@ -73,11 +74,19 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
         tenant = draft.board.tenants[f"endpoint/{name}"]
         takers = frozenset(a.wish.key for a in askers if not a.consents.broken_by(tenant))
         wishes.append(Wish(tenant.key, ((need,),), yields=(takers, tenant.priority)))
-    choice = solve(wishes, board, lambda victims, seated: lawful(askers, victims, seated))
-    assert choice is not None  # noqa: S101 - all are left out, and the endpoints have the places they had
+
+    def law(victims: Victims, seated: frozenset[str]) -> bool:
+        return lawful(askers, victims, seated)
+
+    choice = solve(wishes, board, law)
+    if choice is None:  # the work is bounded: everybody stays where they are, and is decided on one by one
+        return Together((), {}, None)
     places = {s.name: g for s, g in choice.gpus.items() if choice.owners[s] == f"endpoint/{s.name}"}
     seats = tuple(_seat(a, choice) for a in askers if a.wish.key in choice.seated)
-    return Together(seats, places, choice, tuple(wishes), tuple(askers))
+    if not choice.victims:
+        return Together(seats, places, None)
+    runner_up, all_seen = next_best(choice, wishes, board, law)
+    return Together(seats, places, judge(choice, runner_up, all_seen=all_seen))
 
 
 def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:

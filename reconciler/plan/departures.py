@@ -1,0 +1,43 @@
+"""How somebody leaves: how they want to be stopped, and until when they are given time to finish."""
+
+from __future__ import annotations
+
+from reconciler.clock import Instant
+from reconciler.plan.draft import Draft
+from reconciler.plan.observed import Incarnation, Subject
+from reconciler.spec.spec import Spec, Stop
+
+
+def stop_for(spec: Spec, subject: Subject) -> Stop:
+    """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
+    if subject.kind == "workload":
+        overlay = spec.overlays.get(subject.name)
+        return overlay.workload.stop if overlay and overlay.workload else Stop()
+    if subject.name in spec.endpoints:
+        return spec.endpoints[subject.name].stop
+    overlays = (overlay for _, overlay in sorted(spec.overlays.items()))
+    return next((o.endpoints[subject.name].stop for o in overlays if subject.name in o.endpoints), Stop())
+
+
+def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:
+    """Until when this incarnation is given time to finish its requests; None when there is nothing to wait for.
+
+    Draining is over when its time is up, when the engine reports no request in flight since the stop was asked for,
+    or when it cannot report any (not ready, no metric): waiting for an answer that cannot come helps nobody.
+    """
+    if incarnation.subject.kind == "workload" or stop.drain_s <= 0:
+        return None
+    progress, probe = incarnation.stop, draft.situation.probe(incarnation)
+    if progress is not None and (progress.drained or progress.signalled is not None):
+        return None
+    record = draft.records[incarnation.subject.name]
+    known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
+    if known is None or not known.profile.busy_metrics or record.ready_incarnation != incarnation.id:
+        return None
+    since = progress.requested if progress else draft.now
+    until = since.plus(stop.drain_s)
+    if progress is not None:
+        answered = probe is not None and probe.at.mono > progress.requested.mono
+        if draft.now.mono >= until.mono or (answered and probe is not None and not probe.busy):
+            return None
+    return until

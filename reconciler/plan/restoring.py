@@ -1,0 +1,75 @@
+"""The way back: which displaced endpoints return once overlays are over, and where to, as it is predicted now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reconciler.plan.board import Hold, Tenant, endpoint_key
+from reconciler.plan.draft import Draft
+from reconciler.plan.ledger import Nap
+from reconciler.plan.naps import wakes
+from reconciler.plan.observed import Subject
+from reconciler.plan.placement import place
+from reconciler.plan.settling import own_need
+from reconciler.spec.spec import EndpointSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """One endpoint's way back."""
+
+    endpoint: EndpointSpec
+    holders: tuple[str, ...]
+    """Overlays that displaced it, which are over by then."""
+    after: tuple[str, ...]
+    """Overlays that have to be over first: also those that only hold a GPU which it comes back to."""
+    nap: Nap | None = None
+    """It sleeps and is woken up where it is; else it is started:"""
+    gpus: tuple[str, ...] = ()
+    memory_bytes: tuple[int, ...] = ()
+    exclusive: bool = False
+
+
+def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
+    """Who comes back once these overlays are over, the most important first, and where."""
+    found: list[Return] = []
+    board = draft.board.without(frozenset(f"overlay/{n}" for n in ending))
+    for item in draft.arriving.values():  # on an ended overlay's leases already, which the board no longer shows
+        if item.subject.kind == "endpoint" and item.overlay is None:
+            holds = {g: Hold(s, item.exclusive) for g, s in zip(item.gpus, item.memory_bytes, strict=True)}
+            board.add(Tenant(endpoint_key(item.subject.name), 0, holds))
+    baseline = draft.situation.spec.endpoints
+    for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
+        holders = tuple(o for o in draft.evicted_from(name) if o in ending)
+        subject = Subject("endpoint", name)
+        current = draft.standings[name].current
+        placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)
+        dozes = name in draft.naps and draft.naps[name].waking is None and not wakes(draft, name)
+        if not holders or endpoint.state != "running" or (placed and not dozes and name not in draft.owners):
+            continue
+        nap = draft.naps.get(name)
+        if nap is not None and dozes and current is not None:
+            found.append(Return(endpoint, holders, _holding(draft, ending, holders, current.gpus), nap))
+            continue
+        need = own_need(draft, endpoint)
+        placement = place([need], board) if need else None
+        if need is None or placement is None:
+            continue
+        gpus = placement.gpus[subject]
+        sizes = tuple(need.memory_bytes[g] for g in gpus)
+        board.add(
+            Tenant(
+                endpoint_key(name),
+                endpoint.priority,
+                {g: Hold(s, need.exclusive) for g, s in zip(gpus, sizes, strict=True)},
+            )
+        )
+        after = _holding(draft, ending, holders, gpus)
+        found.append(Return(endpoint, holders, after, None, gpus, sizes, need.exclusive))
+    return found
+
+
+def _holding(draft: Draft, ending: frozenset[str], holders: tuple[str, ...], gpus: tuple[str, ...]) -> tuple[str, ...]:
+    """The overlays that displaced it, and whoever else's still holds one of these GPUs: no prefix may oversubscribe."""
+    held = {x.overlay for x in draft.leases if x.gpu in gpus and x.overlay in ending}
+    return tuple(sorted({*holders, *held}))
