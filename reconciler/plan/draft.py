@@ -171,8 +171,10 @@ class Draft:
 
     def leased(self, subject: Subject) -> tuple[Lease, ...]:
         """The leases held for one subject, in NVML order."""
-        order = {uuid: i for i, uuid in enumerate(self.situation.gpus)}
         mine = [x for x in self.leases if x.subject == subject]
+        if len(mine) < 2:
+            return tuple(mine)
+        order = {uuid: i for i, uuid in enumerate(self.situation.gpus)}
         return tuple(sorted(mine, key=lambda x: order.get(x.gpu, len(order))))
 
     def evicted_from(self, name: str) -> dict[str, set[str]]:

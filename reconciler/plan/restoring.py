@@ -33,6 +33,8 @@ class Return:
 def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
     """Who comes back once these overlays are over, the most important first, and where."""
     found: list[Return] = []
+    if not ending:
+        return found
     board = draft.board.without(frozenset(f"overlay/{n}" for n in ending))
     for item in draft.arriving.values():  # on an ended overlay's leases already, which the board no longer shows
         if item.subject.kind == "endpoint" and item.overlay is None:

@@ -7,6 +7,7 @@ started where, and who is wanted and finds no place.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -72,26 +73,36 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
 
 
 def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str, tuple[str, ...]]:
-    """The least places for all who look for one, where each by itself left one out or had one move.
+    """The least places for all who look for one, where each by itself left one out or had one move in vain.
 
     Who is left out has none. Empty: as good as it is.
     """
     rank = {e.name: (-i, e.priority) for i, group in enumerate(asking) for e in group}
     needs: dict[str, Need] = {}
-    worse = False
     for endpoint in chain.from_iterable(asking):
-        subject, need = Subject("endpoint", endpoint.name), need_elsewhere(draft, endpoint)
-        blocked, arriving = draft.blocked.get(subject), draft.arriving.get(subject)
-        if need is None or draft.leased(subject) or (blocked is not None and blocked.reason == "Held"):
-            continue
-        needs[endpoint.name] = need
-        worse |= arriving is None and endpoint_key(endpoint.name) not in draft.board.tenants
-        worse |= arriving is not None and bool(need.prefer) and not set(arriving.gpus) <= set(need.prefer)
-    if not worse or not 1 < len(needs) <= MOST_TOGETHER or all(n.count == len(n.candidates) for n in needs.values()):
+        need, blocked = need_elsewhere(draft, endpoint), draft.blocked.get(Subject("endpoint", endpoint.name))
+        held = blocked is not None and blocked.reason == "Held"
+        if need is not None and not held and not draft.leased(need.subject):
+            needs[endpoint.name] = need
+    if not 1 < len(needs) <= MOST_TOGETHER:
+        return {}
+    board = draft.board.without(frozenset(map(endpoint_key, needs)))
+    better = False
+    for name, need in list(needs.items()):
+        arriving = draft.arriving.get(need.subject)
+        if arriving is None and endpoint_key(name) not in draft.board.tenants:  # left out
+            if place([need], board) is None:
+                del needs[name]
+            else:
+                better = True
+        elif arriving is not None and set(need.prefer) - set(arriving.gpus):  # moved
+            home = replace(need, candidates=tuple(g for g in need.candidates if g in need.prefer))
+            better |= place([home], board) is not None
+    if not better or all(n.count == len(n.candidates) for n in needs.values()):
         return {}
     order = {r: i for i, r in enumerate(sorted(set(rank.values())))}
     wishes = [Wish(endpoint_key(n), ((need,),), rank=order[rank[n]]) for n, need in needs.items()]
-    choice = solve(wishes, draft.board.without(frozenset(map(endpoint_key, needs))))
+    choice = solve(wishes, board)
     return {} if choice is None else {n: choice.gpus.get(Subject("endpoint", n), ()) for n in needs}
 
 

@@ -109,11 +109,24 @@ class Situation:
             return frozenset(self.gpus)
         return frozenset(g.uuid for g in self.observed.gpus if g.index in allowed or g.uuid in allowed)
 
+    @cached_property
+    def _by_index(self) -> Mapping[int, str]:
+        return {gpu.index: gpu.uuid for gpu in self.observed.gpus}
+
+    @cached_property
+    def _on_gpu(self) -> Mapping[str, list[Incarnation]]:
+        """GPU → the incarnations that were given it, as observed."""
+        found: dict[str, list[Incarnation]] = defaultdict(list)
+        for incarnation in self.observed.incarnations:
+            for uuid in incarnation.gpus:
+                found[uuid].append(incarnation)
+        return found
+
     def resolve_pins(self, pins: GpuPins) -> tuple[str, ...] | None:
         """UUIDs of pinned GPUs; None when one of them does not exist on this node."""
-        by_index = {gpu.index: gpu.uuid for gpu in self.observed.gpus}
         found = [
-            by_index.get(ref) if isinstance(ref, int) else (ref if ref in self.gpus else None) for ref in pins.refs
+            self._by_index.get(ref) if isinstance(ref, int) else (ref if ref in self.gpus else None)
+            for ref in pins.refs
         ]
         return None if None in found else tuple(uuid for uuid in found if uuid is not None)
 
@@ -173,7 +186,7 @@ class Situation:
         rest = used - sum(p.memory_bytes or 0 for p in processes)
         foreign = sum(p.memory_bytes or 0 for p in processes if p.owner is None)
         lingering = sum(p.memory_bytes or 0 for p in processes if p.owner and not self.living(p.owner))
-        here = [i for i in self.observed.incarnations if gpu.uuid in i.gpus]
+        here = self._on_gpu.get(gpu.uuid, [])
         for incarnation in here:
             if incarnation.alive and incarnation.subject not in named:
                 rest -= min(max(rest, 0), self._planned_on(incarnation, gpu.uuid))

@@ -14,6 +14,7 @@ from random import Random
 import pytest
 from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec, uuid
 
+from reconciler.plan import pricing
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.planner import plan
@@ -219,3 +220,9 @@ def test_admissions_and_victims_are_the_least_of_all_ways(first: int) -> None:
         told = {n: victims for n, victims in planned.items() if n not in polite}
         assert made.cost(told) == best[0], f"box {number}: {planned}; better: {best[1]}"
         assert all(not planned.get(n) for n in polite)
+
+
+def test_the_quick_bound_that_fleets_need_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pricing, "CLOSELY", 0)
+    test_admissions_and_victims_are_the_least_of_all_ways(0)
+    test_admissions_and_victims_are_the_least_of_all_ways(BATCH)

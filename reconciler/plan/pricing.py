@@ -1,0 +1,249 @@
+"""What each way to take one GPU costs, and what is left of a box after it: the steps of the search."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
+
+from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
+from reconciler.plan.bounds import minimal_sets
+from reconciler.plan.observed import Subject
+from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, LOST, MOVES, TOPOLOGY, Cost, Levels, Wish
+
+CLOSELY = 64
+"""Up to so many GPUs the price of each is worked out closely before any is taken."""
+MOST_SETS = 200
+"""Sets of victims looked at for one GPU: ten tenants of one size, any five of whom have to leave, make 252."""
+Lawful = Callable[[Victims, frozenset[str]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """What is decided so far."""
+
+    cost: Cost
+    victims: Victims = frozenset()
+    by: Mapping[str, str] = field(default_factory=dict)
+    """Victim → the wish that takes its place."""
+    gone: Victims = frozenset()
+    """Victims, and whom seated wishes free."""
+    taken: Mapping[str, tuple[tuple[str, Hold], ...]] = field(default_factory=dict)
+    """What the wishes seated so far hold, by GPU."""
+    placed: Mapping[Subject, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Subject → the wish it was placed for, and its GPUs."""
+    seated: frozenset[str] = frozenset()
+    delays: Mapping[str, int] = field(default_factory=dict)
+    """Wish → until when the last one that leaves its GPUs is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What would have to leave a GPU."""
+
+    must: Victims
+    """All of these."""
+    shared: list[Tenant]
+    """And enough of these"""
+    missing: int
+    """to give up so many bytes."""
+
+
+class Pricing:
+    """Branches of one search, from one GPU taken to the next."""
+
+    def __init__(self, wishes: tuple[Wish, ...], board: Board, lawful: Lawful) -> None:
+        self.levels = Levels(wishes, board)
+        self.steps = 0
+        self.missed: Cost | None = None
+        """The least that a branch not looked at may cost."""
+        self._board = board
+        self._lawful = lawful
+        self._rights: dict[tuple[str, str], bool] = {}
+        self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
+
+    def prices(self, wish: Wish, need: Need, branch: Branch) -> dict[str, Cost]:
+        """What each GPU that can be had costs at the least, in NVML order.
+
+        A GPU on which nothing makes room now will not have any further down: a branch only takes and never gives. On a
+        fleet only those are looked at closely that may be among the cheapest.
+        """
+        base = replace(branch, cost=self.levels.zero)
+        prices: dict[str, Cost] = {}
+        candidates = self.candidates(need)
+        if len(candidates) <= CLOSELY:
+            for gpu in candidates:
+                ways = self.openings(wish, need, gpu, branch)
+                if ways:
+                    prices[gpu] = min(self._at_least(wish, need, gpu, way, base) for way in ways)
+            return prices
+        for gpu in candidates:
+            room = self.room(wish, need, gpu, branch)
+            if room is not None:
+                prices[gpu] = self._roughly(wish, gpu, room)
+        cheapest: list[Cost] = []
+        for gpu in sorted(prices, key=prices.__getitem__):
+            if len(cheapest) >= need.count and prices[gpu] > cheapest[need.count - 1]:
+                break
+            ways = self.openings(wish, need, gpu, branch)
+            prices[gpu] = min(self._at_least(wish, need, gpu, way, base) for way in ways)
+            insort(cheapest, prices[gpu])
+        return prices
+
+    def _roughly(self, wish: Wish, gpu: str, room: Room) -> Cost:
+        """A quick lower bound of what room on one GPU costs: how many victims of the highest priority that is needed.
+
+        Who holds other GPUs as well may be a victim already, and is taken to cost nothing.
+        """
+        cost = list(self.levels.zero)
+        missing = room.missing
+        classes: dict[int, list[int]] = {}
+        for tenant in room.shared:
+            if len(tenant.holds) > 1:
+                missing -= tenant.holds[gpu].memory_bytes
+            else:
+                classes.setdefault(tenant.priority, []).append(tenant.holds[gpu].memory_bytes)
+        for priority in sorted(classes) if missing > 0 else ():
+            sizes = classes[priority]
+            if sum(sizes) >= missing:
+                there = accumulate(sorted(sizes, reverse=True))
+                cost[self.levels.victim(wish.key, priority)] = 1 + sum(total < missing for total in there)
+                break
+            missing -= sum(sizes)
+        return tuple(cost)
+
+    def may(self, wish: Wish, tenant: Tenant) -> bool:
+        """Whether a wish may take a tenant's place."""
+        if wish.may_displace is None:
+            return False
+        key = wish.key, tenant.key
+        if key not in self._rights:
+            self._rights[key] = wish.may_displace(tenant)
+        return self._rights[key]
+
+    def is_lawful(self, victims: Victims, seated: frozenset[str]) -> bool:
+        """Whether these may be displaced together, and these wishes seated."""
+        key = victims, seated
+        if key not in self._laws:
+            self._laws[key] = self._lawful(victims, seated)
+        return self._laws[key]
+
+    def ways(self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], branch: Branch) -> list[Branch]:
+        """Every lawful way to take one more GPU."""
+        found = []
+        for extra in self.openings(wish, need, gpu, branch):
+            victims = branch.victims | extra
+            if extra and not self.is_lawful(victims, branch.seated):
+                continue
+            cost, delays = self._grown(wish, need, gpu, chosen, extra, branch)
+            held = (*branch.taken.get(gpu, ()), (wish.key, Hold(need.memory_bytes[gpu], need.exclusive)))
+            found.append(
+                replace(
+                    branch, cost=cost, victims=victims, gone=branch.gone | extra, delays=delays,
+                    taken={**branch.taken, gpu: held}, by={**branch.by, **dict.fromkeys(extra, wish.key)},
+                )
+            )  # fmt: skip
+        return found
+
+    def room(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> Room | None:
+        """What would have to leave one GPU; None: nothing makes room there."""
+        self.steps += 1
+        staying = [t for t in self._board.on(gpu) if t.key not in branch.gone]
+        movable = [t for t in staying if self.may(wish, t) and not _delays(t, wish, branch)]
+        fixed = [t.holds[gpu] for t in staying if t not in movable] if len(movable) < len(staying) else []
+        fixed += [hold for _, hold in branch.taken.get(gpu, ())]
+        wanted, capacity = need.memory_bytes[gpu], self._board.capacity[gpu]
+        if wanted > capacity or any(h.exclusive for h in fixed) or (need.exclusive and fixed):
+            return None
+        missing = wanted + sum(h.memory_bytes for h in fixed) - capacity
+        if missing > 0:
+            return None
+        if need.exclusive:
+            return Room(frozenset(t.key for t in movable), [], 0)
+        must = frozenset(t.key for t in movable if t.holds[gpu].exclusive)
+        shared = [t for t in movable if t.key not in must]
+        return Room(must, shared, missing + sum(t.holds[gpu].memory_bytes for t in shared))
+
+    def openings(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> list[Victims]:
+        """The inclusion-minimal further victims that make room on one GPU; empty when nothing does."""
+        room = self.room(wish, need, gpu, branch)
+        if room is None or room.missing <= 0:
+            return [] if room is None else [room.must]
+        return [room.must | group for group in self._minimal(room.shared, gpu, room.missing, branch)]
+
+    def _minimal(self, shared: list[Tenant], gpu: str, missing: int, branch: Branch) -> list[Victims]:
+        found = [frozenset(keys) for keys in islice(minimal_sets(shared, gpu, missing), MOST_SETS + 1)]
+        if len(found) > MOST_SETS:
+            self.miss(branch.cost)
+        return found[:MOST_SETS]
+
+    def _at_least(self, wish: Wish, need: Need, gpu: str, way: Victims, branch: Branch) -> Cost:
+        """What taking this GPU this way adds at the least to a branch of cost 0, whatever else the gang takes.
+
+        Victims that hold other GPUs as well may be victims already; they are left out, as are delay and topology.
+        """
+        alone = frozenset(key for key in way if len(self._board.tenants[key].holds) == 1)
+        cost = list(self._grown(wish, need, gpu, (), alone, branch)[0])
+        cost[DELAY] = 0
+        return tuple(cost)
+
+    def _grown(
+        self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], extra: Victims, branch: Branch
+    ) -> tuple[Cost, Mapping[str, int]]:
+        """The branch's cost with one more GPU taken, and the delays; no term ever shrinks."""
+        cost, board, delays = list(branch.cost), self._board, branch.delays
+        for key in extra:
+            tenant = board.tenants[key]
+            cost[self.levels.victim(wish.key, tenant.priority)] += 1
+            cost[LOST] += tenant.lost_ms
+            delays = self._vacate(tenant, branch, cost, delays)
+        for tenant in board.on(gpu):
+            if tenant.key in extra or tenant.key in branch.gone:
+                delays = _later_of(delays, wish.key, tenant.departure_ms)
+        if delays is not branch.delays:
+            cost[DELAY] += sum(delays.values()) - sum(branch.delays.values())
+        if need.prefer and gpu not in need.prefer:
+            cost[MOVES] += 1
+        if need.count != len(need.candidates):
+            cost[CONTESTED] += board.contested.get(gpu, 0)
+        if chosen and board.numa.get(gpu) not in {board.numa.get(c) for c in chosen}:
+            cost[TOPOLOGY] += 1
+        if gpu not in branch.taken:
+            stays = [t for t in board.on(gpu) if t.key not in extra and t.key not in branch.gone]
+            cost[BROKEN] += (board.capacity[gpu] - sum(t.holds[gpu].memory_bytes for t in stays)) >> 20
+        return tuple(cost), delays
+
+    def _vacate(self, tenant: Tenant, branch: Branch, cost: list[int], delays: Mapping[str, int]) -> Mapping[str, int]:
+        """Have a tenant leave GPUs that are taken already: who took them waits for it, and there is more room."""
+        for gpu, hold in tenant.holds.items():
+            if gpu in branch.taken:
+                cost[BROKEN] += hold.memory_bytes >> 20
+            for waiting, _ in branch.taken.get(gpu, ()):
+                delays = _later_of(delays, waiting, tenant.departure_ms)
+        return delays
+
+    def freed(self, wish: Wish, branch: Branch) -> Branch:
+        """The branch after those left whom a wish frees."""
+        cost, delays = list(branch.cost), branch.delays
+        for key in sorted((wish.frees - branch.gone) & self._board.tenants.keys()):
+            delays = self._vacate(self._board.tenants[key], branch, cost, delays)
+        cost[DELAY] += sum(delays.values()) - sum(branch.delays.values())
+        return replace(branch, cost=tuple(cost), delays=delays, gone=branch.gone | wish.frees)
+
+    def candidates(self, need: Need) -> list[str]:
+        """The GPUs of this board that may serve a need."""
+        return [g for g in need.candidates if g in self._board.capacity]
+
+    def miss(self, at_least: Cost) -> None:
+        """Note what a branch that is not looked at may cost at the least."""
+        self.missed = at_least if self.missed is None else min(self.missed, at_least)
+
+
+def _delays(tenant: Tenant, wish: Wish, branch: Branch) -> bool:
+    """Whether a wish that came first would have to wait for this tenant's end, though it needs none."""
+    return any(owner != wish.key for gpu in tenant.holds for owner, _ in branch.taken.get(gpu, ()))
+
+
+def _later_of(delays: Mapping[str, int], wish: str, until: int) -> Mapping[str, int]:
+    return {**delays, wish: until} if until > delays.get(wish, 0) else delays
