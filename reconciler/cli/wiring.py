@@ -214,6 +214,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     from reconciler.journal.journal import Journal
     from reconciler.loop.daemon import Daemon, Parts
     from reconciler.loop.specs import SpecKeeper
+    from reconciler.metrics.page import MetricsPage
 
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
@@ -234,6 +235,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     inherited=dict(os.environ),
                     simulated=simulated,
                     pid=os.getpid(),
+                    faces=[MetricsPage()],
                 )
             )
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from reconciler.health.incident import Incident
 from reconciler.journal import database
 from reconciler.journal.codec import DecodeError, encode, encode_data
 from reconciler.journal.database import Notice
-from reconciler.journal.reader import JournalReader, Texts, storable
+from reconciler.journal.reader import JournalReader, Texts, storable, told_key
 from reconciler.journal.timings import KEPT_PER_KEY, Measure
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import Ledger
@@ -131,6 +132,16 @@ class Journal(JournalReader):
                 " (SELECT id FROM incidents WHERE resolved_at IS NOT NULL ORDER BY resolved_at DESC, id LIMIT ?)",
                 (RESOLVED_KEPT,),
             )
+
+    def save_told(self, notifier: str, told: Mapping[str, Incident]) -> None:
+        """Store what a notifier has been told of and not yet told to be resolved, in the place of what was stored.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        bodies = [encode(incident) for _, incident in sorted(told.items())]
+        with database.transaction(self._connection, self.path):
+            self._set_meta(told_key(notifier), json.dumps(bodies))
 
     def save_texts(self, files: Mapping[str, str], digest: str) -> None:
         """Keep the texts of an accepted spec (path → text) and its digest, in the place of the last ones.

@@ -143,6 +143,19 @@ class JournalReader:
         found = [self._decode(Incident, f"incident {name}", body) for name, body in rows]
         return tuple(sorted(found, key=lambda incident: (incident.opened, incident.id)))
 
+    def told(self, notifier: str) -> Mapping[str, Incident]:
+        """The incidents that a notifier was last told of and not yet told to be resolved, by id.
+
+        What cannot be read counts as not told: telling twice does less harm than never.
+        """
+        with database.errors_explained(self.path, "read"):
+            bodies = json.loads(self._meta(told_key(notifier), "[]"))
+        try:
+            found = [decode(Incident, body) for body in bodies]
+        except DecodeError:
+            return {}
+        return {incident.id: incident for incident in found}
+
     def texts(self) -> Texts | None:
         """The texts in force; None before the first were accepted."""
         with database.snapshot(self._connection, self.path):
@@ -184,6 +197,11 @@ class JournalReader:
     def _select(self, query: str, values: Mapping[str, object] | None = None) -> Iterator[tuple[Any, ...]]:
         with database.errors_explained(self.path, "read"):
             return iter(self._connection.execute(query, values or {}).fetchall())
+
+
+def told_key(notifier: str) -> str:
+    """Under which what a notifier was told is kept."""
+    return f"told:{notifier}"
 
 
 def read_agenda(path: Path) -> tuple[AgendaEntry, ...]:

@@ -7,16 +7,18 @@ under way; whatever woke the loop, the tick looks at everything and lets the pla
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from reconciler.act.engine import EngineActor, Order
+from reconciler.act.notify import deliver
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import Clock, Instant
 from reconciler.errors import StateError
 from reconciler.health.assess import Facts, assess
 from reconciler.health.incident import Incident
+from reconciler.health.notices import Notice
 from reconciler.journal.codec import encode
 from reconciler.journal.incarnations import archive
 from reconciler.journal.journal import Journal
@@ -25,6 +27,7 @@ from reconciler.loop.control import ControlServer
 from reconciler.loop.executor import Executor
 from reconciler.loop.history import predicted, record_durations
 from reconciler.loop.launching import launch_of
+from reconciler.loop.notifying import Notifying
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
@@ -37,7 +40,7 @@ from reconciler.plan.observed import Observed
 from reconciler.plan.planner import plan as decide
 from reconciler.plan.requests import clean_start, reset, unknown
 from reconciler.plan.status import DaemonInfo, status_data
-from reconciler.spec.spec import Spec, Stop
+from reconciler.spec.spec import Notifier, Spec, Stop
 
 MEMORY_POLL_S = 0.1
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
@@ -87,6 +90,7 @@ class Parts:
     simulated: Mapping[str, str]
     """What a simulated node adds to a child's environment."""
     pid: int
+    faces: Sequence[Face] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,22 @@ class Tick:
     incidents: tuple[Incident, ...]
     idle: bool
     """No operation is under way."""
+    seconds: float = 0.0
+    """How long it took, the starts that it carried out included."""
+    untold: Mapping[str, int] = field(default_factory=dict)
+    """By notifier: deliveries given up since this daemon began."""
+
+
+class Face(Protocol):
+    """Somebody who shows each tick to the outside."""
+
+    async def show(self, tick: Tick) -> Sequence[Event]:
+        """Take note of a tick; the answer is what the journal should tell of that."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of sockets."""
+        ...
 
 
 class Daemon:
@@ -123,6 +143,7 @@ class Daemon:
             report=self._report,
             wake=self._wakers.wake,
         )
+        self._notifying = Notifying(parts.journal, parts.clock, deliver=self._deliver, wake=self._wakers.wake)
         self._stopping = False
         self._looked = asyncio.Event()
         """Set once there is something to answer with."""
@@ -141,6 +162,8 @@ class Daemon:
             self._wakers.watch_files(self._parts.specs.path, folder)
             while True:
                 tick = await self._tick()
+                for face in self._parts.faces:
+                    self._parts.journal.append(await face.show(tick), self._parts.clock.now())
                 if self._stopping or (until is not None and until(tick)):
                     return tick
                 await self._wakers.wait(self._patience(tick))
@@ -165,7 +188,7 @@ class Daemon:
     # ------------------------------------------------------------ one tick
 
     async def _tick(self) -> Tick:
-        parts = self._parts
+        parts, began = self._parts, self._parts.clock.now()
         parts.actor.reap()
         in_force = self._load()
         ledger, asked = self._take_requests()
@@ -178,6 +201,7 @@ class Daemon:
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now)  # the record first, then the act
         record_durations(parts.journal, before, plan.ledger, observed)
         incidents = self._assess(in_force, observed, plan, now)
+        self._notifying.offer(in_force.spec, incidents)
         for incarnation in plan.archive:
             archive(parts.state, incarnation)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
@@ -187,7 +211,8 @@ class Daemon:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
         self._looked.set()
-        return replace(self._last, idle=not self._executor.busy)
+        seconds, untold = parts.clock.now().since(began), dict(self._notifying.failures)
+        return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
 
     def _load(self) -> SpecInForce:
         """The spec in force, read again if files may have changed."""
@@ -243,8 +268,9 @@ class Daemon:
             waits.append(OUTSIDE_POLL_S)
         if tick.plan.next_wake is not None:
             waits.append(max(0.0, tick.plan.next_wake.since(now)) + 0.001)
-        retry = self._executor.next_retry()
-        if retry is not None:
+        for retry in (self._executor.next_retry(), self._notifying.next_retry()):
+            if retry is None:
+                continue
             waits.append(max(0.0, retry - now.mono) + 0.001)
         return min(waits)
 
@@ -283,6 +309,9 @@ class Daemon:
     def _called(self, action: Action, problem: str | None) -> None:
         self._requested.append(lambda ledger, now: called(ledger, action, problem, now))
         self._eyes.probe_now([action.incarnation or ""])
+
+    async def _deliver(self, notifier: Notifier, notices: Sequence[Notice]) -> None:
+        await deliver(notifier, self._parts.specs.in_force.spec.node.name, notices, self._parts.inherited)
 
     def _report(self, event: Event) -> None:
         self._parts.journal.append([event], self._parts.clock.now())
@@ -335,5 +364,8 @@ class Daemon:
     async def _close(self) -> None:
         await self._control.close()
         await self._wakers.close()
+        for face in self._parts.faces:
+            await face.close()
+        await self._notifying.close()
         await self._executor.close()
         self._eyes.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from reconciler.errors import Problem, suggest
@@ -35,6 +35,14 @@ def check_ports(endpoints: Sequence[EndpointSpec], texts: Mapping[str, Node], fi
             )
         else:
             first[endpoint.port] = endpoint
+
+
+def check_metrics_port(port: int | None, endpoints: Iterable[EndpointSpec], text: Node, findings: Findings) -> None:
+    """Note that the page of metrics and an endpoint claim one port; the endpoint has it."""
+    for endpoint in endpoints:
+        if port is not None and endpoint.port == port:
+            at = locate(text, ("metrics", "port"))
+            findings.add(at, f'port {port} is already taken by endpoint "{endpoint.name}"', "give metrics another port")
 
 
 def check_pins(endpoints: Sequence[EndpointSpec], texts: Mapping[str, Node], findings: Findings) -> None:

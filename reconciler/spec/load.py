@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from reconciler.errors import Problem, SpecError
-from reconciler.spec.checks import check_floors, check_pins, check_ports
+from reconciler.spec.checks import check_floors, check_metrics_port, check_pins, check_ports
 from reconciler.spec.digests import spec_digest
 from reconciler.spec.document import parse
 from reconciler.spec.endpoints import Context, merge, resolve_endpoint, weight
 from reconciler.spec.findings import Findings
 from reconciler.spec.models import EndpointModel, SetpointsModel
+from reconciler.spec.notifiers import notifiers
 from reconciler.spec.overlays import Baseline, merge_live_edit, resolve_overlay, strip_extensions
 from reconciler.spec.own_engines import own_profiles
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Policy, Source, Spec
@@ -101,6 +102,8 @@ def resolve(
         overlays=accepted,
         digest="",
         problems=problems,
+        notify=reading.notify,
+        metrics_port=reading.metrics_port,
     )
     return replace(spec, digest=spec_digest(spec))
 
@@ -140,6 +143,8 @@ class _Setpoints:
         policy = model.policy
         self.policy = Policy(policy.max_evictions_per_hour, policy.min_ready, policy.resync)
         self.engines = own_profiles(model.engines, text, findings)
+        self.notify = notifiers(model.notify, text, findings)
+        self.metrics_port = model.metrics.port if model.metrics else None
         self.floors = {name: item.min_available for name, item in sorted(model.capabilities.items())}
 
     def baseline(self) -> Baseline:
@@ -164,6 +169,7 @@ class _Setpoints:
                 resolve_endpoint(name, sound, merged, entry.key_at, context)
         whole = self.sound and len(endpoints) == len(self.listed)
         check_ports(sorted(endpoints.values(), key=lambda e: e.source), texts, self.findings)
+        check_metrics_port(self.metrics_port, endpoints.values(), self.text, self.findings)
         check_pins(tuple(endpoints.values()), texts, self.findings)
         if whole:  # a floor can be judged only when every endpoint is understood
             count = None if self.node.gpus is None else len(self.node.gpus)

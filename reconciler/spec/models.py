@@ -15,6 +15,7 @@ from reconciler.spec.values import (
     EnvValue,
     Flag,
     Gpus,
+    Header,
     Memory,
     Names,
     NodeGpus,
@@ -24,6 +25,7 @@ from reconciler.spec.values import (
     PriorityNumber,
     Size,
     Text,
+    Url,
     UrlPath,
     Version,
     Words,
@@ -182,6 +184,30 @@ class PolicyModel(Model):
     """The box is looked at this often even when nothing happens."""
 
 
+class NotifierModel(Model):
+    """Somebody who is told of incidents: by a webhook, or by a program."""
+
+    severity: Literal["info", "warning", "critical"] = "warning"
+    """Least severity that is told."""
+    webhook: Url | None = None
+    """Address to post to; treated as a secret."""
+    webhook_file: Text | None = None
+    """File that holds the address, relative to this file: keeps a secret out of the set points."""
+    command: Command | None = None
+    """Program that gets the message on its standard input. Never a shell line."""
+    format: Literal["json", "slack", "ntfy"] = "json"
+    """Shape of the message: `json` with every field, `slack` (also Mattermost, Discord's /slack), `ntfy`."""
+    headers: Annotated[dict[str, Header], Empty] = Field(default_factory=dict)
+    """Headers added to the request, such as `Authorization`; treated as secrets."""
+
+
+class MetricsModel(Model):
+    """The page of Prometheus metrics."""
+
+    port: Port
+    """Loopback port that the daemon serves `/metrics` on."""
+
+
 class FailureModel(Model):
     """A way in which an engine fails, told from the end of its log."""
 
@@ -257,5 +283,9 @@ class SetpointsModel(Model):
     """Folder of overlay files, relative to this file."""
     engines: Annotated[dict[str, EngineModel], Empty] = Field(default_factory=dict)
     """Engine profiles of one's own, by name; usable as an endpoint's `engine`."""
+    notify: Annotated[dict[str, NotifierModel], Empty] = Field(default_factory=dict)
+    """Who is told of incidents, by name."""
+    metrics: MetricsModel | None = None
+    """The page of Prometheus metrics. Default: none."""
     endpoints: Annotated[dict[str, EndpointModel], Empty] = Field(default_factory=dict)
     """The baseline, by name."""

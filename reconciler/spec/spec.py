@@ -247,6 +247,23 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Notifier:
+    """Whom incidents are told: exactly one of `webhook`, `webhook_file` and `command` is not None."""
+
+    name: str
+    severity: Literal["info", "warning", "critical"]
+    """The least that is told."""
+    format: Literal["json", "slack", "ntfy"]
+    webhook: str | None = field(repr=False)
+    """Often a secret: never shown but for its host."""
+    webhook_file: str | None
+    """Absolute path of a file that holds the address; read at each delivery, not kept here."""
+    command: tuple[str, ...] | None
+    headers: Mapping[str, str] = field(repr=False)
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """Everything people wrote, resolved; the planner's first argument."""
 
@@ -260,3 +277,6 @@ class Spec:
     """Hash of the meaning (not of comments or order); equal digest, equal spec."""
     problems: tuple[Problem, ...] = field(default=())
     """Rejected overlay files; they change nothing."""
+    notify: Mapping[str, Notifier] = field(default_factory=dict)
+    metrics_port: int | None = None
+    """Loopback port of the Prometheus page; None: there is none."""

@@ -25,6 +25,7 @@ OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 OWNED_PREFIX = "RECONCILER_"
 MAX_GPUS = 64
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_URL = re.compile(r"https?://[^\s/?#]+\S*", re.ASCII)
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z/-]{4,80}", re.ASCII)
 _FRACTION = re.compile(r"[01]?\.[0-9]+|1", re.ASCII)
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?\s?(?:[Zz]|[+-]\d\d(?::?\d\d)?)?", re.ASCII)
@@ -245,6 +246,21 @@ def _read_path(value: object) -> str:
     return text
 
 
+def _read_url(value: object) -> str:
+    """An address that may be a secret: no message repeats it."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not _URL.fullmatch(text):
+        raise ValueError("is no address such as https://ntfy.sh/topic")
+    return text
+
+
+def _read_header(value: object) -> str:
+    """The value of a header, which may be a secret: no message repeats it."""
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+        raise ValueError("is no header: write one line of plain ASCII, quoted")
+    return value
+
+
 def _read_env_value(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("the value is not a text; put it in quotes")  # and is not shown: it may be a secret
@@ -311,6 +327,8 @@ PriorityNumber = Annotated[
 Version = Annotated[int, PlainValidator(_read_version), WithJsonSchema({"const": 1})]
 Port = Annotated[int, PlainValidator(_read_port), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 65535})]
 Text = Annotated[str, PlainValidator(_read_text), WithJsonSchema({"type": "string", "minLength": 1})]
+Url = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string", "pattern": r"^https?://\S+$"})]
+Header = Annotated[str, PlainValidator(_read_header), WithJsonSchema({"type": "string"})]
 UrlPath = Annotated[str, PlainValidator(_read_path), WithJsonSchema({"type": "string", "pattern": r"^/\S*$"})]
 Words = Annotated[tuple[str, ...], PlainValidator(_read_words), WithJsonSchema(_WORDS_SCHEMA)]
 Command = Annotated[tuple[str, ...], PlainValidator(_read_command), WithJsonSchema({**_WORDS_SCHEMA, "minItems": 1})]

@@ -1,0 +1,1 @@
+"""The Prometheus page: what the loop sees and decides, as metrics."""
