@@ -20,7 +20,7 @@ from reconciler.spec.load import SourceText, resolve
 T0 = Instant(1_764_000_000.0, 5000.0)
 TEXT = "version: 1\nnotify: {phone: {command: [page]}}\ncapabilities: {}\nendpoints: {}\n"
 PORT_TEXT = "version: 1\nmetrics: {{port: {port}}}\n"
-GPU = Gpu(index=0, uuid="GPU-0", name="A100", total_bytes=80 << 30, used_bytes=1 << 30, state="ok", processes=())
+GPU = Gpu(0, "GPU-0", "A100", "ok", 80 << 30, 1 << 30, (), "", healthy=True, at=T0)
 
 
 def entry(name: str, *states: Any) -> AgendaEntry:
@@ -45,7 +45,7 @@ def tick(
     """A tick `after` seconds, with these endpoints in these states whatever the spec says."""
     spec = resolve(SourceText("setpoints.yaml", text), (), hostname="box", read_env_file=lambda _: b"")
     now = Instant(T0.wall + after, T0.mono + after)
-    observed = Observed(now=now, boot_id="boot", gpus=(GPU,), incarnations=())
+    observed = Observed(now, "boot", (replace(GPU, at=now),), ())
     decided = plan(spec, observed, Ledger(boot_id="boot"), now)
     ledger = replace(decided.ledger, agenda=tuple(agenda), endpoints={r.name: r for r in records})
     views = {name: EndpointView(name, state, desired, "", None, ()) for name, state in states.items()}
