@@ -165,6 +165,9 @@ def resolve_endpoint(
     else:
         _check_engine(name, model, node, key_at, profile, findings)
     context.check_variables(child(node, "env"))
+    if model.movable:
+        hint = "leave it out; who gives way to an overlay is restarted elsewhere where it fits"
+        findings.add(at("movable"), "`movable: true` is not supported: what runs is not moved to make room", hint)
     gpus = model.gpus if model.gpus is not None else GpuCount(1)
     context.check_gpus(gpus, at("gpus"))
     env_file, secrets = context.env_file(model.env_file, at("env_file"))

@@ -134,7 +134,7 @@ class EndpointModel(Model):
     preemptible: Flag = True
     """Whether an overlay of higher priority may take its GPUs; `false` is hard."""
     movable: Flag = False
-    """Whether it may be restarted on other GPUs to make room."""
+    """Whether it may be restarted on other GPUs to make room. Only `false`: what runs is never moved."""
     evict: EvictModel = Field(default_factory=EvictModel)
     """How it gives way."""
     args: Words = ()

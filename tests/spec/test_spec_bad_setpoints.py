@@ -41,6 +41,7 @@ ENDPOINT = "version: 1\nendpoints:\n  a:\n    model: m\n    port: 1\n"
         (ENDPOINT + "    prot: 1\n", "6:5", 'unknown key "prot"', 'did you mean "port"?'),
         (ENDPOINT + "    health: {pth: /h}\n", "6:14", 'unknown key "pth"', 'did you mean "path"?'),
         (ENDPOINT + "    zzz: 1\n", "6:5", 'unknown key "zzz"', "known: args, capabilities"),
+        (ENDPOINT + "    movable: true\n", "6:14", "`movable: true` is not supported", "leave it out"),
         ("version: 1\nnode: 3\n", "2:7", "3 is not a mapping", "key: value"),
         ("version: 1\nendpoints: [a]\n", "2:12", "a list is not a mapping", "key: value"),
         ("version: 1\nendpoints:\n  a: 3\n", "3:6", "3 is not a mapping", "key: value"),

@@ -173,7 +173,7 @@ def test_the_order_of_files_does_not_change_the_spec() -> None:
 
 NEEDS_PROCESS = {"model": "n", "port": "9", "args": "[a]", "env": "{A: b}", "cwd": "/srv", "executable": "/bin/v",
                  "gpus": "2", "memory": "0.5", "engine": "sglang"}  # fmt: skip
-NEEDS_NONE = {"priority": "3", "capabilities": "[zz]", "state": "stopped", "preemptible": "false", "movable": "true",
+NEEDS_NONE = {"priority": "3", "capabilities": "[zz]", "state": "stopped", "preemptible": "false",
               "health": "{startup: 1m}", "stop": "{grace: 1s}", "restart": "{max: 1m}", "evict": "{method: sleep}",
               "gpus": "[3]"}  # fmt: skip
 CODING = "version: 1\nendpoints:\n  coding:\n    env: {}\n"
