@@ -63,10 +63,17 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         if step.spec is not None and step.record.state == "pending" and isinstance(step.spec.gpus, GpuPins):
             pins.update(situation.resolve_pins(step.spec.gpus) or ())
     draft.board.contested = pins
-    # Who ran up to now keeps its place before one that had none: nothing was stopped in vain.
-    ran = [e for e in homeless if situation.incarnations(Subject("endpoint", e.name))]
-    new = [e for e in homeless if e not in ran]
-    asking = [sorted(ran, key=_by_priority), list(moved), sorted(new, key=_by_priority)]
+    # Who ran up to now keeps its place before one that had none: nothing was stopped in vain. Whose place an overlay
+    # takes comes last: it is no reason for another one to lose the place that it has found.
+    ran: list[EndpointSpec] = []
+    new: list[EndpointSpec] = []
+    displaced: list[EndpointSpec] = []
+    for endpoint in sorted(homeless, key=_by_priority):
+        if draft.evicted_from(endpoint.name):
+            displaced.append(endpoint)
+        else:
+            (ran if situation.incarnations(Subject("endpoint", endpoint.name)) else new).append(endpoint)
+    asking = [ran, list(moved), new, displaced]
     for endpoint in sorted(chain.from_iterable(asking), key=lambda e: draft.places.get(e.name) == ()):
         settle(draft, endpoint, draft.standings[endpoint.name])
     return asking

@@ -226,3 +226,50 @@ def test_the_quick_bound_that_fleets_need_changes_no_answer(monkeypatch: pytest.
     monkeypatch.setattr(pricing, "CLOSELY", 0)
     test_admissions_and_victims_are_the_least_of_all_ways(0)
     test_admissions_and_victims_are_the_least_of_all_ways(BATCH)
+
+
+def test_14_overlays_that_all_fit_in_free_memory_displace_nobody() -> None:
+    seen = 0
+    for number in range(3000, 3600):
+        made = box(number)
+        firm = replace(made, endpoints={n: replace(e, preemptible=False) for n, e in made.endpoints.items()})
+        if len(Trial(firm).best[1]) == len(made.overlays):  # type: ignore[index]
+            seen += 1
+            planned = made.decide()
+            assert planned.keys() == {o.name for o in made.overlays}, f"box {number}"
+            assert not any(planned.values()), f"box {number}: {planned}"
+    assert seen > 50
+
+
+def test_16_one_more_free_gpu_never_makes_a_joint_choice_worse() -> None:
+    for number in range(4000, 4500):
+        made = box(number)
+        if not all(o.allow_baseline_eviction for o in made.overlays):
+            continue  # one that may evict nobody is let in where another makes room, and none need with more GPUs
+        larger = replace(made, sizes=[*made.sizes, 80 * GIB])
+        assert larger.cost(larger.decide()) <= made.cost(made.decide()), f"box {number}"
+
+
+@pytest.mark.parametrize("first", range(5000, 5600, BATCH))
+def test_endpoints_that_look_for_a_place_keep_one_unless_an_overlay_that_may_takes_the_last(first: int) -> None:
+    displaced = moved = 0
+    for number in range(first, first + BATCH):
+        made = box(number)
+        draw = Random(number)
+        made.running = {n: i for n, i in made.running.items() if draw.random() < 0.5}
+        gpus = [gpu(i, total=size) for i, size in enumerate(made.sizes)]
+        seen = observed(*gpus, incarnations=made.running.values())
+        without = plan(spec(*made.endpoints.values(), floors=made.floors), seen, Ledger(), NOW)
+        seated = {a.subject.name: a.gpus for a in without.actions if a.op == "start"}
+        decided = plan(spec(*made.endpoints.values(), *made.overlays, floors=made.floors), seen, Ledger(), NOW)
+        now = {a.subject.name: a.gpus for a in decided.actions if a.op == "start" and a.cause.kind == "setpoint"}
+        for name in sorted(seated.keys() - now.keys()):
+            takers = [r.name for r in decided.ledger.overlays.values() if name in r.evicted]
+            assert takers, f"box {number}: {name} had a place, and no overlay takes it"
+            asks, item = decided.ledger.overlays[takers[0]], made.endpoints[name]
+            assert item.preemptible, f"box {number}"
+            assert item.priority < asks.priority, f"box {number}"
+            displaced += 1
+        moved += sum(now[n] != seated[n] for n in now.keys() & seated.keys())
+    assert displaced > 10
+    assert moved > 10
