@@ -71,11 +71,15 @@ class Board:
     """How many waiting pins name this GPU: taken last by those who may choose."""
     _on: dict[str, dict[str, Tenant]] | None = None
     """GPU → its tenants by key; made when first asked for."""
+    _held: dict[str, Hold | None] = field(default_factory=dict)
+    """GPU → all that is held there, as far as it was asked for."""
 
     def add(self, tenant: Tenant) -> None:
         """Seat a tenant; what it holds under the same key is replaced."""
         before = self.tenants.get(tenant.key)
         self.tenants[tenant.key] = tenant
+        for gpu in (*tenant.holds, *(before.holds if before is not None else ())):
+            self._held.pop(gpu, None)
         if self._on is None:
             return
         for gpu in before.holds if before is not None else ():
@@ -91,6 +95,14 @@ class Board:
                 for held in tenant.holds:
                     self._on.setdefault(held, {})[tenant.key] = tenant
         return list(self._on.get(gpu, {}).values())
+
+    def held(self, gpu: str) -> Hold | None:
+        """All that the tenants of one GPU hold together, exclusive if one of them is; None: there are none."""
+        if gpu not in self._held:
+            holds = [t.holds[gpu] for t in self.on(gpu)]
+            size, alone = sum(h.memory_bytes for h in holds), any(h.exclusive for h in holds)
+            self._held[gpu] = Hold(size, alone) if holds else None
+        return self._held[gpu]
 
     def without(self, keys: Victims) -> Board:
         """The board after these tenants left; a copy."""

@@ -11,13 +11,16 @@ from reconciler.plan.wishes import BROKEN, LOST, Cost, Levels, Wish, add
 
 
 class Gang:
-    """The GPUs that a gang may take, cheapest first, and what so many of them cost at the least.
+    """The GPUs that a gang may take, cheapest first, and what so many of them cost at the least, in parts of `SCALE`.
 
     Costs are compared from left to right, and that order is kept by adding: the sum of the cheapest parts is no more
     than the sum of any other ones.
     """
 
-    def __init__(self, prices: Mapping[str, Cost], zero: Cost, numa: Mapping[str, object], count: int) -> None:
+    def __init__(
+        self, prices: Mapping[str, Cost], zero: Cost, numa: Mapping[str, object], count: int, before: Victims
+    ) -> None:
+        self.before = before
         together: dict[object, list[str]] = {}  # of equals first those that a whole gang finds near each other
         for gpu in sorted(prices, key=prices.__getitem__):
             together.setdefault((numa.get(gpu), prices[gpu]), []).append(gpu)

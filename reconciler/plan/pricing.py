@@ -10,7 +10,7 @@ from itertools import accumulate, islice
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
 from reconciler.plan.bounds import minimal_sets
 from reconciler.plan.observed import Subject
-from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, LOST, MOVES, TOPOLOGY, Cost, Levels, Wish
+from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, LOST, MOVES, SCALE, TOPOLOGY, Cost, Levels, Wish
 
 CLOSELY = 64
 """Up to so many GPUs the price of each is worked out closely before any is taken."""
@@ -50,6 +50,9 @@ class Room:
     """to give up so many bytes."""
 
 
+NOBODY = Room(frozenset(), [], 0)
+
+
 class Pricing:
     """Branches of one search, from one GPU taken to the next."""
 
@@ -64,7 +67,7 @@ class Pricing:
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
 
     def prices(self, wish: Wish, need: Need, branch: Branch) -> dict[str, Cost]:
-        """What each GPU that can be had costs at the least, in NVML order.
+        """What each GPU that can be had costs at the least, in parts of `SCALE`; in NVML order.
 
         A GPU on which nothing makes room now will not have any further down: a branch only takes and never gives. On a
         fleet only those are looked at closely that may be among the cheapest.
@@ -108,7 +111,7 @@ class Pricing:
             sizes = classes[priority]
             if sum(sizes) >= missing:
                 there = accumulate(sorted(sizes, reverse=True))
-                cost[self.levels.victim(wish.key, priority)] = 1 + sum(total < missing for total in there)
+                cost[self.levels.victim(wish.key, priority)] = SCALE * (1 + sum(total < missing for total in there))
                 break
             missing -= sum(sizes)
         return tuple(cost)
@@ -149,6 +152,12 @@ class Pricing:
     def room(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> Room | None:
         """What would have to leave one GPU; None: nothing makes room there."""
         self.steps += 1
+        if wish.may_displace is None and not branch.gone and gpu not in branch.taken:
+            held, size = self._board.held(gpu), self._board.capacity[gpu]
+            if held is not None and (need.exclusive or held.exclusive):
+                return None
+            there = held.memory_bytes if held is not None else 0
+            return NOBODY if need.memory_bytes[gpu] + there <= size else None
         staying = [t for t in self._board.on(gpu) if t.key not in branch.gone]
         movable = [t for t in staying if self.may(wish, t) and not _delays(t, wish, branch)]
         fixed = [t.holds[gpu] for t in staying if t not in movable] if len(movable) < len(staying) else []
@@ -179,13 +188,17 @@ class Pricing:
         return found[:MOST_SETS]
 
     def _at_least(self, wish: Wish, need: Need, gpu: str, way: Victims, branch: Branch) -> Cost:
-        """What taking this GPU this way adds at the least to a branch of cost 0, whatever else the gang takes.
+        """What taking this GPU this way adds at the least to a branch of cost 0, in parts of `SCALE`.
 
-        Victims that hold other GPUs as well may be victims already; they are left out, as are delay and topology.
+        A victim that holds several GPUs is paid for in equal parts on each; left out are delay and topology.
         """
-        alone = frozenset(key for key in way if len(self._board.tenants[key].holds) == 1)
-        cost = list(self._grown(wish, need, gpu, (), alone, branch)[0])
+        several = [t for key in way if len((t := self._board.tenants[key]).holds) > 1]
+        alone = way.difference(t.key for t in several)
+        cost = [SCALE * part for part in self._grown(wish, need, gpu, (), alone, branch)[0]]
         cost[DELAY] = 0
+        for tenant in several:
+            cost[self.levels.victim(wish.key, tenant.priority)] += SCALE // len(tenant.holds)
+            cost[LOST] += SCALE * tenant.lost_ms // len(tenant.holds)
         return tuple(cost)
 
     def _grown(

@@ -22,11 +22,14 @@ from reconciler.plan.bounds import Bounds, Gang
 from reconciler.plan.pricing import Branch, Lawful, Pricing
 from reconciler.plan.wishes import (
     DUE,
+    LOST,
+    SCALE,
     Choice,
     Cost,
     Proof,
     Wish,
     add,
+    whole,
 )
 
 LIMIT = 20_000
@@ -156,7 +159,7 @@ class _Search(Pricing):
             return
         prices = self.prices(wish, need, branch)
         if len(prices) >= need.count:
-            gang = Gang(prices, self.levels.zero, self._board.numa, need.count)
+            gang = Gang(prices, self.levels.zero, self._board.numa, need.count, branch.victims)
             self._choose(index, needs, gang, 0, (), branch, later)
 
     def _in_vain(self, wish: Wish, branch: Branch) -> bool:
@@ -188,22 +191,38 @@ class _Search(Pricing):
             placed = {**branch.placed, need.subject: (wish.key, chosen)}
             self._needs(index, needs[1:], replace(branch, placed=placed), later)
             return
-        base = add(branch.cost, later)
+        paid = self._paid(wish, gang, chosen, branch, later)
         tried: set[object] = set()
         for next_position in range(position, len(gang.gpus) - missing + 1):
-            if self._cut(add(base, gang.at_least(next_position, missing))):
+            if self._cut(whole(add(paid, gang.at_least(next_position, missing)))):
                 return
             gpu = gang.gpus[next_position]
             alike = None if gpu in branch.taken else self._bounds.alike(gpu, branch.gone)
             if alike is not None and alike in tried:
                 continue
             tried.add(alike)
-            further = self.ways(wish, need, gpu, chosen, branch)
             rest = gang.at_least(next_position + 1, missing - 1)
-            for way in sorted(further, key=lambda b: b.cost):
-                if self._cut(add(add(way.cost, later), rest)):
-                    break
-                self._choose(index, needs, gang, next_position + 1, (*chosen, gpu), way, later)
+            for way in sorted(self.ways(wish, need, gpu, chosen, branch), key=lambda b: b.cost):
+                now = (*chosen, gpu)
+                at_least = add(self._paid(wish, gang, now, way, later), rest)
+                if not self._cut(max(whole(at_least), add(way.cost, later))):
+                    self._choose(index, needs, gang, next_position + 1, now, way, later)
+
+    def _paid(self, wish: Wish, gang: Gang, chosen: tuple[str, ...], branch: Branch, later: Cost) -> Cost:
+        """What a branch costs at the least, in parts, apart from GPUs that the gang does not have yet.
+
+        A victim of this gang that holds several GPUs is paid for in parts, one for each of them that is taken: the
+        others are in the prices of the GPUs still to come.
+        """
+        cost = [SCALE * (a + b) for a, b in zip(branch.cost, later, strict=True)]
+        for key in branch.victims - gang.before:
+            tenant = self._board.tenants[key]
+            if len(tenant.holds) > 1:
+                parts = len(tenant.holds.keys() & set(chosen))
+                level = self.levels.victim(wish.key, tenant.priority)
+                cost[level] -= SCALE - parts * (SCALE // len(tenant.holds))
+                cost[LOST] -= SCALE * tenant.lost_ms - parts * (SCALE * tenant.lost_ms // len(tenant.holds))
+        return tuple(cost)
 
     def _cut(self, at_least: Cost) -> bool:
         """Whether a branch need not be looked at: it cannot be better, or the work is bounded.

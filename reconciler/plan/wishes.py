@@ -16,6 +16,9 @@ Hardly anybody has more of them waiting on one box, and the search grows with ea
 TAIL = ("due", "lost_readiness_ms", "moves", "start_delay_ms", "contested", "topology", "broken_into_mib")
 DUE, LOST, MOVES, DELAY, CONTESTED, TOPOLOGY, BROKEN = range(-len(TAIL), 0)
 
+SCALE = 12
+"""Bounds are counted in twelfths: a victim that holds 2, 3, 4 or 6 GPUs is paid for in equal parts on each of them."""
+
 MayDisplace = Callable[[Tenant], bool]
 
 
@@ -102,3 +105,13 @@ class Levels:
 def add(one: Cost, other: Cost) -> Cost:
     """Part by part."""
     return tuple([a + b for a, b in zip(one, other, strict=True)])
+
+
+def whole(parts: Cost) -> Cost:
+    """The least cost in whole numbers that is no less than one in parts of `SCALE`."""
+    cost: list[int] = []
+    for i, part in enumerate(parts):
+        if part % SCALE:  # what comes after may be anything then
+            return (*cost, part // SCALE + 1, *((0,) * (len(parts) - i - 1)))
+        cost.append(part // SCALE)
+    return tuple(cost)
