@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,8 @@ class NvmlDriver:
         self._refused: tuple[Instant, Exception] | None = None
         self._listings: dict[str, _Listing] = {}
         self._traits: dict[str, _Traits] = {}
+        self._islands: tuple[tuple[str, ...], dict[str, int]] | None = None
+        """The GPUs that were read together, and which NVLink joins."""
         self.calling = ""
         """The call that is out now: what a message names when it hangs."""
 
@@ -179,7 +182,40 @@ class NvmlDriver:
 
     def _list(self, options: ReadOptions) -> list[Gpu | UnreadGpu]:
         self.calling = "nvmlDeviceGetCount"
-        return [self._gpu(index, options) for index in range(self._nv.nvmlDeviceGetCount())]
+        found = [self._gpu(index, options) for index in range(self._nv.nvmlDeviceGetCount())]
+        read = [gpu for gpu in found if isinstance(gpu, Gpu)]
+        islands = self._join(read)
+        return [replace(g, nvlink_island=islands.get(g.uuid)) if isinstance(g, Gpu) else g for g in found]
+
+    def _join(self, gpus: list[Gpu]) -> dict[str, int]:
+        """The NVLink island of each GPU: the least index of those that it is joined to; empty where there is no NVLink.
+
+        nvmlDeviceGetP2PStatus for NVLink says yes of two GPUs that are joined directly or through switches. Asked once
+        for each set of GPUs: links do not change while a driver is loaded. A failure makes no GPU unknown: it is asked
+        again on the next look.
+        """
+        uuids = tuple(gpu.uuid for gpu in gpus)
+        if self._islands is not None and self._islands[0] == uuids:
+            return self._islands[1]
+        island, linked = {gpu.uuid: gpu.index for gpu in gpus}, False
+        for one, other in combinations(gpus, 2):
+            self.calling = f"nvmlDeviceGetP2PStatus({one.index}, {other.index})"
+            try:
+                joined = self._trait(self._linked, one.index, other.index)
+            except self._nv.NVMLError:
+                return {}
+            if joined:
+                linked = True
+                low, high = sorted((island[one.uuid], island[other.uuid]))
+                island = {uuid: low if index == high else index for uuid, index in island.items()}
+        self._islands = uuids, island if linked else {}
+        return self._islands[1]
+
+    def _linked(self, one: int, other: int) -> bool:
+        nv = self._nv
+        first, second = nv.nvmlDeviceGetHandleByIndex(one), nv.nvmlDeviceGetHandleByIndex(other)
+        status = nv.nvmlDeviceGetP2PStatus(first, second, nv.NVML_P2P_CAPS_INDEX_NVLINK)
+        return bool(status == nv.NVML_P2P_STATUS_OK)
 
     def _gpu(self, index: int, options: ReadOptions) -> Gpu | UnreadGpu:
         nv = self._nv

@@ -66,7 +66,10 @@ class Board:
     capacity: Mapping[str, int]
     """Usable bytes of each GPU that may be used at all, in NVML order."""
     numa: Mapping[str, int | None]
+    """The host memory node next to each GPU."""
     tenants: dict[str, Tenant] = field(default_factory=dict)
+    islands: Mapping[str, int | None] = field(default_factory=dict)
+    """The NVLink island of each GPU."""
     contested: Mapping[str, int] = field(default_factory=dict)
     """How many waiting pins name this GPU: taken last by those who may choose."""
     _on: dict[str, dict[str, Tenant]] | None = None
@@ -104,7 +107,11 @@ class Board:
             self._held[gpu] = Hold(size, alone) if holds else None
         return self._held[gpu]
 
+    def near(self, gpu: str) -> tuple[int | None, int | None]:
+        """Where a GPU is: its NVLink island and its NUMA node."""
+        return self.islands.get(gpu), self.numa.get(gpu)
+
     def without(self, keys: Victims) -> Board:
         """The board after these tenants left; a copy."""
         rest = {k: t for k, t in self.tenants.items() if k not in keys} if keys else dict(self.tenants)
-        return Board(self.capacity, self.numa, rest, self.contested)
+        return Board(self.capacity, self.numa, rest, self.islands, self.contested)

@@ -18,12 +18,12 @@ class Gang:
     """
 
     def __init__(
-        self, prices: Mapping[str, Cost], zero: Cost, numa: Mapping[str, object], count: int, before: Victims
+        self, prices: Mapping[str, Cost], zero: Cost, near: Callable[[str], object], count: int, before: Victims
     ) -> None:
         self.before = before
         together: dict[object, list[str]] = {}  # of equals first those that a whole gang finds near each other
         for gpu in sorted(prices, key=prices.__getitem__):
-            together.setdefault((numa.get(gpu), prices[gpu]), []).append(gpu)
+            together.setdefault((near(gpu), prices[gpu]), []).append(gpu)
         groups = sorted(together.items(), key=lambda item: (item[0][1], len(item[1]) < count))  # type: ignore[index]
         self.gpus = [gpu for _, group in groups for gpu in group]
         self._sums = list(accumulate((prices[g] for g in self.gpus), add, initial=zero))
@@ -143,7 +143,7 @@ class Bounds:
             tenants.append((rights, hold.memory_bytes, hold.exclusive, worth))
         needs = [need for wish in self._wishes for option in wish.options for need in option]
         asked = [(gpu in need.candidates and need.memory_bytes[gpu], gpu in need.prefer) for need in needs]
-        where = board.capacity[gpu], board.numa.get(gpu), board.contested.get(gpu, 0)
+        where = board.capacity[gpu], board.near(gpu), board.contested.get(gpu, 0)
         return where, tuple(asked), tuple(sorted(tenants, key=repr))
 
 

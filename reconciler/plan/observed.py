@@ -57,6 +57,8 @@ class Gpu:
     at: Instant
     """When this was read."""
     numa_node: int | None = None
+    nvlink_island: int | None = None
+    """GPUs that NVLink joins, directly or through switches, have the same; None: there is none, or it was not told."""
 
 
 Phase = Literal["intent", "running", "exited", "vanished", "unknown"]

@@ -10,7 +10,7 @@ from itertools import accumulate, islice
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
 from reconciler.plan.bounds import minimal_sets
 from reconciler.plan.observed import Subject
-from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, LOST, MOVES, SCALE, TOPOLOGY, Cost, Levels, Wish
+from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, ISLANDS, LOST, MOVES, NUMA, SCALE, Cost, Levels, Wish
 
 CLOSELY = 64
 """Up to so many GPUs the price of each is worked out closely before any is taken."""
@@ -220,8 +220,11 @@ class Pricing:
             cost[MOVES] += 1
         if need.count != len(need.candidates):
             cost[CONTESTED] += board.contested.get(gpu, 0)
-        if chosen and board.numa.get(gpu) not in {board.numa.get(c) for c in chosen}:
-            cost[TOPOLOGY] += 1
+        if chosen:
+            island, node = board.near(gpu)
+            near = [board.near(c) for c in chosen]
+            cost[ISLANDS] += island not in {i for i, _ in near}
+            cost[NUMA] += node not in {n for _, n in near}
         if gpu not in branch.taken:
             stays = [t for t in board.on(gpu) if t.key not in extra and t.key not in branch.gone]
             cost[BROKEN] += (board.capacity[gpu] - sum(t.holds[gpu].memory_bytes for t in stays)) >> 20

@@ -5,7 +5,8 @@ What is compared, from left to right (`Levels`):
 1. in one descending order of priorities: of askers of a priority how many are left out, of victims of a priority how
    many there are. An asker's seat outweighs victims that are less important than it, and no others.
 2. who was due first
-3. lost readiness   4. moves   5. start delay   6. pins of others   7. topology   8. free memory broken into
+3. lost readiness   4. moves   5. start delay   6. pins of others   7. NVLink islands, then NUMA nodes
+8. free memory broken into
 
 Costs are integers and only grow along a branch, so a branch that costs at the least as much as the best answer is cut.
 GPUs are tried cheapest first and then in NVML order, and ties keep the first: equal input gives equal output. After
@@ -159,7 +160,7 @@ class _Search(Pricing):
             return
         prices = self.prices(wish, need, branch)
         if len(prices) >= need.count:
-            gang = Gang(prices, self.levels.zero, self._board.numa, need.count, branch.victims)
+            gang = Gang(prices, self.levels.zero, self._board.near, need.count, branch.victims)
             self._choose(index, needs, gang, 0, (), branch, later)
 
     def _in_vain(self, wish: Wish, branch: Branch) -> bool:

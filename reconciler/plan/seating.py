@@ -39,7 +39,11 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
     situation = draft.situation
     rooms = situation.rooms
     usable = {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines}
-    draft.board = Board(usable, {u: r.gpu.numa_node for u, r in rooms.items()})
+    draft.board = Board(
+        usable,
+        {u: r.gpu.numa_node for u, r in rooms.items()},
+        islands={u: r.gpu.nvlink_island for u, r in rooms.items()},
+    )
     draft.leaving, draft.arriving, draft.blocked, draft.naps = {}, {}, {}, {}
     _seat_leases(draft)
     homeless: list[EndpointSpec] = []

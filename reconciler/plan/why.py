@@ -14,7 +14,8 @@ _WORDS = {
     "moves": "GPUs moved to",
     "start_delay_ms": "start delay",
     "contested": "GPUs that others are pinned to",
-    "topology": "NUMA nodes beyond the first",
+    "nvlink_islands": "NVLink islands beyond the first",
+    "numa_nodes": "NUMA nodes beyond the first",
     "broken_into_mib": "free memory broken into",
 }
 

@@ -13,8 +13,17 @@ Cost = tuple[int, ...]
 MOST_TOGETHER = 32
 """So many overlays, and so many endpoints that look for a place, are decided on at once; those beyond one by one.
 Hardly anybody has more of them waiting on one box, and the search grows with each."""
-TAIL = ("due", "lost_readiness_ms", "moves", "start_delay_ms", "contested", "topology", "broken_into_mib")
-DUE, LOST, MOVES, DELAY, CONTESTED, TOPOLOGY, BROKEN = range(-len(TAIL), 0)
+TAIL = (
+    "due",
+    "lost_readiness_ms",
+    "moves",
+    "start_delay_ms",
+    "contested",
+    "nvlink_islands",
+    "numa_nodes",
+    "broken_into_mib",
+)
+DUE, LOST, MOVES, DELAY, CONTESTED, ISLANDS, NUMA, BROKEN = range(-len(TAIL), 0)
 
 SCALE = 12
 """Bounds are counted in twelfths: a victim that holds 2, 3, 4 or 6 GPUs is paid for in equal parts on each of them."""

@@ -25,6 +25,7 @@ CUDA_VERSION = 13000
 # handles are opaque; small numbers would look like indices, and 0 like no handle
 _FIRST_HANDLE = 0x51A0
 _TOPOLOGY_NODE, _TOPOLOGY_SYSTEM, _TOPOLOGY_INTERNAL = 40, 50, 0
+_P2P_NVLINK, _P2P_OK, _P2P_NOT_SUPPORTED = 2, 0, 5
 _NVLINK_CARDS = ("B200", "H200", "H100", "H20", "A100", "V100")
 _CAPABILITY = (
     ("B200", (10, 0)), ("PRO 6000", (12, 0)), ("5090", (12, 0)), ("H200", (9, 0)), ("H100", (9, 0)), ("H20", (9, 0)),
@@ -179,12 +180,21 @@ class _Box:
             _put(level, _TOPOLOGY_NODE if a.numa_node == b.numa_node else _TOPOLOGY_SYSTEM)
 
     def nvlink_state(self, handle: Any, link: Any, active: Any) -> None:
-        linked = any(card in self._gpu(handle)[1].name for card in _NVLINK_CARDS)
-        if not linked:
+        index, gpu, _ = self._gpu(handle)
+        if not _has_nvlink(gpu):
             raise Refused(NOT_SUPPORTED)
         if not 0 <= _number(link) < 18:
             raise Refused(INVALID_ARGUMENT)
-        _put(active, int(len(self.node.gpus) > 1))
+        _put(active, int(any(_joined(gpu, other) for i, other in enumerate(self.node.gpus) if i != index)))
+
+    def p2p_status(self, one: Any, other: Any, kind: Any, status: Any) -> None:
+        (first, a, _), (second, b, _) = self._gpu(one), self._gpu(other)
+        if first == second:
+            raise Refused(INVALID_ARGUMENT)
+        if _number(kind) == _P2P_NVLINK:
+            _put(status, _P2P_OK if _joined(a, b) else _P2P_NOT_SUPPORTED)
+        else:
+            _put(status, _P2P_OK)
 
     # ------------------------------------------------------------ what it does
 
@@ -286,6 +296,7 @@ def calls(sim_dir: Path, node: SimNode) -> dict[str, Callable[..., None]]:
         "nvmlDeviceGetPciInfo_v3": box.pci, "nvmlDeviceGetPciInfoExt": box.pci,
         "nvmlDeviceGetCudaComputeCapability": box.capability, "nvmlDeviceGetNumaNodeId": box.numa,
         "nvmlDeviceGetTopologyCommonAncestor": box.common_ancestor, "nvmlDeviceGetNvLinkState": box.nvlink_state,
+        "nvmlDeviceGetP2PStatus": box.p2p_status,
         "nvmlDeviceGetMemoryInfo": box.memory, "nvmlDeviceGetMemoryInfo_v2": box.memory_v2,
         "nvmlDeviceGetBAR1MemoryInfo": box.bar1,
         "nvmlDeviceGetComputeRunningProcesses_v2": box.processes,
@@ -305,6 +316,14 @@ def calls(sim_dir: Path, node: SimNode) -> dict[str, Callable[..., None]]:
         "nvmlDeviceGetRetiredPages": box.retired_pages, "nvmlDeviceGetRetiredPages_v2": box.retired_pages,
         "nvmlDeviceGetRemappedRows": box.remapped_rows,
     }  # fmt: skip
+
+
+def _has_nvlink(gpu: SimGpu) -> bool:
+    return any(card in gpu.name for card in _NVLINK_CARDS)
+
+
+def _joined(one: SimGpu, other: SimGpu) -> bool:
+    return _has_nvlink(one) and _has_nvlink(other) and one.nvlink_island == other.nvlink_island
 
 
 def _bus_id(index: int) -> str:

@@ -3,6 +3,7 @@
 gpus:                     # required
   - {name: RTX4090, count: 6}
   - {name: Odd Card, memory: 20GiB, reserved: 300MiB, numa: 1}
+  - {name: H100, count: 2, nvlink: 1}
 time_scale: 0.05          # default 1.0: a 40 s load takes 40 s
 release_delay: 300ms      # real time, not scaled
 driver_version: "580.95.05"
@@ -133,7 +134,7 @@ class _Reader:
         return SimNode(tuple(gpus), scale, delay, driver, seed, models)
 
     def gpu(self, entry: yaml.Node) -> list[SimGpu]:
-        named = self.fields(entry, ("name", "memory", "count", "numa", "reserved"))
+        named = self.fields(entry, ("name", "memory", "count", "numa", "nvlink", "reserved"))
         name = self.value(named.get("name"), str, "")
         known = known_gpu(name) if name else None
         memory = self.value(named.get("memory"), parse_size, known.memory_bytes if known else 0)
@@ -143,9 +144,10 @@ class _Reader:
         if memory and reserved >= memory:
             self.note(entry, "more memory is reserved than there is", None)
         numa = self.value(named.get("numa"), _whole, None)
+        island = self.value(named.get("nvlink"), _whole, 0)
         count = self.value(named.get("count"), _whole, 1)
         full_name = known.name if known else name or f"Simulated {format_size(memory)} GPU"
-        return [SimGpu(full_name, memory, reserved, numa)] * min(count or 0, MAX_GPUS + 1)
+        return [SimGpu(full_name, memory, reserved, numa, island)] * min(count or 0, MAX_GPUS + 1)
 
     def model(self, entry: yaml.Node) -> ModelFigures:
         named = self.fields(entry, ("load", "weights"))

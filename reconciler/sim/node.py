@@ -40,6 +40,8 @@ class SimGpu:
     reserved_bytes: int = 0
     """Held back by the driver: never free, and not part of `used` in NVML's second memory structure."""
     numa_node: int | None = None
+    nvlink_island: int = 0
+    """Cards that have NVLink are joined to those of the same island."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,8 @@ def _to_json(node: SimNode) -> str:
 
 def _from_json(document: dict[str, Any]) -> SimNode:
     gpus = tuple(
-        SimGpu(gpu["name"], gpu["memory_bytes"], gpu["reserved_bytes"], gpu["numa_node"]) for gpu in document["gpus"]
+        SimGpu(gpu["name"], gpu["memory_bytes"], gpu["reserved_bytes"], gpu["numa_node"], gpu.get("nvlink_island", 0))
+        for gpu in document["gpus"]
     )
     models = {name: ModelFigures(**figures) for name, figures in document["models"].items()}
     return SimNode(

@@ -15,6 +15,7 @@ from reconciler.observe import nvml
 from reconciler.observe.gpus import NvmlReader, RememberedGpu
 from reconciler.observe.nvml import FRESH, ReadOptions
 from reconciler.sim import driver, faults
+from reconciler.sim.node import SimGpu, SimNode, prepare
 from reconciler.units import GIB, MIB
 
 
@@ -44,6 +45,20 @@ def test_an_idle_node_shows_every_gpu_with_the_drivers_reserve_as_used(sim_dir, 
     assert {g.used_bytes for g in readings.gpus} == {500 * MIB}
     assert {g.processes for g in readings.gpus} == {()}
     assert [g.numa_node for g in readings.gpus] == [0, 0, 1]
+
+
+def test_gpus_that_nvlink_joins_are_of_one_island_and_others_of_their_own(tmp_path, reader):
+    a100, l4 = SimGpu("NVIDIA A100-SXM4-80GB", 80 * GIB), SimGpu("NVIDIA L4", 24 * GIB)
+    other = SimGpu(a100.name, 80 * GIB, nvlink_island=7)
+    prepare(tmp_path / "linked", SimNode((a100, other, l4, a100, other)))
+    driver.install(tmp_path / "linked")
+    assert [g.nvlink_island for g in reader.read().gpus] == [0, 1, 2, 0, 1]
+
+
+def test_without_nvlink_no_gpu_is_of_an_island(tmp_path, reader):
+    prepare(tmp_path / "single", SimNode((SimGpu("NVIDIA L4", 24 * GIB),) * 2))
+    driver.install(tmp_path / "single")
+    assert [g.nvlink_island for g in reader.read().gpus] == [None, None]
 
 
 def test_a_process_that_allocates_is_listed_with_its_memory(sim_dir, reader):

@@ -3,6 +3,7 @@
     about:      the sentence that the case shows to be true
     gpus:       sizes of the GPUs: [80GiB, 80GiB], or 4x80GiB
     numa:       {GPU: node}
+    islands:    {GPU: NVLink island}
     setpoints:  text of setpoints.yaml
     overlays:   {name: text of the file}
     runs:       what runs when the first look is taken, with a past of an hour; endpoint or overlay by name:
@@ -91,6 +92,7 @@ class _Past:
         self.setpoints: str = content["setpoints"]
         self.overlays: dict[str, str] = dict(content.get("overlays", {}))
         plant = Plant(totals=_sizes(content.get("gpus", "4x80GiB")), numa=content.get("numa", {}))
+        plant.islands = content.get("islands", {})
         plant.behaviour = Behaviour(**content.get("behaviour", {}))
         self.run = Run(read_spec(self.setpoints, self.overlays), plant)
         for name, state in content.get("runs", {}).items():

@@ -63,6 +63,8 @@ class Plant:
     """GPU index → fields of `Gpu` that are as they are: state, healthy, detail."""
     ports: dict[int, PortHolder] = field(default_factory=dict)
     numa: dict[int, int] = field(default_factory=dict)
+    islands: dict[int, int] = field(default_factory=dict)
+    """GPU index -> NVLink island."""
     busy: dict[str, int] = field(default_factory=dict)
     """Incarnation → requests in flight; 0 if not there."""
     nameless: frozenset[str] = frozenset()
@@ -105,7 +107,7 @@ class Plant:
         used = sum(size for _, size in living) + lingering + sum(p.memory_bytes or 0 for p in strangers)
         seen = gpu(
             index, total=self.totals[index], used=used, processes=(*processes, *strangers), at=self.now,
-            numa_node=self.numa.get(index),
+            numa_node=self.numa.get(index), nvlink_island=self.islands.get(index),
         )  # fmt: skip
         fields = self.overrides.get(index, {})
         if fields.get("state") in ("unknown", "lost"):

@@ -18,6 +18,7 @@ def case(number: int) -> tuple[Board, Need]:
     draw = Random(number)
     gpus = [f"g{i}" for i in range(draw.randint(1, 4))]
     board = Board({g: draw.choice([20, 24, 40]) << 20 for g in gpus}, {g: draw.choice([0, 0, 1, None]) for g in gpus})
+    board.islands = {g: draw.choice([0, 1, 1]) for g in gpus} if draw.random() < 0.5 else dict.fromkeys(gpus)
     board.contested = {g: draw.randint(0, 2) for g in gpus if draw.random() < 0.3}
     free = dict(board.capacity)
     for index in range(draw.randint(0, 5)):
@@ -44,9 +45,6 @@ def cost(board: Board, need: Need, on: tuple[str, ...], gone: frozenset[str]) ->
     near = [t for t in leave if set(on) & set(t.holds)]
     stay = [t for t in board.tenants.values() if t.key not in gone]
     levels = sorted({t.priority for t in board.tenants.values()}, reverse=True)
-    nodes: list[int | None] = []
-    for g in on:  # how many of its GPUs are on a node of which there was none before
-        nodes += [] if board.numa[g] in nodes else [board.numa[g]]
     return (
         *(sum(t.priority == p for t in leave) for p in levels),
         0,
@@ -54,7 +52,8 @@ def cost(board: Board, need: Need, on: tuple[str, ...], gone: frozenset[str]) ->
         sum(g not in need.prefer for g in on) if need.prefer else 0,
         max((t.departure_ms for t in near), default=0),
         sum(board.contested.get(g, 0) for g in on) if need.count != len(need.candidates) else 0,
-        len(nodes) - 1 if nodes else 0,
+        len({board.islands[g] for g in on}) - 1 if on else 0,
+        len({board.numa[g] for g in on}) - 1 if on else 0,
         sum((board.capacity[g] - sum(t.holds[g].memory_bytes for t in stay if g in t.holds)) >> 20 for g in on),
     )
 

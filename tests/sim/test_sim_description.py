@@ -64,7 +64,7 @@ def test_a_file_describes_every_gpu_and_every_figure(tmp_path: Path) -> None:
         """
 gpus:
   - {name: RTX4090, count: 2, numa: 0}
-  - {name: Odd Card, memory: 20GiB, reserved: 300MiB, numa: 1}
+  - {name: Odd Card, memory: 20GiB, reserved: 300MiB, numa: 1, nvlink: 2}
 time_scale: 0.5
 release_delay: 1s
 driver_version: "550.1"
@@ -75,7 +75,7 @@ models:
     )
     node = parse_node(str(path))
     assert [gpu.name for gpu in node.gpus] == ["NVIDIA GeForce RTX 4090"] * 2 + ["Odd Card"]
-    assert node.gpus[2] == SimGpu("Odd Card", 20 * GIB, 300 << 20, 1)
+    assert node.gpus[2] == SimGpu("Odd Card", 20 * GIB, 300 << 20, 1, 2)
     assert (node.time_scale, node.release_delay_s, node.driver_version) == (0.5, 1.0, "550.1")
     assert node.models == {"Qwen/Qwen3-1.7B": ModelFigures(45.0, 3 * GIB)}
 

@@ -144,6 +144,19 @@ def test_cards_with_nvlink_are_linked_and_others_are_not(tmp_path: Path, nvml: B
     assert levels == [pynvml.NVML_TOPOLOGY_INTERNAL, pynvml.NVML_TOPOLOGY_NODE, pynvml.NVML_TOPOLOGY_SYSTEM]
 
 
+def test_nvlink_joins_the_cards_of_one_island(tmp_path: Path, nvml: Box) -> None:
+    h100, l4 = SimGpu("NVIDIA H100 80GB HBM3", 80 * GIB), SimGpu("NVIDIA L4", 24 * GIB)
+    other = SimGpu(h100.name, 80 * GIB, nvlink_island=1)
+    prepare(tmp_path / "linked", SimNode((h100, h100, other, l4)))
+    driver.install(tmp_path / "linked")
+    pynvml.nvmlInit()
+    nvlink = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+    joined = [pynvml.nvmlDeviceGetP2PStatus(handle(0), handle(i), nvlink) for i in (1, 2, 3)]
+    assert [status == pynvml.NVML_P2P_STATUS_OK for status in joined] == [True, False, False]
+    assert pynvml.nvmlDeviceGetNvLinkState(handle(2), 0) == 0, "nobody else is in its island"
+    assert code_of(pynvml.nvmlDeviceGetP2PStatus, handle(0), handle(0), nvlink) == pynvml.NVML_ERROR_INVALID_ARGUMENT
+
+
 def test_nothing_answers_before_initialisation_or_after_the_last_shutdown(nvml: Box) -> None:
     gpu = handle(0)
     pynvml.nvmlInit()
