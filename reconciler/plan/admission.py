@@ -16,7 +16,7 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
 from reconciler.plan.placement import Placement
 from reconciler.plan.preemption import Refusal
-from reconciler.plan.reservations import Seek, next_slot, reserve, window_taken
+from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
 from reconciler.plan.together import Seat, seat_together
 from reconciler.plan.why import tell
@@ -31,12 +31,15 @@ def admit_all(draft: Draft) -> None:
     draft.windows = ()
     seat(draft)
 
-    def seek(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need]) -> _Answer:
+    def seek(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need], *, why: bool = True) -> _Answer:
         due = draft.steps[overlay.name].record.window_start <= draft.now.wall
         waive: frozenset[str] = frozenset() if due else frozenset({"CoolDown", "NoProvider"})  # may be over by then
-        return _seek(draft, overlay, board, off, waive=waive)
+        return _seek(draft, overlay, board, off, waive=waive, why=why)
 
-    draft.windows = reserve(draft, seek)
+    def fits(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need]) -> bool:
+        return isinstance(seek(overlay, board, off, why=False), tuple)
+
+    draft.windows = reserve(draft, seek, fits)
     if draft.windows:
         told = [b for b in draft.blocked.values() if b.subject.kind == "workload"]
         seat(draft)
@@ -59,7 +62,7 @@ def admit_all(draft: Draft) -> None:
     _admit_together(draft, due)
     for step in due:
         if draft.steps[step.record.name].record.state == "pending" and step.spec is not None:
-            _admit(draft, step.spec, seek)
+            _admit(draft, step.spec, fits)
 
 
 _Answer = tuple[Placement, list[Need]] | Refusal | None
@@ -72,6 +75,7 @@ def _seek(
     off: Callable[[Need], Need],
     *,
     waive: frozenset[str] = frozenset(),
+    why: bool = True,
 ) -> _Answer:
     """The least lawful choice of providers, places and victims; why there is none; None: nothing provides.
 
@@ -81,6 +85,7 @@ def _seek(
         board: who has a place
         off: takes from a need the GPUs that it is kept off
         waive: rules that do not count
+        why: whether it is to be told why there is none
     """
     own = own_needs(draft, overlay)
     if own is None:
@@ -94,7 +99,7 @@ def _seek(
         needs = [off(need) for need in (*own, *providers)]
         placement = consents.seek(needs, board, waive=waive)
         if placement is None:
-            refusal = refusal or consents.explain(needs, board)
+            refusal = refusal or (consents.explain(needs, board) if why else None)
         elif best is None or placement.cost < best[0].cost:
             best = placement, needs
     return best or refusal
@@ -110,7 +115,7 @@ def _admit_together(draft: Draft, due: Sequence[OverlayStep]) -> None:
         found = seat_together(draft, fit)
         hindered = _first_hindered(draft, found.seats)
         if hindered is None:
-            draft.places = dict(found.places)
+            draft.places |= found.places
             for each in found.seats:
                 _take(draft, each, found.verdict)
             if found.verdict is not None:
@@ -129,7 +134,7 @@ def _first_hindered(draft: Draft, seats: Sequence[Seat]) -> OverlaySpec | None:
     return None
 
 
-def _admit(draft: Draft, overlay: OverlaySpec, later: Seek) -> None:
+def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
     """Say why an overlay that was not admitted with the others waits; or admit it by itself after all.
 
     The outcomes:
@@ -164,14 +169,14 @@ def _admit(draft: Draft, overlay: OverlaySpec, later: Seek) -> None:
         draft.want()
         seat(draft)
         return
-    if rivalling and isinstance(_seek(draft, overlay, draft.board, lambda need: need), tuple):
-        slot = next_slot(draft, overlay, draft.now.wall, draft.windows, later)
+    if rivalling and isinstance(_seek(draft, overlay, draft.board, lambda need: need, why=False), tuple):
+        slot = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
         draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
         return
     if answer is None:
         draft.block(_no_provider(draft, overlay))  # 4
         return
-    earliest = next_slot(draft, overlay, draft.now.wall, draft.windows, later)
+    earliest = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
     cool = _cool(draft, overlay, rivalling) if answer.reason == "CoolDown" else None
     if cool is not None:
         cool_wall = draft.now.wall + cool.since(draft.now)
@@ -195,7 +200,7 @@ def _cool(draft: Draft, overlay: OverlaySpec, rivalling: Sequence[Window]) -> In
         if end is not None:
             ends[name] = end
     draft.wakes.extend(ends.values())
-    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling), waive=frozenset({"CoolDown"}))
+    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling), waive=frozenset({"CoolDown"}), why=False)
     if not isinstance(answer, tuple):
         return None
     names = [key.partition("/")[2] for key in sorted(answer[0].victims) if key.startswith("endpoint/")]

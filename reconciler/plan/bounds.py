@@ -62,7 +62,7 @@ class Bounds:
         self._board = board
         self._levels = levels
         self._may = may
-        self._demands = _demands(wishes)
+        self._demands = _demands(wishes) if len(wishes) > 1 else [[], []]
         self._displacing = any(w.may_displace is not None for w in wishes)
         self._freed = frozenset[str]().union(*(w.frees for w in wishes))
         self._anybody: dict[str, bool] = {}
@@ -76,7 +76,7 @@ class Bounds:
         earlier level. Who holds several GPUs may be paid for already, and whom a file sets aside is not: left out.
         """
         demands = self._demands[index]
-        if len(self._wishes) == 1 or not demands:
+        if not demands:
             return self._levels.zero
         asking = [self._wishes[i] for i, _ in demands]
         lowest = min(w.rank for w in asking if w.rank is not None)

@@ -22,12 +22,14 @@ from reconciler.spec.spec import OverlaySpec
 
 MOST_SLOTS = 16
 """So many ends are looked at for a place: who waits for more of them waits for a different day."""
+Fits = Callable[[OverlaySpec, Board, Callable[[Need], Need]], bool]
+"""Whether there is such a placement."""
 Seek = Callable[[OverlaySpec, Board, Callable[[Need], Need]], tuple[Placement, list[Need]] | Refusal | None]
 """The least lawful placement of an overlay on a board, its needs seen through a filter; why there is none; or None:
 its files ask for what cannot be."""
 
 
-def reserve(draft: Draft, seek: Seek) -> tuple[Window, ...]:
+def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
     """Find a place for every window still to come; say of those that have none what is in their way, and until when.
 
     The outcomes for each, the most important and of equals the first seen first:
@@ -44,7 +46,7 @@ def reserve(draft: Draft, seek: Seek) -> tuple[Window, ...]:
         if isinstance(answer, tuple):
             found.append(_window(draft, step, overlay, *answer))  # 1
         elif answer is not None and start > draft.now.wall:
-            draft.block(_conflict(draft, overlay, start, found, answer, seek))  # 2, 3
+            draft.block(_conflict(draft, overlay, start, found, answer, fits))  # 2, 3
     return tuple(found)
 
 
@@ -63,7 +65,7 @@ def window_taken(
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
 
 
-def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, windows: Iterable[Window], seek: Seek) -> float | None:
+def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, windows: Iterable[Window], fits: Fits) -> float | None:
     """The first moment after `begin`, epoch seconds, at which the overlay is predicted to have a place.
 
     Looked at are the predicted ends of live overlays and of these windows, in order; None: none of the next
@@ -76,7 +78,7 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, windows: Iterabl
             ends.add(predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S)
     for moment_ in sorted(end for end in ends if end > max(begin, draft.now.wall + MEMORY_RETURN_S))[:MOST_SLOTS]:
         off = keeping_off(ahead_of(draft, overlay, moment_, windows))
-        if isinstance(seek(overlay, _board_at(draft, moment_), off), tuple):
+        if fits(overlay, _board_at(draft, moment_), off):
             return moment_
     return None
 
@@ -142,11 +144,11 @@ def _window(draft: Draft, step: OverlayStep, overlay: OverlaySpec, placement: Pl
 
 
 def _conflict(
-    draft: Draft, overlay: OverlaySpec, start: float, found: list[Window], refusal: Refusal, seek: Seek
+    draft: Draft, overlay: OverlaySpec, start: float, found: list[Window], refusal: Refusal, fits: Fits
 ) -> Blocked:
     rivals = ahead_of(draft, overlay, start, found)
-    if rivals and isinstance(seek(overlay, _board_at(draft, start), lambda need: need), tuple):
-        return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, found, seek))  # 2
+    if rivals and fits(overlay, _board_at(draft, start), lambda need: need):
+        return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, found, fits))  # 2
     subject = Subject("workload", overlay.name)
     message = f"its window at {moment(start)}: {refusal.message}"
     return Blocked(subject, refusal.reason, message, refusal.alternatives, start, transient=True)  # 3

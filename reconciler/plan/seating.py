@@ -114,7 +114,9 @@ def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str
     order = {r: i for i, r in enumerate(sorted(set(rank.values())))}
     wishes = [Wish(endpoint_key(n), ((need,),), rank=order[rank[n]]) for n, need in needs.items()]
     choice = solve(wishes, board)
-    return {} if choice is None else {n: choice.gpus.get(Subject("endpoint", n), ()) for n in needs}
+    places = {} if choice is None else {n: choice.gpus.get(Subject("endpoint", n), ()) for n in needs}
+    now = {n: draft.arriving[need.subject].gpus if need.subject in draft.arriving else () for n, need in needs.items()}
+    return {} if places == now else places
 
 
 def _by_priority(endpoint: EndpointSpec) -> tuple[int, str]:
