@@ -27,7 +27,7 @@ class Refusal:
     transient: bool
 
 
-@dataclass(frozen=True)  # no slots: `floors` is cached
+@dataclass(frozen=True)  # no slots: some properties are cached
 class Consents:
     """The rules of displacement for one overlay, as questions about tenants."""
 
@@ -106,15 +106,18 @@ class Consents:
                 return False
         return True
 
-    def ready_providers(self, capability: str) -> set[str]:
+    @cached_property
+    def _ready(self) -> Mapping[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for name, endpoint in self.endpoints.items():
+            if self.standings[name].state == "healthy" and name not in self.leaving:
+                for capability in endpoint.capabilities:
+                    found.setdefault(capability, set()).add(name)
+        return {capability: frozenset(names) for capability, names in found.items()}
+
+    def ready_providers(self, capability: str) -> frozenset[str]:
         """Names of the endpoints that offer a capability, answer now and stay."""
-        return {
-            name
-            for name, endpoint in self.endpoints.items()
-            if capability in endpoint.capabilities
-            and self.standings[name].state == "healthy"
-            and name not in self.leaving
-        }
+        return self._ready.get(capability, frozenset())
 
     def seek(self, needs: Sequence[Need], board: Board, *, waive: frozenset[str] = frozenset()) -> Placement | None:
         """The best lawful placement; with `waive`, as if those rules did not exist."""
