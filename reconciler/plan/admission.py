@@ -18,7 +18,7 @@ from reconciler.plan.placement import Placement
 from reconciler.plan.preemption import Refusal
 from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
-from reconciler.plan.together import Seat, seat_together
+from reconciler.plan.together import Seat, begins_before, seat_together
 from reconciler.plan.why import tell
 from reconciler.plan.windows import ahead_of, keeping_off
 from reconciler.spec.spec import OverlaySpec
@@ -108,30 +108,29 @@ def _seek(
 def _admit_together(draft: Draft, due: Sequence[OverlayStep]) -> None:
     """Admit the best set of the overlays that are due: the least choice for all of them at once.
 
-    One that would have to wait for a moment all the same is left out, and the rest chosen anew.
+    Those that would have to wait for a moment all the same are left out, and the rest chosen anew.
     """
     fit = [s.spec for s in due if s.spec is not None and _unfit(draft, s.spec) is None]
     while fit:
         found = seat_together(draft, fit)
-        hindered = _first_hindered(draft, found.seats)
-        if hindered is None:
-            draft.places |= found.places
-            for each in found.seats:
-                _take(draft, each, found.verdict)
-            if found.verdict is not None:
-                draft.verdicts.append(found.verdict)
-            if found.seats:
-                draft.want()
-                seat(draft)
-            return
-        fit.remove(hindered)
-
-
-def _first_hindered(draft: Draft, seats: Sequence[Seat]) -> OverlaySpec | None:
-    for position, each in enumerate(seats):
-        if _hindrance(draft, each, seats[:position]) is not None:
-            return each.overlay
-    return None
+        hindered = [
+            each.overlay.name
+            for position, each in enumerate(found.seats)
+            if _hindrance(draft, each, found.seats[:position]) is not None
+        ]
+        if hindered:
+            fit = [overlay for overlay in fit if overlay.name not in hindered]
+            continue
+        draft.places |= found.places
+        verdict = found.why()
+        if verdict is not None:
+            draft.verdicts.append(verdict)
+        for each in found.seats:
+            _take(draft, each, verdict)
+        if found.seats:
+            draft.want()
+            seat(draft)
+        return
 
 
 def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
@@ -277,14 +276,11 @@ def _port_conflict(draft: Draft, found: Seat, beside: Sequence[Seat]) -> str | N
 
 def _beginning(draft: Draft, found: Seat) -> list[str]:
     """Overlays, not less important, that are about to begin where its victims are: an eviction would delay them."""
-    tenants = draft.board.tenants
-    gpus = {g for key in found.victims for g in tenants[key].holds}
-    priority = found.overlay.priority
+    gpus = {g for key in found.victims for g in draft.board.tenants[key].holds}
     return sorted(
         name
-        for name, step in draft.steps.items()
-        if step.record.state in ("admitted", "evicting", "starting")
-        and step.record.priority >= priority
+        for name in draft.steps
+        if begins_before(draft, name, found.overlay)
         and f"overlay/{name}" not in found.victims
         and any(lease.overlay == name and lease.gpu in gpus for lease in draft.leases)
     )

@@ -36,6 +36,8 @@ from reconciler.plan.wishes import (
 LIMIT = 20_000
 """Steps of one search, each a look at one GPU for one need, of some 10 µs: a fifth of a second. Every look decides
 anew. On a fleet at least so many that each GPU is looked at `LOOKS` times."""
+MOVE = 10
+"""Going on from one wish to the next counts as so many looks: the bound of those still to come looks at every GPU."""
 LOOKS = 4
 
 
@@ -97,6 +99,7 @@ class _Search(Pricing):
 
     def _wish(self, index: int, branch: Branch) -> None:
         """Seat the wishes from `index` on, or leave them out."""
+        self.steps += MOVE
         if self._cut(add(branch.cost, self._bounds.later(index, branch.taken, branch.gone))):
             return
         if index == len(self._wishes):

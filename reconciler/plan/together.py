@@ -5,13 +5,13 @@ Nothing is taken here; `admission` carries the choice out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 from reconciler.plan.actions import Verdict
 from reconciler.plan.asking import consents_of, own_needs, provider_choices, running
-from reconciler.plan.board import Need, Victims
+from reconciler.plan.board import Need, Tenant, Victims
 from reconciler.plan.draft import Draft
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
@@ -55,8 +55,8 @@ class Together:
     """In the order in which they were asked for."""
     places: Mapping[str, tuple[str, ...]]
     """Endpoint that looks for a place → the GPUs left to it."""
-    verdict: Verdict | None
-    """Why these victims; None: there are none."""
+    why: Callable[[], Verdict | None]
+    """Finds out why these victims, by a search for others; None: there are none."""
 
 
 def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
@@ -80,13 +80,17 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
 
     choice = solve(wishes, board, law)
     if choice is None:  # the work is bounded: everybody stays where they are, and is decided on one by one
-        return Together((), {}, None)
+        return Together((), {}, lambda: None)
     places = {s.name: g for s, g in choice.gpus.items() if choice.owners[s] == f"endpoint/{s.name}"}
     seats = tuple(_seat(a, choice) for a in askers if a.wish.key in choice.seated)
-    if not choice.victims:
-        return Together(seats, places, None)
-    runner_up, all_seen = next_best(choice, wishes, board, law)
-    return Together(seats, places, judge(choice, runner_up, all_seen=all_seen))
+
+    def why() -> Verdict | None:
+        if not choice.victims:
+            return None
+        runner_up, all_seen = next_best(choice, wishes, board, law)
+        return judge(choice, runner_up, all_seen=all_seen)
+
+    return Together(seats, places, why)
 
 
 def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
@@ -100,14 +104,25 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
     if not options:
         return None
     consents = consents_of(draft, overlay)
+    begun = frozenset(x.gpu for x in draft.leases if begins_before(draft, x.overlay, overlay))
+
+    def may(tenant: Tenant) -> bool:
+        return not begun & tenant.holds.keys() and not consents.broken_by(tenant)
+
     wish = Wish(
         key=f"overlay/{overlay.name}",
         options=options,
         rank=overlay.priority,
-        may_displace=lambda tenant: not consents.broken_by(tenant),
+        may_displace=may,
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
     )
     return Asker(overlay, wish, consents)
+
+
+def begins_before(draft: Draft, name: str, overlay: OverlaySpec) -> bool:
+    """Whether an overlay, not less important than another, is about to begin: an eviction on its GPUs delays it."""
+    record = draft.steps[name].record
+    return record.state in ("admitted", "evicting", "starting") and record.priority >= overlay.priority
 
 
 def _grouped(askers: Sequence[Asker]) -> list[Asker]:
