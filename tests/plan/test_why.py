@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from random import Random
+
+from accounting import Account
 from builders import NOW, endpoint, overlay, spec
 from plant import Plant, Run, overlay_state
 
@@ -9,7 +12,7 @@ from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
-from reconciler.plan.search import next_best, solve
+from reconciler.plan.search import LIMIT, next_best, solve
 from reconciler.plan.why import judge, tell
 from reconciler.plan.wishes import Wish
 from reconciler.units import GIB
@@ -147,3 +150,25 @@ def test_a_displaced_endpoint_is_told_the_first_end_with_which_it_has_a_place() 
     assert blocked.reason == "EvictedBy"
     assert began is not None
     assert blocked.earliest_start == began.wall + 600
+
+
+def test_forty_overlays_that_wait_at_once_are_decided_on_in_bounded_work_and_lawfully() -> None:
+    draw = Random(5)
+    baseline = [endpoint(f"e{i}", [i % 16], memory=30, priority=10 * (1 + i % 4), port=8000 + i) for i in range(32)]
+    run = settled(*baseline, gpus=16)
+    waiting = [
+        overlay(
+            f"o{i:02}",
+            draw.choice([1, 1, 2, 4, [draw.randrange(16)]]),
+            memory=draw.choice([None, 20, 40, 0.3]),
+            priority=draw.choice([15, 35, 100, 600, 601]),
+            evict=draw.random() < 0.8,
+        )
+        for i in range(40)
+    ]
+    run.spec = spec(*baseline, *waiting)
+    decided = run.decide()
+    Account(run.spec, run.plant.observe(), run.ledger, decided).check()
+    assert sum(r.state != "pending" for r in decided.ledger.overlays.values()) >= 8
+    assert decided.verdicts
+    assert sum(v.steps for v in decided.verdicts) <= 2.2 * LIMIT, "the choice, and the one for the next best"
