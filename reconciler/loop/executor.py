@@ -78,8 +78,9 @@ class Executor:
             await asyncio.wait(starts)
 
     def next_retry(self) -> float | None:
-        """Monotonic seconds at which a failed operation may be tried again."""
-        return min((f.not_before for f in self._failures.values()), default=None)
+        """Monotonic seconds at which a failed operation that is not under way again may be tried again."""
+        waiting = (f.not_before for key, f in self._failures.items() if key not in self._tasks)
+        return min(waiting, default=None)
 
     @property
     def busy(self) -> bool:

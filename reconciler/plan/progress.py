@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from reconciler.clock import Instant
@@ -99,38 +100,55 @@ def progress(draft: Draft) -> bool:
 def _evicting(draft: Draft, step: OverlayStep) -> None:
     name, now = step.record.name, draft.now
     leases = [x for x in draft.leases if x.overlay == name]
+    if leavers(draft, name, leases) and not _broken(draft, leases):
+        return
+    if not _place_is_there(draft, step, leases):
+        return
+    if now.wall < step.record.window_start:
+        message, begin = "its place is free; its window has not begun", step.record.window_start
+        draft.block(Blocked(Subject("workload", name), "NotYet", message, (), begin, transient=True))
+        draft.wakes.append(now.plus(begin - now.wall))
+    else:
+        draft.move(name, enter(step.record, "starting", now))
+
+
+def _broken(draft: Draft, leases: Collection[Lease]) -> bool:
+    rooms = [draft.situation.rooms.get(x.gpu) for x in leases]
+    return any(x.gpu in draft.quarantines for x in leases) or any(r and r.unusable in BROKEN for r in rooms)
+
+
+def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) -> bool:
+    """Whether all that it leased can be used and is seen free.
+
+    If not: it is over (a GPU is quarantined, or its memory is not given back in time), it looks for another place (a
+    GPU broke), or it waits.
+    """
+    name, now = step.record.name, draft.now
     bad = sorted({x.gpu for x in leases if x.gpu in draft.quarantines})
     if bad:
         draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
-        return
+        return False
     gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
     if gone:  # another place may be found for it; the lease on this one helps nobody
         why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
         draft.move(name, finish(step.record, None, now, why))
-        return
-    if leavers(draft, name, leases):
-        return
+        return False
     short = [x for x in leases if not _has_room(draft, x)]
-    if not short and now.wall < step.record.window_start:
-        message, begin = "its place is free; its window has not begun", step.record.window_start
-        draft.block(Blocked(Subject("workload", name), "NotYet", message, (), begin, transient=True))
-        draft.wakes.append(now.plus(begin - now.wall))
-        return
     if not short:
-        draft.move(name, enter(step.record, "starting", now))
-        return
+        return True
     if any(draft.situation.rooms[x.gpu].unusable == "GpuUnknown" for x in short if x.gpu in draft.situation.rooms):
         message = "a leased GPU cannot be read at the moment"
         draft.block(Blocked(Subject("workload", name), "GpuUnknown", message, transient=True))
-        return
+        return False
     ends = [draft.records[v].exits[-1].at for v in step.record.evicted if draft.records[v].exits]
     due = max([step.record.since, *ends], key=lambda instant: instant.mono).plus(MEMORY_TIMEOUT_S)
     if now.mono >= due.mono:
         draft.move(name, finish(step.record, "failed", now, "the memory it leased was taken by someone else"))
-        return
+        return False
     draft.wakes.append(due)
     message = "memory on a leased GPU is in use by someone else"
     draft.block(Blocked(Subject("workload", name), "GpuOccupied", message, transient=True))
+    return False
 
 
 def _has_room(draft: Draft, lease: Lease) -> bool:
@@ -153,6 +171,8 @@ def _starting(draft: Draft, step: OverlayStep) -> None:
         draft.block(Blocked(Subject("workload", name), "WaitingForCapability", message, transient=True))
     elif overlay.workload is None:
         draft.move(name, replace(enter(step.record, "active", draft.now), active_since=draft.now))
+    elif _is_to_begin(draft, step):  # since it was leased, or since the last try, the place may have been taken
+        _place_is_there(draft, step, [x for x in draft.leases if x.overlay == name])
 
 
 def _ready(draft: Draft, capability: str) -> bool:
@@ -172,11 +192,15 @@ def arrange_workload(draft: Draft, step: OverlayStep) -> None:
     subject = Subject("workload", name)
     if overlay is None or overlay.workload is None or subject in draft.blocked:
         return
-    if draft.situation.living(subject):
-        return
-    if any(i.attempt == step.record.attempt for i in draft.situation.incarnations(subject)):
-        return  # its end is taken in on the next look
-    draft.arriving[subject] = arrival(draft, step, overlay)
+    if _is_to_begin(draft, step):
+        draft.arriving[subject] = arrival(draft, step, overlay)
+
+
+def _is_to_begin(draft: Draft, step: OverlayStep) -> bool:
+    """Whether nothing of the present attempt was started; the end of one that was is taken in on the next look."""
+    subject = Subject("workload", step.record.name)
+    begun = any(i.attempt == step.record.attempt for i in draft.situation.incarnations(subject))
+    return not begun and not draft.situation.living(subject)
 
 
 def arrival(draft: Draft, step: OverlayStep, overlay: OverlaySpec) -> Arriving:
