@@ -129,9 +129,9 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
         draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
         return False
     gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
-    if gone:  # another place may be found for it; the lease on this one helps nobody
+    if gone:  # another place may be found for what never began; what did has used up its tries elsewhere
         why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
-        draft.move(name, finish(step.record, None, now, why))
+        draft.move(name, finish(step.record, "failed" if step.record.attempt else None, now, why))
         return False
     short = [x for x in leases if not _has_room(draft, x)]
     if not short:

@@ -19,7 +19,7 @@ from accounting import Account
 from builders import NOW, foreign, uuid
 from plant import Behaviour, Plant
 from scenario import Drop, Fault, Scenario
-from virtual import VirtualLoop
+from virtual import STEP_S, VirtualLoop
 
 from reconciler.act.engine import Order
 from reconciler.act.process import Launch
@@ -180,7 +180,7 @@ class Box:
             self.plant.ends_at[name] = (max(at, self.clock.now().mono + 1.0), code)
         self.plant.now = self.clock.now()
         self.plant.advance(0.0)
-        for gone in living - {i.id for i in self.plant.incarnations if i.alive}:
+        for gone in sorted(living - {i.id for i in self.plant.incarnations if i.alive}):
             self.note(f"ended {gone}")
             self._ends.setdefault(gone, asyncio.Event()).set()
             self.wake(ended=True)
@@ -193,7 +193,7 @@ class Box:
         if self._next is not None:
             self._next.cancel()
         event = self.plant.next_event()
-        self._next = None if event is None else self.loop.call_at(event, self._due)
+        self._next = None if event is None else self.loop.call_at(event + STEP_S, self._due)
 
     def _due(self) -> None:
         self.catch_up()
@@ -332,7 +332,7 @@ class Box:
                 raise ViolationError(f"{name} was evicted {len(hour)} times within an hour")
         for incident in tick.incidents:
             if incident.id not in self.incidents:
-                self.note(f"incident {incident.kind} {incident.subject}")
+                self.note(f"incident {incident.kind} {Path(incident.subject).name}")
             self.incidents[incident.id] = incident
         return ()
 

@@ -1,0 +1,184 @@
+"""Thousands of boxes on which things break: nothing that must never happen happens, and each comes to rest.
+
+Each seed is one box with its overlays and faults; `benchmarks/soak.py --seeds N` runs more of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box import SimActor
+from running import Outcome, faulty, report, run, shrink
+from scenario import KINDS, Draw, Fault, Scenario
+
+from reconciler.act.process import Launch
+from reconciler.loop import daemon as daemon_module
+from reconciler.plan.actions import Plan
+from reconciler.plan.observed import Incarnation
+from reconciler.plan.situation import Situation
+
+SEEDS = 2000
+BATCH = 50
+PLANNED_OVERLAYS = 100
+STRUCK_OVERLAYS = 100
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_whatever_breaks_nothing_unlawful_happens_and_the_box_comes_to_rest(first: int) -> None:
+    for seed in range(first, first + BATCH):
+        outcome = faulty(seed)
+        assert outcome.problem is None, report(outcome)
+
+
+def test_the_seeds_strike_with_everything_and_make_things_happen() -> None:
+    drawn = [Draw(seed).faulty() for seed in range(SEEDS)]
+    struck = {fault.kind for scenario in drawn for fault in scenario.faults}
+    assert struck == set(KINDS)
+    seen = [faulty(seed) for seed in range(40)]
+    happened = {line.split(" ", 1)[1].split(" ")[0] for outcome in seen for line in outcome.trace}
+    assert {"started", "evicted", "signalled", "ended", "killed", "dead", "incident", "settled"} <= happened
+
+
+def test_a_seed_tells_the_same_story_in_another_process_with_other_hashes() -> None:
+    code = (
+        "import hashlib, sys; sys.path[:0] = sys.argv[1:3]; from running import faulty;"
+        "print(hashlib.sha256('\\n'.join(l for s in range(12) for l in faulty(s).trace).encode()).hexdigest())"
+    )
+    here = Path(__file__).parent
+    mine = hashlib.sha256("\n".join(line for seed in range(12) for line in faulty(seed).trace).encode()).hexdigest()
+    for hashes in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(here), str(here.parent / "plan")],
+            capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": hashes},
+        )  # fmt: skip
+        assert done.stdout.strip() == mine
+
+
+# ---------------------------------------------------------------- it finds what is wrong
+
+
+def _never_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = daemon_module.decide
+
+    def forgetful(*given: Any) -> Plan:
+        plan = real(*given)
+        kept = tuple(a for a in plan.actions if not (a.op == "start" and a.cause.kind == "restore"))
+        return replace(plan, actions=kept)
+
+    monkeypatch.setattr(daemon_module, "decide", forgetful)
+
+
+def _acts_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = daemon_module.decide
+
+    def careless(spec: Any, observed: Any, ledger: Any, now: Any) -> Plan:
+        plan = real(spec, observed, ledger, now)
+        return replace(plan, ledger=replace(plan.ledger, overlays=ledger.overlays, leases=ledger.leases))
+
+    monkeypatch.setattr(daemon_module, "decide", careless)
+
+
+def _memory_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Situation, "memory_returned", lambda *_: True)
+
+
+def _the_dark_counts_as_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Situation, "sees", lambda *_: True)
+
+
+def _starts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Situation.living
+
+    def blind(self: Situation, subject: Any) -> list[Incarnation]:
+        return [i for i in real(self, subject) if i.phase != "unknown"]
+
+    monkeypatch.setattr(Situation, "living", blind)
+
+
+def _work_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = SimActor.ensure_started
+
+    async def twice(self: SimActor, launch: Launch) -> None:
+        await real(self, launch)
+        if launch.subject.kind == "workload":
+            await real(self, replace(launch, incarnation=launch.incarnation + "b"))
+
+    monkeypatch.setattr(SimActor, "ensure_started", twice)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        _never_restored,
+        _acts_before_it_records,
+        _memory_is_not_waited_for,
+        _the_dark_counts_as_empty,
+        _starts_twice,
+        _work_is_started_again,
+    ],
+)
+def test_a_program_with_a_mistake_is_found_out(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    assert any(faulty(seed).problem is not None for seed in range(250))
+
+
+def test_a_failing_seed_is_told_by_the_least_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(scenario: Scenario) -> Outcome:
+        wrong = any(f.kind == "crash" for f in scenario.faults)
+        return replace(run(replace(scenario, faults=(), drops=())), scenario=scenario, problem="x" if wrong else None)
+
+    base = Draw(3).faulty()
+    faults = tuple(Fault(float(n), kind, 0, 5.0) for n, kind in enumerate(("hang", "crash", "kill", "foreign")))
+    least = shrink(of(replace(base, faults=faults)), of)
+    assert [f.kind for f in least.scenario.faults] == ["crash"]
+    assert least.scenario.drops == ()
+
+
+# ---------------------------------------------------------------- planned is not broken
+
+
+def false_incidents(outcome: Outcome) -> list[str]:
+    """Incidents of subjects that nothing was done to."""
+    struck = {subject for _, subject, _ in outcome.box.struck}
+    gpus = {subject for kind, subject, _ in outcome.box.struck if kind == "gpu_lost"}
+    beside = struck | (set(outcome.scenario.endpoints) | {d.name for d in outcome.scenario.drops} if gpus else set())
+    return [i.id for i in outcome.box.incidents.values() if i.subject not in beside]
+
+
+def missed(outcome: Outcome) -> list[tuple[str, str, float]]:
+    """Strikes that no incident of their subject tells of."""
+    found = outcome.box.incidents.values()
+    return [
+        (kind, subject, at)
+        for kind, subject, at in outcome.box.struck
+        if not any(
+            i.subject == subject and i.opened <= at + 120 and (i.resolved_at or i.last_seen + 60) >= at for i in found
+        )
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_overlays_that_keep_their_word_raise_no_incident(seed: int) -> None:
+    outcome = run(Draw(seed).planned(PLANNED_OVERLAYS // 5))
+    assert outcome.problem is None, report(outcome)
+    assert outcome.box.evictions
+    assert list(outcome.box.incidents) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_thing_that_nobody_planned_is_an_incident_and_nothing_else_is(seed: int) -> None:
+    outcome = run(Draw(seed).struck(STRUCK_OVERLAYS // 5, STRUCK_OVERLAYS // 5))
+    assert outcome.problem is None, report(outcome)
+    assert len(outcome.box.struck) > 5
+    assert missed(outcome) == []
+    assert false_incidents(outcome) == []
