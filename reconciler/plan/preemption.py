@@ -92,14 +92,11 @@ class Consents:
     def floors_hold(self, victims: Victims) -> bool:
         """Whether every capability keeps its floor of ready providers once the victims are gone.
 
-        A floor that is broken already is no reason against a victim that was not ready anyway. Of what the overlay
-        itself requires, one provider has to stay that has a place, ready or not.
+        Of what the overlay itself requires, one provider has to stay that has a place, ready or not.
         """
         gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
-        for capability, floor in self.floors.items():
-            ready = self.ready_providers(capability)
-            if len(ready - gone) < min(floor, len(ready)):
-                return False
+        if not all(self.floor_holds(capability, floor, gone) for capability, floor in self.floors.items()):
+            return False
         for capability in self.overlay.requires:
             providers = {n for n in self.placed if capability in self.endpoints[n].capabilities}
             if providers and not providers - gone:
@@ -114,6 +111,16 @@ class Consents:
                 for capability in endpoint.capabilities:
                     found.setdefault(capability, set()).add(name)
         return {capability: frozenset(names) for capability, names in found.items()}
+
+    def floor_holds(self, capability: str, floor: int, gone: frozenset[str]) -> bool:
+        """Whether enough providers stay, of those that are ready and of those that have a place.
+
+        The second, so that one that restarts does not lose its place to whom its being ready kept out. A floor that is
+        broken already is no reason against a victim that neither is ready nor will be.
+        """
+        ready = self.ready_providers(capability)
+        placed = {name for name in self.placed if capability in self.endpoints[name].capabilities}
+        return all(len(providers - gone) >= min(floor, len(providers)) for providers in (ready, placed))
 
     def ready_providers(self, capability: str) -> frozenset[str]:
         """Names of the endpoints that offer a capability, answer now and stay."""

@@ -174,14 +174,12 @@ def lawful(askers: Sequence[Asker], victims: Victims, seated: frozenset[str]) ->
     if not admitted:
         return True
     rules = admitted[0].consents
-    gone = {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
-    gone = gone.union(*(a.consents.vacated for a in admitted))
+    going = (key.partition("/")[2] for key in victims if key.startswith("endpoint/"))
+    gone = frozenset(going).union(*(a.consents.vacated for a in admitted))
     required = {c for a in admitted for c in a.overlay.requires}
     floors = {**rules.floors, **{c: max(1, rules.floors.get(c, 0)) for c in required}}
-    for capability, floor in floors.items():
-        ready = rules.ready_providers(capability)
-        if len(ready - gone) < min(floor, len(ready)):
-            return False
+    if not all(rules.floor_holds(capability, floor, gone) for capability, floor in floors.items()):
+        return False
     for capability in required:
         providers = {n for n in rules.placed if capability in rules.endpoints[n].capabilities}
         if providers and not providers - gone:

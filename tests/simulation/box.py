@@ -43,6 +43,8 @@ RESTART_S = 2.0
 """Between the end of a daemon and the next one, as under systemd."""
 SETTLE_S = 4 * 3600.0
 """Virtual time in which the box has to be as its files say, once nothing breaks any more."""
+TENDED_S = 500.0
+"""After each fault, where somebody looks after the box."""
 MOST_TICKS = 6000
 HANG_SEEN_S = 15.0
 FOREIGN_GIB = 70
@@ -232,6 +234,8 @@ class Box:
             self.loop.call_later(drop.at, self.drop, drop)
         for fault in self.scenario.faults:
             self.loop.call_later(fault.at, self.strike, fault)
+            if self.scenario.tended:
+                self.loop.call_later(fault.at + TENDED_S, self.reset_all)
         limit = self.scenario.over + SETTLE_S
         while self.elapsed < limit:
             try:
@@ -370,11 +374,16 @@ class Box:
         if self.daemon is None or self.dead or self.daemon._last is None:
             self.loop.call_later(5.0, self.heal)
             return
-        ledger = self.daemon._parts.journal.ledger()
-        for name in [n for n, r in ledger.endpoints.items() if r.failed] + list(ledger.quarantines):
-            self.daemon._reset(name, self.daemon._last.observed)
-        self.wake(files=True)
+        self.reset_all()
         self.loop.call_later(600.0, self.heal)  # what fell into its last state only now
+
+    def reset_all(self) -> None:
+        """Somebody looks after what was given up."""
+        if self.daemon is not None and not self.dead and self.daemon._last is not None:
+            ledger = self.daemon._parts.journal.ledger()
+            for name in [n for n, r in ledger.endpoints.items() if r.failed] + list(ledger.quarantines):
+                self.daemon._reset(name, self.daemon._last.observed)
+            self.wake(files=True)
 
     def _well(self) -> list[Incarnation]:
         """Endpoints that stand as they should, and that nothing is planned for."""

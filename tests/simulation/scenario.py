@@ -56,6 +56,8 @@ class Scenario:
     load_s: float = 20.0
     stop_s: float = 2.0
     memory_return_s: float = 1.0
+    tended: bool = False
+    """Somebody resets what was given up, a while after each fault."""
 
     @property
     def over(self) -> float:
@@ -116,7 +118,7 @@ class Draw:
         base, rng = self._base(self.rng.choice((2, 3, 4)), overlays, careful=True), self.rng
         moments = [300.0 + 1500.0 * n + rng.uniform(0, 600) for n in range(faults)]
         drawn = [Fault(round(at, 1), rng.choice(STEADY), rng.randrange(8), 60.0) for at in moments]
-        return replace(base, faults=tuple(drawn))
+        return replace(base, faults=tuple(drawn), tended=True)
 
     def _lasts(self, kind: str) -> float:
         if kind == "kill":

@@ -11,7 +11,7 @@ from typing import Any
 from reconciler.clock import Instant
 
 STEP_S = 1e-6
-"""Added to each wait, so that a moment that was waited for has really come: loops call what is due a nanosecond early."""
+"""Added to each wait, so that its moment has really come: loops call what is due up to a nanosecond early."""
 
 
 class _Skipping(selectors.DefaultSelector):
