@@ -113,14 +113,15 @@ class Consents:
         return {capability: frozenset(names) for capability, names in found.items()}
 
     def floor_holds(self, capability: str, floor: int, gone: frozenset[str]) -> bool:
-        """Whether enough providers stay, of those that are ready and of those that have a place.
+        """Whether enough providers stay, of those that are ready, and of those that were and have a place.
 
         The second, so that one that restarts does not lose its place to whom its being ready kept out. A floor that is
-        broken already is no reason against a victim that neither is ready nor will be.
+        broken already is no reason against a victim that neither is ready nor was.
         """
         ready = self.ready_providers(capability)
-        placed = {name for name in self.placed if capability in self.endpoints[name].capabilities}
-        return all(len(providers - gone) >= min(floor, len(providers)) for providers in (ready, placed))
+        offering = {name for name in self.placed if capability in self.endpoints[name].capabilities}
+        lasting = {name for name in offering if self.standings[name].record.ready_incarnation is not None}
+        return all(len(providers - gone) >= min(floor, len(providers)) for providers in (ready, lasting))
 
     def ready_providers(self, capability: str) -> frozenset[str]:
         """Names of the endpoints that offer a capability, answer now and stay."""
