@@ -83,3 +83,12 @@ def test_decisions_are_numbered_without_gaps_and_short() -> None:
         lines = page.read_text("utf-8").splitlines()
         assert len(lines) <= 30, page.name
         assert [line for line in lines if line.startswith("## ")] == ["## Context", "## Decision", "## Consequence"]
+
+
+def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs/reliability.md").read_text("utf-8")))
+    there = set()
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        there |= set(re.findall(r"^def (test_[a-z0-9_]+)", file.read_text("utf-8"), re.MULTILINE))
+    assert len(named) > 30
+    assert named <= there

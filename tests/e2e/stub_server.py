@@ -1,6 +1,7 @@
 """A model server in miniature: holds memory on its GPUs, answers /health, leaves what its arguments say behind.
 
-usage: stub_server.py PORT [--gib N] [--ready-after S] [--stray-file F] [--exit-code N]
+usage: stub_server.py PORT [--gib N] [--ready-after S] [--not-while F] [--stray-file F] [--exit-code N]
+With --not-while it loads for as long as that file exists.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--ready-after", type=float, default=0.0)
+    parser.add_argument("--not-while", type=Path)
     parser.add_argument("--stray-file")
     parser.add_argument("--exit-code", type=int, default=0)
     options = parser.parse_args()
@@ -57,6 +59,8 @@ def main() -> None:
     if options.stray_file:
         subprocess.Popen([sys.executable, "-c", STRAY, options.stray_file])
     time.sleep(options.ready_after)
+    while options.not_while is not None and options.not_while.exists():
+        time.sleep(0.05)
     http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
 
 
