@@ -208,8 +208,11 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
         StateError: the state directory cannot be used, or another daemon holds it.
         DriverError: there is no driver.
     """
+    from math import inf
+
     from reconciler.act.engine import EngineActor
     from reconciler.act.process import ProcessActor
+    from reconciler.cli.service import ServiceManager, watchdog_s
     from reconciler.identity import boot_id
     from reconciler.journal.journal import Journal
     from reconciler.loop.daemon import Daemon, Parts
@@ -235,7 +238,8 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     inherited=dict(os.environ),
                     simulated=simulated,
                     pid=os.getpid(),
-                    faces=[MetricsPage()],
+                    faces=[MetricsPage(), ServiceManager(os.environ)],
+                    at_least_every_s=watchdog_s(os.environ, os.getpid()) or inf,
                 )
             )
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, Protocol
 
 from reconciler.act.engine import EngineActor, Order
@@ -91,6 +92,8 @@ class Parts:
     """What a simulated node adds to a child's environment."""
     pid: int
     faces: Sequence[Face] = ()
+    at_least_every_s: float = inf
+    """Somebody expects a tick this often, whatever the set points say of `resync`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +264,7 @@ class Daemon:
     def _patience(self, tick: Tick) -> float:
         """How long to wait if nothing wakes the loop, in seconds."""
         now = self._parts.clock.now()
-        waits = [tick.spec.spec.policy.resync_s]
+        waits = [tick.spec.spec.policy.resync_s, self._parts.at_least_every_s]
         if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions) or tick.plan.archive:
             waits.append(MEMORY_POLL_S)
         if any(b.reason in OUTSIDE for b in tick.plan.blocked):
