@@ -113,7 +113,7 @@ def event_line(event: JournalEvent) -> str:
     """One event on one line, in local time."""
     moment = datetime.fromtimestamp(event.wall).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     cause = f"  [{event.cause}]" if event.cause else ""
-    return f"{moment}  {event.kind:<14} {event.subject:<16} {event.message}{cause}"
+    return f"{moment}  {event.kind:<18} {event.subject:<16} {event.message}{cause}"
 
 
 def _past(face: Face, subject: str | None, count: int) -> tuple[JournalEvent, ...]:
