@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from reconciler.errors import Problem, SpecError
@@ -108,6 +109,7 @@ _ACCESS_HINTS = {
 }
 
 
+@lru_cache(maxsize=4)  # asked at every look of a daemon, and answered by parsing the whole file
 def _overlays_folder(setpoints: SourceText) -> Path:
     """The folder that the set points name; the default while they cannot be read."""
     name = DEFAULT_OVERLAYS

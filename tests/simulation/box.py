@@ -468,7 +468,7 @@ class Box:
 
     def _do_memory_late(self, _: Fault) -> Callable[[], None]:
         before = self.plant.behaviour.memory_return_s
-        self.plant.behaviour.memory_return_s = 150.0
+        self.plant.behaviour.memory_return_s = 90.0
         return lambda: setattr(self.plant.behaviour, "memory_return_s", before)
 
     def _do_driver_down(self, _: Fault) -> Callable[[], None]:
