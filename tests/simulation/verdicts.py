@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from running import Outcome
 
+MISSES_S = 15.0
+"""Three probes in a row, five seconds apart: before the third nobody can tell a hang from a slow answer."""
 SEEN_S = 120.0
 """Within which an incident has to be open: a hang is one after some misses."""
 
@@ -17,7 +19,10 @@ def false_incidents(outcome: Outcome) -> list[str]:
 
 
 def missed(outcome: Outcome) -> list[tuple[str, str, float]]:
-    """Strikes that no incident of their subject tells of."""
+    """Strikes that no incident of their subject tells of, and that somebody could have noticed.
+
+    A hang is one after three misses. Who is displaced as planned before that is stopped anyhow, and comes back afresh.
+    """
     found = outcome.box.incidents.values()
     return [
         (kind, subject, at)
@@ -26,4 +31,5 @@ def missed(outcome: Outcome) -> list[tuple[str, str, float]]:
             i.subject == subject and i.opened <= at + SEEN_S and (i.resolved_at or i.last_seen + 60) >= at
             for i in found
         )
+        and not (kind == "hang" and any(n == subject and at <= w <= at + MISSES_S for n, w in outcome.box.evictions))
     ]
