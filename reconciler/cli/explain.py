@@ -1,4 +1,4 @@
-"""`explain`: in words, why an endpoint, an overlay or a GPU is as it is, and what happens next."""
+"""`explain`: in words, why something is as it is, and what happens next."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
 from reconciler.cli.tables import clock
 from reconciler.errors import UnknownName
+from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
 from reconciler.plan.ledger import TERMINAL
@@ -27,56 +28,70 @@ app = group()
 @app.command()
 def explain(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Endpoint, overlay, or GPU by index.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Endpoint, overlay, GPU by index, capability, or incident by id.")
+    ],
 ) -> None:
-    """Say why an endpoint or overlay is as it is, and what comes next.
+    """Say why something is as it is, and what comes next.
 
-    Its set point, the decision and its reason, who displaced whom, what happens when, and what was last heard of it.
+    Its set point, the decision and its reason, who displaced whom, what happens when, and what was last heard of it. Of
+    an incident: what it is, what led there, and when it is over.
 
     Example: reconciler explain coding
     """
     face = Face.of(ctx)
     seen = wiring.look(face.options)
     data = status_data(seen.spec, seen.observed, seen.plan, seen.incidents, seen.daemon, seen.spec.problems)
-    kind, item = _find(data, name)
-    subject = item["uuid"] if kind == "gpu" else name
     with wiring.journal_reader(face.options) as journal:
+        known = [incident_data(i) for i in journal.incidents(include_resolved=True)]
+        kind, item = _find(data, known, name)
+        subject = {"gpu": item.get("uuid"), "incident": item.get("subject")}.get(kind) or name
         past = journal.events(subject=subject, limit=EVENTS_SHOWN, newest=True)
-    steps = [action for action in seen.plan.actions if _concerns(action, kind, subject)]
-    trouble = [incident_data(i) for i in seen.incidents if i.subject == subject]
+    steps = [action for action in seen.plan.actions if _concerns(action, kind, subject, item)]
+    trouble = [i for i in map(incident_data, seen.incidents) if i["subject"] == subject and i["id"] != item.get("id")]
     if face.is_json:
         face.answer(
             {
                 "kind": kind,
                 kind: item,
                 "next": [_step_data(action) for action in steps],
-                "agenda": [agenda_data(e) for e in seen.plan.agenda if name in (e.endpoint, e.overlay)],
+                "agenda": [agenda_data(e) for e in seen.plan.agenda if subject in (e.endpoint, e.overlay)],
                 "incidents": trouble,
                 "events": [event_data(event) for event in past],
             }
         )
         return
-    tell = {"endpoint": _tell_endpoint, "overlay": _tell_overlay, "gpu": _tell_gpu}[kind]
+    tell = {
+        "endpoint": _tell_endpoint, "overlay": _tell_overlay, "gpu": _tell_gpu, "capability": _tell_capability,
+        "incident": _tell_incident,
+    }[kind]  # fmt: skip
     lines = [*tell(seen, item), *_tell_next(seen, steps), *_tell_trouble(trouble), *_tell_past(past)]
     for line in lines:
         face.line(line)
 
 
-def _find(data: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
-    for kind, key in (("endpoint", "endpoints"), ("overlay", "overlays")):
-        for item in data[key]:
-            if item["name"] == name:
-                return kind, item
+def _find(data: dict[str, Any], incidents: list[dict[str, Any]], name: str) -> tuple[str, dict[str, Any]]:
+    """What has this name, and what it is; of incidents with one fingerprint the last."""
     for item in data["gpus"]:
         if name in (str(item["index"]), item["uuid"]):
             return "gpu", item
-    known = [item["name"] for key in ("endpoints", "overlays") for item in data[key]]
+    for kind, key in (("endpoint", "endpoints"), ("overlay", "overlays"), ("capability", "capabilities")):
+        for item in data[key]:
+            if item["name"] == name:
+                return kind, item
+    for item in reversed(incidents):
+        if name in (item["id"], f"{item['kind']}/{item['subject']}"):
+            return "incident", item
+    known = [item["name"] for key in ("endpoints", "overlays", "capabilities") for item in data[key]]
+    known += [item["id"] for item in incidents]
     raise UnknownName(f"nothing is named {name!r}", name=name, known=known)
 
 
-def _concerns(action: Action, kind: str, subject: str) -> bool:
-    if kind == "gpu":
+def _concerns(action: Action, kind: str, subject: str, item: dict[str, Any]) -> bool:
+    if kind == "gpu" or subject in action.gpus:
         return subject in action.gpus
+    if kind == "capability":
+        return action.subject.name in item["endpoints"]
     return action.subject.name == subject or (kind == "overlay" and subject in (action.overlay, action.cause.overlay))
 
 
@@ -144,6 +159,8 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         )
     if item["evicted"]:
         yield f"It displaced {', '.join(item['evicted'])}." + (f" {record.why}" if record.why else "")
+    yield from _tell_makespan("This run: ", item["makespan"])
+    yield from _tell_makespan("The run before: ", item["last_run"])
     if item["exit_code"] is not None:
         yield f"Its workload ended with exit code {item['exit_code']}."
     word = "It ended" if record.state in TERMINAL else "It is expected to end"
@@ -155,6 +172,51 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
                 yield f"  what would help: {hint}"
             if blocked.earliest_start is not None:
                 yield f"  not before {clock(iso(blocked.earliest_start))}"
+
+
+def _tell_makespan(which: str, spans: list[dict[str, Any]]) -> Iterator[str]:
+    """Predicted against actual, part by part."""
+    told = []
+    for span in spans:
+        lasted = format_duration(span["actual_seconds"])
+        predicted = span["predicted_seconds"]
+        against = "" if predicted is None else f" (predicted {format_duration(predicted)})"
+        told.append(f"{span['part']} {lasted}{'' if span['over'] else ' so far'}{against}")
+    if told:
+        yield f"{which}{', '.join(told)}."
+
+
+def _tell_capability(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
+    ready = [name for name in item["endpoints"] if seen.plan.endpoints[name].state == "healthy"]
+    floor = f", and the floor is {item['min_available']}" if item["min_available"] else ", and there is no floor"
+    yield f"Capability {item['name']} is offered by {', '.join(item['endpoints']) or 'nobody'}{floor}."
+    yield f"Ready: {', '.join(ready) or 'nobody'}."
+    for name in item["endpoints"]:
+        view = seen.plan.endpoints[name]
+        if view.state != "healthy":
+            yield f"  {name} is {view.state}" + (f": {view.reason}" if view.reason else "")
+    users = [o.name for o in seen.spec.overlays.values() if item["name"] in o.requires]
+    if users:
+        yield f"Required by {', '.join(sorted(users))}."
+
+
+def _tell_incident(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
+    times = "once" if item["count"] == 1 else f"{item['count']} times"
+    yield f"{item['kind']} of {item['subject']} ({item['severity']}): {item['message']}."
+    yield f"It was opened at {clock(item['opened'])}, came {times}, and was last seen at {clock(item['last_seen'])}."
+    if item["overlay"]:
+        yield f"It came in or after what overlay {item['overlay']} planned."
+    view = seen.plan.endpoints.get(item["subject"])
+    if view is not None:
+        yield f"{view.name} is {view.state} now" + (f": {view.reason}" if view.reason else "") + "."
+    well = format_duration(STABLE_S)
+    match item["state"]:
+        case "resolved":
+            yield f"It was resolved at {clock(item['resolved_at'])}."
+        case "recovering":
+            yield f"Its subject is well again; it is resolved once that has lasted for {well}."
+        case _:
+            yield f"It is open. It is resolved once its subject has been well for {well}."
 
 
 def _tell_gpu(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:

@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Entry] = {
     "apply": Entry("plan", "Converge once, with live progress."),
     "run": Entry("daemon", "Converge for ever: the daemon."),
     "status": Entry("status", "Show endpoints, GPUs, overlays, capabilities and incidents."),
-    "explain": Entry("explain", "Say why an endpoint or overlay is as it is, and what comes next."),
+    "explain": Entry("explain", "Say why something is as it is, and what comes next."),
     "agenda": Entry("history", "List planned transitions, in force and to come."),
     "overlay": Entry("overlay", "Submit, list and cancel overlays."),
     "clean-start": Entry("daemon", "End stale processes of ours, wait for their memory, start afresh."),

@@ -128,7 +128,9 @@ def bar(used: int | None, total: int) -> Text:
 
 def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each overlay."""
-    table = _table("overlay", "state", "gpus", "prio", "start", "end", "displaces", "exit", "why", title="Overlays")
+    table = _table(
+        "overlay", "state", "gpus", "prio", "start", "end", "ran", "displaces", "exit", "why", title="Overlays"
+    )
     for o in overlays:
         table.add_row(
             Text(o["name"], "bold"),
@@ -137,11 +139,21 @@ def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Table:
             str(o["priority"]),
             clock(o["start"]),
             clock(o["end"]),
+            ran(o["makespan"]),
             ", ".join(o["evicted"]) or "-",
             _or_dash(o["exit_code"]),
             Text(o["reason"], "dim"),
         )
     return table
+
+
+def ran(spans: Sequence[Mapping[str, Any]]) -> str:
+    """How long its work runs, or ran, of how long it was predicted to."""
+    run = next((s for s in reversed(spans) if s["part"] == "run"), None)
+    if run is None:
+        return "-"
+    predicted = "" if run["predicted_seconds"] is None else f"/{format_duration(round(run['predicted_seconds']))}"
+    return f"{format_duration(round(run['actual_seconds']))}{predicted}"
 
 
 def capabilities_table(capabilities: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,14 +134,14 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
         DriverError: no daemon runs and there is no driver.
         StateError: the journal cannot be read.
     """
-    from reconciler.loop.history import predicted
+    from reconciler.loop.history import learn
     from reconciler.plan.planner import plan
 
     state = state_dir(options)
     in_force = _in_force(options, last_good=last_good)
     spec = in_force.spec
     with journal_reader(options) as journal:
-        ledger, incidents = replace(journal.ledger(), timings=predicted(journal.timings(), spec)), journal.incidents()
+        ledger, incidents = learn(journal.ledger(), journal.timings(), spec), journal.incidents()
     answer = _ask(state, "values")
     if answer is not None:
         from reconciler.health.incident import Incident

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
 from reconciler.clock import Instant
 from reconciler.health.facts import Facts
-from reconciler.health.incident import RANK, Incident, Severity
+from reconciler.health.incident import RANK, Incident, IncidentKind, Severity
 from reconciler.health.rules import Finding, below_floor, find
 from reconciler.plan.actions import Event
 
@@ -17,6 +17,8 @@ __all__ = ["Facts", "assess"]
 STABLE_S = 300.0
 """An incident is resolved once its subject was well for this long: two restarts of a flapping endpoint, with their
 back-off, lie closer together."""
+ROOTS: tuple[IncidentKind, ...] = ("Hung", "RestoreDegraded")
+"""Kinds that say more of the same subject than that it is away."""
 REFRESH_S = 60.0
 """How often `last_seen` and the message of a lasting incident are renewed: it must not cost a write per tick."""
 
@@ -36,7 +38,7 @@ def assess(facts: Facts, incidents: Iterable[Incident], now: Instant) -> tuple[t
         6. recovering for `STABLE_S`                  resolved
     """
     known = {incident.fingerprint: incident for incident in incidents if incident.state != "resolved"}
-    findings = find(facts, now.wall)
+    findings = [_as_known(finding, known) for finding in find(facts, now.wall)]
     troubled = {finding.subject for finding in findings}
     after: list[Incident] = []
     events: list[Event] = []
@@ -69,6 +71,14 @@ def assess(facts: Facts, incidents: Iterable[Incident], now: Instant) -> tuple[t
     return tuple(sorted(after, key=lambda incident: (incident.opened, incident.id))), tuple(events)
 
 
+def _as_known(finding: Finding, known: Mapping[str, Incident]) -> Finding:
+    """What a known trouble led to is that trouble: who hangs is restarted, and away for a while."""
+    if finding.kind not in ("Unplanned", "WrongWay"):
+        return finding
+    roots = (kind for kind in ROOTS if f"{kind}/{finding.subject}" in known)
+    return replace(finding, kind=next(roots, finding.kind))
+
+
 def _open(finding: Finding, now: Instant) -> Incident:
     return Incident(
         id=f"{finding.kind}/{finding.subject}@{int(now.wall)}",
@@ -96,7 +106,10 @@ def _elapsed(since: Instant, now: Instant) -> float:
 def _at_rest(incident: Incident, facts: Facts, troubled: set[str]) -> bool:
     """Whether the absence of a finding means that the subject is well."""
     match incident.kind:
-        case "Unplanned" | "WrongWay" | "Overdue" | "CrashLoop" | "ForeignMemory" | "PortInUse":
+        case (
+            "Unplanned" | "WrongWay" | "Overdue" | "Hung" | "CrashLoop" | "RestoreDegraded"
+            | "ForeignMemory" | "PortInUse"
+        ):  # fmt: skip
             view = facts.endpoints.get(incident.subject)
             if view is None:
                 return True

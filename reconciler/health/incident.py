@@ -8,14 +8,16 @@ from typing import Literal
 from reconciler.clock import Instant
 
 IncidentKind = Literal[
-    "Unplanned", "WrongWay", "Overdue", "CrashLoop", "ForeignMemory", "PortInUse",
+    "Unplanned", "WrongWay", "Overdue", "Hung", "CrashLoop", "RestoreDegraded", "ForeignMemory", "PortInUse",
     "WorkloadFailed", "OverlayFailed", "OverlayOverdue", "GpuLost", "GpuQuarantined", "SpecRejected", "FloorBroken",
 ]  # fmt: skip
 """
 Unplanned:      away from its set point, and no agenda entry says why
 WrongWay:       inside an agenda entry, in a state that the entry does not expect
 Overdue:        still away after its agenda entry ended
+Hung:           its engine stands still with requests running, however green its health page is
 CrashLoop:      failed; it stays so until its spec changes or it is reset
+RestoreDegraded: unwell or failed on its way back from an overlay: the baseline is not what it was before
 ForeignMemory:  kept from starting by memory of a process that is not ours
 PortInUse:      kept from starting by a port that someone else holds
 WorkloadFailed: an overlay's own workload ended with an error; never suppressed

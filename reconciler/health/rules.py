@@ -14,7 +14,7 @@ from reconciler.health.facts import Facts
 from reconciler.health.incident import IncidentKind, Severity
 from reconciler.plan.actions import EndpointView
 from reconciler.plan.endpoints import describe_exit
-from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Exit, OverlayRecord
+from reconciler.plan.ledger import TERMINAL, AgendaEntry, EndpointRecord, Exit, Ledger, OverlayRecord
 from reconciler.plan.observed import Gpu, Subject
 
 T = TypeVar("T")
@@ -44,6 +44,8 @@ class Case:
     """Its agenda entry in force, else the last one that ended."""
     now: float
     """Epoch seconds."""
+    returning: bool = False
+    """An overlay that displaced it is over, and it was not ready since."""
 
     @property
     def covered(self) -> bool:
@@ -87,6 +89,12 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
     _explained(lambda c: c.view.state == "unknown"),  # not seen is not wrong
     _explained(lambda c: _unwanted(c) and (c.overdue_s == 0 or c.view.state in ("stopped", "sleeping", "failed"))),
     _Rule(
+        lambda c: c.returning and c.view.state == "failed",
+        "RestoreDegraded",
+        "critical",
+        lambda c: f"{_name(c)} did not come back after {c.record.evicted_by}: {c.record.failed or c.view.reason}",
+    ),
+    _Rule(
         lambda c: c.view.state == "failed",
         "CrashLoop",
         "critical",
@@ -94,6 +102,18 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
     ),
     _explained(lambda c: c.view.state == "healthy" and not _unwanted(c)),
     _explained(lambda c: c.covered and c.view.state in _entry(c).expected_states),
+    _Rule(
+        lambda c: c.view.state == "unhealthy" and _waits_for(c) == "Hung",
+        "Hung",
+        "warning",
+        lambda c: f"{_name(c)} does not get on: {c.view.reason.partition(': ')[2] or c.view.reason}",
+    ),
+    _Rule(
+        lambda c: c.returning and c.view.state == "unhealthy",
+        "RestoreDegraded",
+        "warning",
+        lambda c: f"{_name(c)} came back after {c.record.evicted_by} and is unhealthy{_because(c)}",
+    ),
     _Rule(
         lambda c: c.covered,
         "WrongWay",
@@ -157,8 +177,9 @@ def find(facts: Facts, now: float) -> tuple[Finding, ...]:
     entries = _latest_entries(facts.ledger.agenda, now)
     records = facts.ledger.endpoints
     cases = {
-        name: Case(view, records.get(name) or EndpointRecord(name), entries.get(name), now)
+        name: Case(view, record, entries.get(name), now, _is_returning(facts.ledger, record))
         for name, view in sorted(facts.endpoints.items())
+        for record in (records.get(name) or EndpointRecord(name),)
     }
     wrong: dict[str, Finding] = {}
     for name, case in cases.items():
@@ -180,6 +201,14 @@ def _latest_entries(agenda: Iterable[AgendaEntry], now: float) -> dict[str, Agen
     """Per endpoint the entry that has begun and ends last; entries to come explain nothing yet."""
     begun = (entry for entry in agenda if entry.start <= now)
     return {entry.endpoint: entry for entry in sorted(begun, key=lambda entry: (entry.until, entry.start))}
+
+
+def _is_returning(ledger: Ledger, record: EndpointRecord) -> bool:
+    """Whether the overlay that displaced it is over; a record of that overlay may be gone already."""
+    if record.evicted_by is None:
+        return False
+    overlay = ledger.overlays.get(record.evicted_by)
+    return overlay is None or overlay.state in ("completing", "restoring", *TERMINAL)
 
 
 def _first(rules: tuple[_Rule[T], ...], case: T, subject: str, overlay: str | None) -> Finding | None:
@@ -273,7 +302,7 @@ def _unwanted(case: Case) -> bool:
 
 
 def _waits_for(case: Case) -> str:
-    """The code of what blocks it: the planner's reasons begin with it."""
+    """The code of what keeps it: the planner's reasons begin with it."""
     return case.view.reason.partition(":")[0]
 
 

@@ -73,19 +73,19 @@ class Journal(JournalReader):
         return journal
 
     def ledger(self) -> Ledger:
-        """The last committed ledger, its `timings` empty. Read from the file once, at opening."""
+        """The last committed ledger, its `timings` and `runs` empty. Read from the file once, at opening."""
         return self._ledger
 
     def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant) -> None:
         """Make a decision durable: the ledger and the events that tell of it, together or not at all.
 
-        Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` is
-        left out: it is predicted from measurements, not decided.
+        Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` and
+        `ledger.runs` are left out: they are predicted from measurements, not decided.
 
         Raises:
             StateError: it could not be written; the journal and `ledger()` are as before.
         """
-        ledger = replace(ledger, timings={})
+        ledger = replace(ledger, timings={}, runs={})
         before, after = _rows(self._ledger), _rows(ledger)
         written = [(*key, value) for key, value in after.items() if key not in before or before[key] != value]
         deleted = before.keys() - after.keys()

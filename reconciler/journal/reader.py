@@ -73,7 +73,7 @@ class JournalReader:
         self.close()
 
     def ledger(self) -> Ledger:
-        """The last committed ledger, its `timings` empty: they are predicted from `timings()` by the caller.
+        """The last committed ledger, its `timings` and `runs` empty: they are predicted from `timings()` by the caller.
 
         Raises:
             StateError: a record that this program cannot read.

@@ -26,7 +26,7 @@ from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop.control import ControlServer
 from reconciler.loop.executor import Executor
-from reconciler.loop.history import predicted, record_durations
+from reconciler.loop.history import learn, record_durations
 from reconciler.loop.launching import launch_of
 from reconciler.loop.notifying import Notifying
 from reconciler.loop.specs import SpecInForce, SpecKeeper
@@ -198,7 +198,7 @@ class Daemon:
         options = self._look_options(ledger)
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
-        ledger = replace(ledger, timings=predicted(parts.journal.timings(), in_force.spec))
+        ledger = learn(ledger, parts.journal.timings(), in_force.spec)
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now)  # the record first, then the act
@@ -334,7 +334,13 @@ class Daemon:
             case "values":
                 return {
                     "observed": encode(tick.observed),
-                    "ledger": encode(replace(self._parts.journal.ledger(), timings=tick.plan.ledger.timings)),
+                    "ledger": encode(
+                        replace(
+                            self._parts.journal.ledger(),
+                            timings=tick.plan.ledger.timings,
+                            runs=tick.plan.ledger.runs,
+                        )
+                    ),
                     "incidents": [encode(i) for i in tick.incidents],
                     "daemon": encode(self.info()),
                 }

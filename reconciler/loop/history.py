@@ -1,9 +1,9 @@
-"""Predictions from the journal's own history: how long endpoints took to load, drain and stop."""
+"""Predictions from the journal's own history: how long endpoints took to load, drain and stop, and work to run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reconciler.journal.journal import Journal
 from reconciler.journal.timings import Measure, p95
@@ -52,8 +52,19 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
     return answer
 
 
+def usual_runs(measured: Mapping[tuple[str, Measure], Sequence[float]]) -> Mapping[str, float]:
+    """Seconds that the work of each overlay usually takes: p95 of its runs that went well."""
+    found = {subject: p95(seconds) for (subject, what), seconds in sorted(measured.items()) if what == "run"}
+    return {subject: seconds for subject, seconds in found.items() if seconds is not None}
+
+
+def learn(ledger: Ledger, measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spec) -> Ledger:
+    """The ledger with what `measured` teaches."""
+    return replace(ledger, timings=predicted(measured, spec), runs=usual_runs(measured))
+
+
 def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: Observed) -> None:
-    """Measure what this decision saw come to its end: a load, or a stop."""
+    """Measure what this decision saw come to its end: a load, a stop, or work that went well."""
     incarnations = {i.id: i for i in observed.incarnations}
     for name, record in after.endpoints.items():
         old = before.endpoints.get(name)
@@ -69,3 +80,10 @@ def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: 
                 continue
             journal.record_timing(name, "drain", ended.stop.signalled.since(ended.stop.requested))
             journal.record_timing(name, "stop", max(0.0, end.at.since(ended.stop.signalled)))
+    for name, overlay in after.overlays.items():
+        was = before.overlays.get(name)
+        if overlay.outcome != "done" or overlay.exit_code != 0 or was is None or was.outcome == "done":
+            continue
+        ran = next((span.actual_s for span in reversed(overlay.spans) if span.part == "run"), None)
+        if ran is not None:
+            journal.record_timing(name, "run", ran)

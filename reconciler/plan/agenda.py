@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reconciler.plan.actions import Action
-from reconciler.plan.draft import Draft
+from reconciler.plan.draft import Draft, Window
 from reconciler.plan.ledger import AgendaEntry, EndpointState
 from reconciler.plan.overlays import predicted_end
 
@@ -61,6 +61,16 @@ def _displaced(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry 
     until = end + SLACK_FACTOR * way + SLACK_S
     begin = old.start if old is not None and old.overlay == overlay else draft.now.wall
     return AgendaEntry(name, states, begin, until, reason, overlay)
+
+
+def _in_window(draft: Draft, window: Window, name: str) -> AgendaEntry:
+    """What will be expected of an endpoint that a window displaces."""
+    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
+    times = draft.situation.timings(endpoint) if endpoint else None
+    way = times.drain_s + times.stop_s + times.load_s if times else 0.0
+    until = window.end + SLACK_FACTOR * way + SLACK_S
+    states = (*LEAVING_STATES, *RETURNING_STATES)
+    return AgendaEntry(name, states, window.opens, until, f"gives way to {window.name}", window.name)
 
 
 def _moves(actions: Iterable[Action]) -> dict[str, Action]:
@@ -126,10 +136,12 @@ class AgendaTracker:
         return self._entries.get(name)
 
 
-def forecast_entries(entries: Iterable[AgendaEntry], actions: Iterable[Action]) -> tuple[AgendaEntry, ...]:
-    """Entries in force, and those that the rest of the plan will write: the predicted returns."""
+def forecast_entries(
+    draft: Draft, entries: Iterable[AgendaEntry], actions: Iterable[Action]
+) -> tuple[AgendaEntry, ...]:
+    """Entries in force, and those that will be written as it looks now: for windows to come, and predicted returns."""
     known = {e.endpoint for e in entries}
-    to_come = []
+    to_come = [_in_window(draft, window, name) for window in draft.windows for name in window.victims]
     for action in actions:
         if action.op in ("start", "wake") and action.needs and action.subject.name not in known:
             begin, end = action.expected

@@ -345,15 +345,17 @@ class Graph:
             for gpu in sorted({x.gpu for x in leases}):
                 needs.extend(self._after_departures(subject, (gpu,), None))
             needs += [*required, *yielding]
-        span = overlay.makespan.duration_s
+        declared, usual = overlay.makespan.duration_s, draft.situation.ledger.runs.get(record.name)
+        span = declared if declared is None or usual is None else min(declared, usual)
         if span is None:
             span = max(0.0, (overlay.makespan.deadline or draft.now.wall + UNKNOWN_RUN_S) - draft.now.wall)
         if record.active_since is not None:
-            span = predicted_end(record, overlay.makespan, draft.now.wall) - draft.now.wall
+            span = predicted_end(record, overlay.makespan, draft.now.wall, usual) - draft.now.wall
         end = self._add(
             "wait_end", subject, gpus, [*needs, *self._started_for.get(record.name, [])],
             reason=f"overlay {record.name} holds its GPUs", cause=cause,
-            timeout_s=span + overlay.makespan.grace_s, predicted_s=span, not_before=record.window_start,
+            timeout_s=max(span, declared or 0.0) + overlay.makespan.grace_s, predicted_s=span,
+            not_before=record.window_start,
         )  # fmt: skip
         if leases:
             end = self._add(

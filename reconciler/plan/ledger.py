@@ -42,6 +42,20 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """One part of a run of an overlay: how long it was predicted to take when it began, and how long it took."""
+
+    part: Literal["wait", "evict", "run", "restore"]
+    """wait: for its window or a place; evict: until its work begins; run: every attempt of it; restore: until the
+    baseline is back."""
+    began: Instant
+    predicted_s: float | None = None
+    """None: nothing told how long."""
+    actual_s: float | None = None
+    """None: it is not over."""
+
+
+@dataclass(frozen=True, slots=True)
 class OverlayRecord:
     """Where one run of one overlay stands."""
 
@@ -68,6 +82,10 @@ class OverlayRecord:
     reason: str = ""
     why: str = ""
     """Why it displaced these and nobody else, in words, as told when it was admitted."""
+    spans: tuple[Span, ...] = ()
+    """The parts of this run so far, in order."""
+    last_run: tuple[Span, ...] = ()
+    """The parts of the run before this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +198,5 @@ class Ledger:
     agenda: tuple[AgendaEntry, ...] = ()
     timings: Mapping[str, Timings] = field(default_factory=dict)
     """By endpoint name; read only."""
+    runs: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the work of an overlay usually takes, by its name: p95 of those that went well; read only."""

@@ -63,11 +63,17 @@ def hard_end(record: OverlayRecord, makespan: Makespan) -> float | None:
     return min(ends, default=None)
 
 
-def predicted_end(record: OverlayRecord, makespan: Makespan, now: float) -> float:
-    """Epoch seconds at which the overlay is expected to end; never in the past."""
+def predicted_end(record: OverlayRecord, makespan: Makespan, now: float, usual_s: float | None = None) -> float:
+    """Epoch seconds at which the overlay is expected to end; never in the past.
+
+    With `usual_s`, what its work usually takes: as usual, until that is past or its duration comes first. What is told
+    is told so; what is decided, and what the agenda allows, goes by the duration that its file declares.
+    """
     start = record.active_since.wall if record.active_since else max(now, record.window_start)
     if makespan.duration_s is not None:
         end = start + makespan.duration_s
+        if usual_s is not None and start + usual_s > now:
+            end = min(end, start + usual_s)
         return max(now, min(end, makespan.deadline) if makespan.deadline is not None else end)
     return max(now, makespan.deadline or now)
 
@@ -111,7 +117,7 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     elif spec is None and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
         return None
     elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
-        record = open_record(spec, now)
+        record = replace(open_record(spec, now), last_run=record.spans)
     if spec is not None:
         record = replace(record, priority=spec.priority, source=spec.source)
     if spec is not None or name not in situation.rejected:

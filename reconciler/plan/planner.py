@@ -20,6 +20,7 @@ from reconciler.plan.naps import begin
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
 from reconciler.plan.situation import Situation
+from reconciler.plan.spans import account
 from reconciler.spec.spec import Spec
 
 ENDINGS: frozenset[Op] = frozenset({"drain", "stop", "kill", "sleep", "stop_workload", "wait_memory"})
@@ -61,12 +62,13 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
     records = _records(draft)
     after = Ledger(
         boot_id=observed.boot_id,
-        overlays={name: step.record for name, step in sorted(draft.steps.items())},
+        overlays={n: account(step, actions, draft.blocked, now) for n, step in sorted(draft.steps.items())},
         leases=tuple(sorted(draft.leases, key=lambda x: (x.overlay, x.subject, x.gpu))),
         endpoints=records,
         quarantines=dict(sorted(draft.quarantines.items())),
         agenda=agenda,
         timings=ledger.timings,
+        runs=ledger.runs,
     )
     blocked = tuple(sorted(draft.blocked.values(), key=lambda b: b.subject))
     victims = _victims(draft)
@@ -85,7 +87,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
             "lost_readiness_s": sum(draft.situation.timings(spec.endpoints[n]).load_s for n in victims),
         },
         proof=_proof(draft),
-        agenda=forecast_entries(agenda, actions),
+        agenda=forecast_entries(draft, agenda, actions),
         ledger=after,
         events=tuple(draft.events),
         endpoints=views,
@@ -127,7 +129,12 @@ def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
     return replace(
         ledger,
         overlays={
-            n: replace(r, since=certain(r.since), active_since=carried(r.active_since))
+            n: replace(
+                r,
+                since=certain(r.since),
+                active_since=carried(r.active_since),
+                spans=tuple(replace(s, began=certain(s.began)) for s in r.spans),
+            )
             for n, r in ledger.overlays.items()
         },
         leases=tuple(replace(x, since=certain(x.since)) for x in ledger.leases),

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from reconciler.errors import Problem
 from reconciler.plan.actions import EndpointView, Plan
 from reconciler.plan.agenda import AgendaTracker
-from reconciler.plan.ledger import LIVE, TERMINAL, AgendaEntry, OverlayRecord
+from reconciler.plan.ledger import LIVE, TERMINAL, AgendaEntry, OverlayRecord, Span
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 from reconciler.plan.overlays import predicted_end
 from reconciler.spec.engines import endpoint_url
@@ -308,6 +308,8 @@ class _View:
             "reason": record.reason or self._waits_for(record.name),
             "seized": list(record.seized),
             "attempt": record.attempt,
+            "makespan": [self._span(span) for span in record.spans],
+            "last_run": [self._span(span) for span in record.last_run],
             "conditions": [_condition("SpecChangePending", "its edit waits for the end of the present run")]
             if spec is not None and spec.change_pending
             else [],
@@ -317,7 +319,19 @@ class _View:
         """When it ended, or is expected to."""
         if record.state in TERMINAL:
             return record.since.wall
-        return predicted_end(record, spec.makespan, self.plan.now.wall) if spec else None
+        usual = self.plan.ledger.runs.get(record.name)
+        return predicted_end(record, spec.makespan, self.plan.now.wall, usual) if spec else None
+
+    def _span(self, span: Span) -> dict[str, Any]:
+        """One part of its run; one that is not over has lasted so long."""
+        lasted = span.actual_s if span.actual_s is not None else max(0.0, self.plan.now.since(span.began))
+        return {
+            "part": span.part,
+            "since": iso(span.began.wall),
+            "predicted_seconds": None if span.predicted_s is None else round(span.predicted_s, 1),
+            "actual_seconds": round(lasted, 1),
+            "over": span.actual_s is not None,
+        }
 
     def _waits_for(self, name: str) -> str:
         blocked = self.blocked.get(Subject("workload", name))

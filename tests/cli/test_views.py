@@ -84,6 +84,9 @@ def test_explain_knows_gpus_overlays_and_what_was_nearly_meant(desk: Desk):
     desk.write("overlays/render.yaml", "version: 1\nmakespan: {duration: 5m}\ngpus: 4\nworkload: {command: [x]}\n")
     assert "GPU 3" in desk.run("explain", "3").stdout
     assert desk.run("explain", "render").stdout.startswith("Overlay render is ")
+    offered = desk.data("status")["capabilities"]
+    for capability in offered:
+        assert f"Capability {capability['name']} is offered by " in desk.run("explain", capability["name"]).stdout
     wrong = desk.run("explain", "rendr")
     assert wrong.returncode == 1
     assert 'did you mean "render"' in wrong.stderr

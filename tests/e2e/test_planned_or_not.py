@@ -36,8 +36,20 @@ def test_an_endpoint_killed_while_another_gives_way_is_the_one_incident(box: Box
     wait_for(lambda: box.overlay_view("job").get("state") == "active", "the job runs")
     box.finish("job")
     up(box, 2)
+    wait_for(lambda: box.overlay_view("job").get("state") == "done", "everything is back")
+    spans = {span["part"]: span for span in box.overlay_view("job")["makespan"]}
+    assert list(spans) == ["evict", "run", "restore"]
+    assert all(span["over"] and span["predicted_seconds"] is not None for span in spans.values())
+    assert "This run: evict " in box.run("explain", "job").stdout
     assert [subject for _, subject in told(box)] == ["falls"]
-    assert all_incidents(box)[0]["count"] == 1
+    (incident,) = all_incidents(box)
+    assert incident["count"] == 1
+    told_by_id = box.json("explain", incident["id"])["data"]
+    assert (told_by_id["kind"], told_by_id["incident"]["subject"]) == ("incident", "falls")
+    assert {event["subject"] for event in told_by_id["events"]} == {"falls"}
+    text = box.run("explain", f"{incident['kind']}/falls").stdout
+    assert text.startswith(f"{incident['kind']} of falls (warning): ")
+    assert "is resolved once" in text
 
 
 def test_a_job_that_crashes_is_one_incident_and_its_victim_none(box: Box) -> None:

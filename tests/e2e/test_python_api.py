@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from box_driver import Box, is_gone, wait_for
@@ -55,6 +56,12 @@ def test_the_agenda_is_read_from_the_state_directory_without_a_daemon(box: Box) 
     assert tracker.is_endpoint_in_scheduled_transition("humble")
     assert "stopped" in (tracker.get_scheduled_endpoint_state("humble") or ())
     assert not tracker.is_endpoint_in_scheduled_transition("nobody")
+    spent = []
+    for _ in range(20):
+        began = time.process_time()
+        assert orch.agenda.is_endpoint_in_scheduled_transition("humble")
+        spent.append(time.process_time() - began)
+    assert sorted(spent)[10] < 0.02, "milliseconds, so that an alert may ask each time"
     box.finish("render")
     box.start()
     box.wait_healthy()

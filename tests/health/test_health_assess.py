@@ -236,3 +236,14 @@ def test_the_answer_depends_on_its_arguments_alone_and_not_on_their_order() -> N
     assert assess(box.facts(), (), T0) == once
     later = T0.plus(5)
     assert assess(box.facts(), once[0], later)[0] == assess(box.facts(), reversed(once[0]), later)[0]
+
+
+def test_a_hang_and_the_restart_it_leads_to_are_one_incident() -> None:
+    life = Life()
+    life.look(Box(views=(view(A, "unhealthy", reason="Hung: no token for 120 s"),)), 0.0)
+    for at, state in enumerate(("stopping", "pending", "starting"), 1):
+        life.look(crashed(1.0, state), 60.0 * at)
+    life.look(recovered(1.0, 200.0), 250.0)
+    life.look(recovered(1.0, 200.0), 250.0 + STABLE_S)
+    assert {i.kind for i in life.history.values()} == {"Hung"}
+    assert [event.kind for event in life.events] == ["IncidentOpened", "IncidentRecovering", "IncidentResolved"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from health_box import T0, Box, asked, crash, entry, gpu, overlay_record, view
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reconciler.errors import Problem
 from reconciler.health.rules import ESCALATE_AFTER_S
 from reconciler.plan.actions import Blocked
-from reconciler.plan.ledger import EndpointRecord, Quarantine
+from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Quarantine
 from reconciler.plan.observed import Subject
 
 STATES = ("pending", "starting", "healthy", "unhealthy", "failed", "stopping", "stopped", "sleeping", "unknown")
@@ -85,6 +88,66 @@ def test_an_endpoint_that_need_not_run_is_no_trouble(state: str, desired: str, r
 def test_an_endpoint_that_does_not_stop_in_its_time_is_overdue(state: str, *, late: bool) -> None:
     box = Box(views=(view(A, state, "stopped"),), agenda=(PAST,))
     assert box.wrong() == ([f"Overdue/{A}:warning"] if late else [])
+
+
+@pytest.mark.parametrize("agenda", [(), (COVER,), (PAST,)])
+def test_a_hang_is_told_as_such(agenda: tuple[AgendaEntry, ...]) -> None:
+    hung = view(A, "unhealthy", reason="Hung: no token for 120 s with requests running")
+    assert Box(views=(hung,), agenda=agenda).wrong() == [f"Hung/{A}:warning"]
+
+
+@pytest.mark.parametrize("agenda", [(), (COVER,), (PAST,)])
+@pytest.mark.parametrize(
+    ("overlay", "degraded"),
+    [("evicting", False), ("active", False), ("completing", True), ("restoring", True), ("done", True), (None, True)],
+)
+@pytest.mark.parametrize(
+    ("state", "severity", "else_"), [("unhealthy", "warning", None), ("failed", "critical", "CrashLoop")]
+)
+def test_one_that_is_not_well_on_its_way_back_from_an_overlay_makes_the_restoration_degraded(
+    state: str, severity: str, else_: str | None, overlay: Any, *, degraded: bool, agenda: tuple[AgendaEntry, ...]
+) -> None:
+    over = () if overlay is None else (overlay_record("render", state=overlay),)
+    box = Box(views=(view(A, state),), records=(replace(NEW, evicted_by="render"),), overlays=over, agenda=agenda)
+    (found,) = box.wrong()
+    assert (found == f"RestoreDegraded/{A}:{severity}") is degraded
+    if else_ is not None and not degraded:
+        assert found == f"{else_}/{A}:critical"
+
+
+@st.composite
+def moments(draw: st.DrawFn) -> tuple[Box, float]:
+    """One endpoint, what is remembered of it, entries of the agenda for it and others, and a moment (s from T0)."""
+    state = draw(st.sampled_from(STATES))
+    desired = draw(st.sampled_from(["running", "running", "running", "stopped", "standby", "displaced"]))
+    record = draw(st.sampled_from([NEW, CRASHED, ASKED, RECOVERED, replace(NEW, evicted_by="render")]))
+    spans = draw(st.lists(st.tuples(st.integers(-500, 500), st.integers(0, 400)), max_size=3))
+    entries = []
+    for start, length in spans:
+        states = draw(st.lists(st.sampled_from(STATES), min_size=1, max_size=4))
+        entries.append(entry(draw(st.sampled_from([A, A, "other"])), *states, start=start, until=start + length))
+    reason = draw(st.sampled_from(["", "GpuOccupied: pid 4711", "PortInUse: port 8080", "Hung: no token"]))
+    box = Box(views=(view(A, state, desired, reason),), records=(record,), agenda=tuple(entries))
+    return box, float(draw(st.integers(-600, 1000)))
+
+
+@given(moments())
+@settings(max_examples=1500, deadline=None, derandomize=True)
+def test_25_only_an_entry_in_force_for_this_endpoint_and_state_suppresses(case: tuple[Box, float]) -> None:
+    box, at_s = case
+    bare = replace(box, agenda=()).wrong(at_s)
+    if bare and not box.wrong(at_s):
+        state, now = box.views[0].state, T0.wall + at_s
+        assert any(e.endpoint == A and e.start <= now < e.until and state in e.expected_states for e in box.agenda)
+
+
+@given(moments())
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_25_every_suppression_ends(case: tuple[Box, float]) -> None:
+    box, _ = case
+    end = max((e.until - T0.wall for e in box.agenda), default=0.0)
+    for at_s in (end, end + 1.0, end + 1e6):
+        assert bool(replace(box, agenda=()).wrong(at_s)) <= bool(box.wrong(at_s))
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped", "pending", "sleeping"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reconciler.loop.history import predicted
+from reconciler.loop.history import predicted, usual_runs
 from reconciler.spec.load import SourceText, resolve
 from reconciler.spec.spec import Spec
 
@@ -33,6 +33,11 @@ def test_what_was_not_measured_is_the_engines_default_within_the_endpoints_bound
 
 def test_an_edit_that_shortens_the_drain_bounds_what_was_measured_before_it() -> None:
     assert predicted({("ask", "drain"): [30.0]}, read())["ask"].drain_s == 5.0
+
+
+def test_how_long_work_usually_runs_is_the_95th_percentile_of_its_runs() -> None:
+    runs = [float(n) for n in range(1, 41)]
+    assert usual_runs({("render", "run"): runs, ("ask", "load"): [3.0]}) == {"render": 38.0}
 
 
 def test_endpoints_and_work_that_the_files_no_longer_know_are_left_out() -> None:

@@ -1,0 +1,101 @@
+"""Every planned transition is on the agenda before its first act, whatever brings it about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from builders import NOW, endpoint, overlay, spec
+from hypothesis import given
+from plant import Plant, Run
+from worlds import World, examples, worlds
+
+from reconciler.plan.actions import WAITS, Plan
+from reconciler.plan.agenda import PLANNED_CAUSES, AgendaTracker
+from reconciler.plan.requests import clean_start, stopped
+
+ASK = endpoint("ask", [0], priority=100)
+RENDER = overlay("render", gpus=[0], priority=500, duration=300.0)
+
+
+def settled() -> Run:
+    run = Run(spec(ASK), Plant(totals=[80 << 30] * 2))
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    return run
+
+
+def acts(decided: Plan) -> list[str]:
+    return [a.op for a in decided.actions if a.ready and a.op not in WAITS and a.subject.name == "ask"]
+
+
+CHANGES = {
+    "evict": (spec(ASK, RENDER), "stopping"),
+    "edit": (spec(replace(ASK, process_hash="edited")), "stopping"),
+    "move": (spec(replace(endpoint("ask", [1], priority=100), process_hash="moved")), "stopping"),
+    "maintenance": (spec(replace(ASK, state="stopped")), "stopping"),
+    "removal": (spec(), "stopping"),
+    "down": (stopped(spec(ASK), ("ask",)), "stopping"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_file_or_a_person_brings_about_is_on_the_agenda_in_the_decision_that_first_acts(change: str) -> None:
+    run = settled()
+    run.spec, state = CHANGES[change]
+    decided = run.decide()
+    assert acts(decided)
+    tracker = AgendaTracker(decided.ledger.agenda, decided.now.wall)
+    assert tracker.is_endpoint_in_scheduled_transition("ask")
+    assert state in (tracker.get_scheduled_endpoint_state("ask") or ())
+
+
+def test_a_clean_start_is_on_the_agenda() -> None:
+    run = settled()
+    run.ledger, _ = clean_start(run.ledger, ["ask"], run.plant.now)
+    decided = run.decide()
+    assert acts(decided)
+    assert AgendaTracker(decided.ledger.agenda, decided.now.wall).is_endpoint_in_scheduled_transition("ask")
+
+
+def test_a_window_to_come_is_listed_before_it_opens_and_in_force_when_its_victims_leave() -> None:
+    run = settled()
+    start = run.plant.now.wall + 3000.0
+    run.spec = spec(ASK, overlay("render", gpus=[0], priority=500, duration=300.0, start=start))
+    decided = run.decide()
+    (to_come,) = decided.agenda
+    assert (to_come.endpoint, to_come.overlay) == ("ask", "render")
+    assert decided.now.wall < to_come.start < start < start + 300.0 < to_come.until
+    assert decided.ledger.agenda == (), "what is to come explains nothing yet"
+    run.settle(until=lambda p: bool(acts(p)))
+    (entry,) = run.ledger.agenda
+    assert to_come.start == pytest.approx(entry.start, abs=2.0)
+
+
+@given(worlds())
+@examples(30)
+def test_nothing_planned_is_done_to_an_endpoint_without_an_entry_that_expects_where_it_stands(world: World) -> None:
+    def covered(_: Run, decided: Plan) -> None:
+        tracker = AgendaTracker(decided.ledger.agenda, decided.now.wall)
+        for action in decided.actions:
+            if action.subject.kind != "endpoint" or not action.ready or action.op in WAITS:
+                continue
+            if action.cause.kind in PLANNED_CAUSES and action.subject.name in decided.endpoints:
+                assert tracker.is_endpoint_in_scheduled_transition(action.subject.name), action
+
+    run = Run(world.before, world.plant(), watch=covered)
+    run.settle()
+    world.happen(run)
+    run.settle()
+
+
+def test_what_is_over_or_to_come_schedules_nothing() -> None:
+    run = settled()
+    run.spec = spec(ASK, RENDER)
+    entry = run.decide().ledger.agenda[0]
+    for moment in (entry.start - 1, entry.until):
+        tracker = AgendaTracker([entry], moment)
+        assert not tracker.is_endpoint_in_scheduled_transition("ask")
+        assert tracker.get_scheduled_endpoint_state("ask") is None
+    assert NOW.wall < entry.until
