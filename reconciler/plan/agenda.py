@@ -1,12 +1,14 @@
 """The agenda: which endpoint is expected to be in which states, until when, and on whose account.
 
 An entry is written in the same decision as the leases or the stop it explains, before anything acts. It is bounded: its
-`until` is fixed when it is written and moves only when the overlay that owns it enters another state.
+`until` is fixed when it is written and moves only when the overlay that owns it enters another state. Its states are what
+is still ahead: an endpoint that is coming back is no longer expected to stop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from reconciler.plan.actions import Action
 from reconciler.plan.draft import Draft, Window
@@ -92,7 +94,8 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
         return old
     begins = action.op in ("start", "wake")
     if old is not None and begins and old.until > draft.now.wall:
-        return old  # the second half of a move that is on the agenda already
+        # the second half of a move that is on the agenda already
+        return _advanced(old, action.op) if action.ready else old
     endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
     times = draft.situation.timings(endpoint) if endpoint else None
     way = times.drain_s + times.stop_s + times.load_s if times else SLACK_S
@@ -103,6 +106,12 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
         states = ("sleeping" if action.op == "wake" else "pending", *RETURNING_STATES)
     until = action.expected[0] + SLACK_FACTOR * way + SLACK_S
     return AgendaEntry(name, states, draft.now.wall, until, action.reason, action.cause.overlay)
+
+
+def _advanced(entry: AgendaEntry, op: str) -> AgendaEntry:
+    """The entry from where an endpoint comes back on: what it has behind it is expected no more."""
+    ahead = ("sleeping", "pending", *RETURNING_STATES) if op == "wake" else ("pending", *RETURNING_STATES)
+    return replace(entry, expected_states=tuple(s for s in entry.expected_states if s in ahead))
 
 
 def _settled(draft: Draft, name: str) -> bool:

@@ -51,6 +51,23 @@ def test_what_a_file_or_a_person_brings_about_is_on_the_agenda_in_the_decision_t
     assert state in (tracker.get_scheduled_endpoint_state("ask") or ())
 
 
+def test_an_entry_advances_what_is_behind_it_is_expected_no_more() -> None:
+    run = settled()
+    run.spec = spec(ASK, RENDER)
+    seen: list[tuple[str, tuple[str, ...]]] = []
+
+    def note(_: Run, decided: Plan) -> None:
+        for entry in decided.ledger.agenda:
+            seen.append((decided.endpoints["ask"].state, entry.expected_states))
+
+    run.watch = note
+    run.settle(until=lambda p: p.ledger.overlays["render"].state == "done" and not p.ledger.agenda)
+    leaving = {states for state, states in seen if state == "stopping"}
+    starting = {states for state, states in seen if state == "starting"}
+    assert all(states[-1] == "healthy" and "stopping" in states for states in leaving)
+    assert starting == {("pending", "starting", "healthy")}
+
+
 def test_a_clean_start_is_on_the_agenda() -> None:
     run = settled()
     run.ledger, _ = clean_start(run.ledger, ["ask"], run.plant.now)
