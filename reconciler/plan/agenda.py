@@ -1,8 +1,8 @@
 """The agenda: which endpoint is expected to be in which states, until when, and on whose account.
 
 An entry is written in the same decision as the leases or the stop it explains, before anything acts. It is bounded: its
-`until` is fixed when it is written and moves only when the overlay that owns it enters another state. Its states are what
-is still ahead: an endpoint that is coming back is no longer expected to stop.
+`until` is fixed when it is written and moves only when the overlay that owns it enters another state. Its states are
+what is still ahead: an endpoint that is coming back is no longer expected to stop.
 """
 
 from __future__ import annotations
