@@ -319,8 +319,11 @@ class _View:
         """When it ended, or is expected to."""
         if record.state in TERMINAL:
             return record.since.wall
-        usual = self.plan.ledger.runs.get(record.name)
-        return predicted_end(record, spec.makespan, self.plan.now.wall, usual) if spec else None
+        usual, begin = self.plan.ledger.runs.get(record.name), self.plan.now.wall
+        blocked = self.blocked.get(Subject("workload", record.name))
+        if record.state == "pending" and blocked is not None and blocked.earliest_start is not None:
+            begin = max(begin, blocked.earliest_start)
+        return predicted_end(record, spec.makespan, begin, usual) if spec else None
 
     def _span(self, span: Span) -> dict[str, Any]:
         """One part of its run; one that is not over has lasted so long."""

@@ -197,3 +197,18 @@ def test_an_overlay_of_a_foreign_subject_name_counts_no_memory_of_an_endpoint():
     job = GpuProcess(5000, 9 * GIB, Subject("workload", "twin"), "me", "job")
     on = gpu(0, used=29 * GIB, processes=(*held_by(run, 20 * GIB), job))
     assert told(spec(twin), observed(on, incarnations=[run]))["endpoints"][0]["memory_mib"] == 20 * 1024
+
+
+def test_an_overlay_that_waits_for_a_slot_ends_so_long_after_the_slot():
+    thinking, seen = healthy_box()
+    later = overlay("later", [3], start=NOW.wall + 600, duration=600.0)
+    job = overlay("job", [3], duration=300.0)
+    first = plan(spec(thinking, later), seen, FRESH, NOW)
+    of = spec(thinking, later, job)
+    decided = plan(of, seen, first.ledger, NOW)
+    (slot,) = [b.earliest_start for b in decided.blocked if b.subject == Subject("workload", "job")]
+    shown = {o["name"]: o for o in told(of, seen, first.ledger)["overlays"]}
+    assert slot is not None
+    assert slot > NOW.wall + 1200
+    assert shown["job"]["end"] == iso(slot + 300)
+    assert shown["later"]["end"] == iso(NOW.wall + 1200)
