@@ -12,7 +12,7 @@ from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
 from reconciler.cli.tables import clock
-from reconciler.errors import UnknownName
+from reconciler.errors import UnknownName, UsageError
 from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
@@ -28,18 +28,39 @@ app = group()
 @app.command()
 def explain(
     ctx: typer.Context,
+    *,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Endpoint, overlay, GPU by index, capability, or incident by id.")
-    ],
-) -> None:
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            show_default=False,
+            help="Endpoint, overlay, GPU by index, capability, or incident by id.",
+        ),
+    ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(
+            "--replay", metavar="N", help="Make decision N again, or the `last` one (of NAME): is it the same plan?"
+        ),
+    ] = None,
+) -> int:
     """Say why something is as it is, and what comes next.
 
     Its set point, the decision and its reason, who displaced whom, what happens when, and what was last heard of it. Of
     an incident: what it is, what led there, and when it is over.
 
+    Every decision is kept with all that went into it. With --replay it is made again from that, and shown as `plan`
+    shows it; exit 1 if another plan comes out.
+
     Example: reconciler explain coding
     """
     face = Face.of(ctx)
+    if decision is not None:
+        from reconciler.cli.replay import replay
+
+        return replay(face, decision, name)
+    if name is None:
+        raise UsageError("explain whom?", hint="`reconciler explain NAME`, or `reconciler explain --replay last`")
     seen = wiring.look(face.options)
     data = status_data(seen.spec, seen.observed, seen.plan, seen.incidents, seen.daemon, seen.spec.problems)
     with wiring.journal_reader(face.options) as journal:
@@ -60,7 +81,7 @@ def explain(
                 "events": [event_data(event) for event in past],
             }
         )
-        return
+        return 0
     tell = {
         "endpoint": _tell_endpoint, "overlay": _tell_overlay, "gpu": _tell_gpu, "capability": _tell_capability,
         "incident": _tell_incident,
@@ -68,6 +89,7 @@ def explain(
     lines = [*tell(seen, item), *_tell_next(seen, steps), *_tell_trouble(trouble), *_tell_past(past)]
     for line in lines:
         face.line(line)
+    return 0
 
 
 def _find(data: dict[str, Any], incidents: list[dict[str, Any]], name: str) -> tuple[str, dict[str, Any]]:
@@ -256,4 +278,5 @@ def _tell_past(events: tuple[JournalEvent, ...]) -> Iterator[str]:
     if events:
         yield "Last events:"
     for event in events:
-        yield "  " + event_line(event)
+        number = event.data.get("decision")
+        yield f"  {event_line(event)}" + ("" if number is None else f"  (decision {number})")

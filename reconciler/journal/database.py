@@ -32,6 +32,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX events_by_subject ON events (subject, id)",
         "CREATE INDEX timings_by_key ON timings (subject, what, id)",
     ),
+    (  # 3: what went into each decision, so that it can be made again
+        "CREATE TABLE specs (digest TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE decisions (id INTEGER PRIMARY KEY AUTOINCREMENT, wall REAL NOT NULL, version TEXT NOT NULL,
+        spec TEXT NOT NULL, observed BLOB NOT NULL, ledger BLOB NOT NULL, now BLOB NOT NULL, outcome TEXT NOT NULL)""",
+    ),
 )
 """Entry n takes a file from schema n to n + 1, in one transaction. Never edited, only added to."""
 

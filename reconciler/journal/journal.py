@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -15,10 +16,20 @@ from reconciler.health.incident import Incident
 from reconciler.journal import database
 from reconciler.journal.codec import DecodeError, encode, encode_data
 from reconciler.journal.database import Notice
+from reconciler.journal.decisions import (
+    DECISIONS_KEPT,
+    PRUNE_DECISIONS_EVERY,
+    Made,
+    deeds,
+    digest,
+    packed_rest,
+    packed_spec,
+)
 from reconciler.journal.reader import JournalReader, Texts, storable, told_key
 from reconciler.journal.timings import KEPT_PER_KEY, Measure
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import Ledger
+from reconciler.spec.spec import Spec
 
 EVENTS_KEPT = 100_000
 """About 20 MiB; a busy box writes some thousand a day, so this is weeks."""
@@ -41,6 +52,10 @@ class Journal(JournalReader):
         self._clock = clock
         self._ledger = ledger
         self._unpruned = PRUNE_EVERY  # the first append prunes: an earlier daemon may have been killed before it did
+        self._spec: tuple[Spec, str] | None = None
+        """The spec of the last decision that was kept, and its key."""
+        self._deeds: object = None
+        """What the last decision that was kept had done."""
         self.notice = notice
         """Set when the journal that was found had to be put aside; it also is an event of kind `JournalReplaced`."""
 
@@ -76,11 +91,13 @@ class Journal(JournalReader):
         """The last committed ledger, its `timings` and `runs` empty. Read from the file once, at opening."""
         return self._ledger
 
-    def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant) -> None:
+    def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant, made: Made | None = None) -> None:
         """Make a decision durable: the ledger and the events that tell of it, together or not at all.
 
         Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` and
-        `ledger.runs` are left out: they are predicted from measurements, not decided.
+        `ledger.runs` are left out: they are predicted from measurements, not decided. With `made`, what went into the
+        decision is kept as well, unless it changed nothing and has nothing done but what the last one had; its events
+        bear its number.
 
         Raises:
             StateError: it could not be written; the journal and `ledger()` are as before.
@@ -89,7 +106,8 @@ class Journal(JournalReader):
         before, after = _rows(self._ledger), _rows(ledger)
         written = [(*key, value) for key, value in after.items() if key not in before or before[key] != value]
         deleted = before.keys() - after.keys()
-        if not (written or deleted or events) and ledger.boot_id == self._ledger.boot_id:
+        unchanged = not (written or deleted or events) and ledger.boot_id == self._ledger.boot_id
+        if unchanged and (made is None or deeds(made.plan) == self._deeds):
             return
         rows = [(kind, name, encode(value)) for kind, name, value in written]
         with database.transaction(self._connection, self.path) as connection:
@@ -97,8 +115,10 @@ class Journal(JournalReader):
             connection.executemany("INSERT OR REPLACE INTO records (kind, name, body) VALUES (?, ?, ?)", rows)
             if ledger.boot_id != self._ledger.boot_id:
                 self._set_meta("boot_id", ledger.boot_id)
-            self._insert_events(events, now.wall, {})
-        self._ledger = ledger
+            number, spec = (None, self._spec) if made is None else self._insert_decision(made)
+            self._insert_events(events, now.wall, {} if number is None else {"decision": number})
+        self._ledger, self._spec = ledger, spec  # what is not committed is not there
+        self._deeds = None if made is None else deeds(made.plan)
 
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         """Record what was done or seen, apart from a decision; `data` (JSON values) goes with each of the events.
@@ -192,8 +212,39 @@ class Journal(JournalReader):
             self._connection.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (EVENTS_KEPT,))
             self._unpruned = 0
 
+    def _insert_decision(self, made: Made) -> tuple[int | None, tuple[Spec, str] | None]:
+        """Keep what went into a decision: its number, and its spec with the key. None: it has no text; that is told."""
+        inputs, wall = made.inputs, made.inputs.now.wall
+        key = self._spec[1] if self._spec is not None and self._spec[0] is inputs.spec else None
+        try:
+            body = b""
+            if key is None:
+                key, body = packed_spec(inputs.spec)
+            rest, outcome = packed_rest(inputs), digest(made.plan)
+        except (TypeError, ValueError) as error:  # never a reason not to act
+            self._insert_events([Event("decision.unkept", "journal", str(error), "")], wall, {})
+            return None, self._spec
+        if body:
+            self._connection.execute("INSERT OR IGNORE INTO specs (digest, body) VALUES (?, ?)", (key, body))
+        row = (wall, _version(), key, *rest, outcome)
+        number = self._connection.execute(
+            "INSERT INTO decisions (wall, version, spec, observed, ledger, now, outcome) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            row,
+        ).lastrowid
+        if number is not None and number % PRUNE_DECISIONS_EVERY == 0:
+            self._connection.execute("DELETE FROM decisions WHERE id <= ?", (number - DECISIONS_KEPT,))
+            self._connection.execute("DELETE FROM specs WHERE digest NOT IN (SELECT spec FROM decisions)")
+        return number, (inputs.spec, key)
+
     def _set_meta(self, key: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import version  # 20 ms, and only the daemon needs it
+
+    return version("reconciler")
 
 
 def _rows(ledger: Ledger) -> dict[_Key, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from reconciler.errors import StateError
 from reconciler.health.incident import Incident
 from reconciler.journal import database
 from reconciler.journal.codec import DecodeError, decode
+from reconciler.journal.decisions import Decision, unpacked
 from reconciler.journal.timings import Measure
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Lease, Ledger, OverlayRecord, Quarantine
 
@@ -127,6 +129,29 @@ class JournalReader:
             for number, wall, kind_, subject_, message, cause, data in self._select(query, values)
         ]
         return tuple(reversed(found) if newest else found)
+
+    def decision(self, number: int | None = None) -> Decision | None:
+        """All that went into one decision, or into the newest; None: it is not kept.
+
+        Raises:
+            StateError: it was written by a program whose values looked otherwise, or is damaged.
+        """
+        if not list(self._select("SELECT 1 FROM sqlite_master WHERE name = 'decisions'")):
+            return None  # an older journal, which no daemon of this version has opened yet
+        which = "ORDER BY id DESC LIMIT 1" if number is None else "WHERE id = :number"
+        query = (
+            "SELECT id, wall, version, body, observed, ledger, now, outcome"  # noqa: S608 - of the two literals above
+            f" FROM decisions JOIN specs ON digest = spec {which}"
+        )
+        for found, wall, version, *inputs, outcome in self._select(query, {"number": number}):
+            try:
+                return Decision(found, wall, version, unpacked(*inputs), outcome)
+            except (DecodeError, zlib.error) as error:
+                raise StateError(
+                    f"{self.path}: decision {found} cannot be read: {error}",
+                    hint=f"it was made by version {version}: ask that one",
+                ) from error
+        return None
 
     def last_event_id(self) -> int:
         """The id of the newest event; 0 before the first."""

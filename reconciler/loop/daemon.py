@@ -21,6 +21,7 @@ from reconciler.health.assess import Facts, assess
 from reconciler.health.incident import Incident
 from reconciler.health.notices import Notice
 from reconciler.journal.codec import encode
+from reconciler.journal.decisions import Inputs, Made
 from reconciler.journal.incarnations import archive
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
@@ -201,7 +202,8 @@ class Daemon:
         ledger = learn(ledger, parts.journal.timings(), in_force.spec)
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
-        parts.journal.commit(plan.ledger, (*asked, *plan.events), now)  # the record first, then the act
+        made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
+        parts.journal.commit(plan.ledger, (*asked, *plan.events), now, made)  # the record first, then the act
         record_durations(parts.journal, before, plan.ledger, observed)
         incidents = self._assess(in_force, observed, plan, now)
         self._notifying.offer(in_force.spec, incidents)

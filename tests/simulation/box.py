@@ -26,6 +26,7 @@ from reconciler.act.process import Launch
 from reconciler.clock import Instant
 from reconciler.errors import ActError, NotOurs, PortInUse, SpecError, StateError
 from reconciler.health.incident import Incident
+from reconciler.journal.decisions import Made
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop import daemon as daemon_module
@@ -64,9 +65,9 @@ class KillableJournal(Journal):
     box: Box | None = None
     previous: Ledger = Ledger()
 
-    def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant) -> None:
+    def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant, made: Made | None = None) -> None:
         self.previous = self.ledger()
-        self._write("commit", lambda: super(KillableJournal, self).commit(ledger, events, now))
+        self._write("commit", lambda: super(KillableJournal, self).commit(ledger, events, now, made))
 
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         if events:

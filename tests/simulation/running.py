@@ -12,6 +12,9 @@ from pathlib import Path
 from box import Box, Patches, new_loop
 from scenario import Draw, Scenario
 
+from reconciler.journal.decisions import Decision
+from reconciler.journal.reader import JournalReader
+
 MEMORY = Path("/dev/shm")
 
 
@@ -23,6 +26,8 @@ class Outcome:
     problem: str | None
     trace: tuple[str, ...]
     box: Box
+    decisions: tuple[Decision, ...] = ()
+    """What its daemons decided, if that was to be kept."""
 
     @property
     def reason(self) -> str:
@@ -30,8 +35,8 @@ class Outcome:
         return (self.problem or "").split(":")[0][:60]
 
 
-def run(scenario: Scenario) -> Outcome:
-    """Live through it; the same scenario, the same trace."""
+def run(scenario: Scenario, *, keep: bool = False) -> Outcome:
+    """Live through it; the same scenario, the same trace. With `keep`, its decisions are read back at the end."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of daemons that were killed end as they may
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         loop = new_loop()
@@ -49,7 +54,15 @@ def run(scenario: Scenario) -> Outcome:
             loop.run_until_complete(asyncio.sleep(0))
             asyncio.set_event_loop(None)
             loop.close()
-        return Outcome(scenario, problem, tuple(box.trace), box)
+        return Outcome(scenario, problem, tuple(box.trace), box, decisions(box) if keep else ())
+
+
+def decisions(box: Box) -> tuple[Decision, ...]:
+    """Every decision of the box's daemons that its journal still has."""
+    with JournalReader.open_readonly(box.state.journal) as journal:
+        newest = journal.decision()
+        numbers = range(1, newest.id + 1) if newest is not None else ()
+        return tuple(found for n in numbers if (found := journal.decision(n)) is not None)
 
 
 def shrink(failed: Outcome, again: Callable[[Scenario], Outcome] = run) -> Outcome:

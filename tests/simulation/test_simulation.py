@@ -21,13 +21,16 @@ from scenario import KINDS, Draw, Fault, Scenario
 from verdicts import false_incidents, missed
 
 from reconciler.act.process import Launch
+from reconciler.journal.decisions import digest
 from reconciler.loop import daemon as daemon_module
 from reconciler.plan.actions import Plan
 from reconciler.plan.observed import Incarnation
+from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
 
 SEEDS = 2000
 BATCH = 50
+REPLAYED = 40
 TOLD = 4
 """Boxes with twenty overlays each, once as planned and once with twenty strikes; `soak.py --incidents N` has more."""
 
@@ -61,6 +64,15 @@ def test_a_seed_tells_the_same_story_in_another_process_with_other_hashes() -> N
             capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": hashes},
         )  # fmt: skip
         assert done.stdout.strip() == mine
+
+
+def test_every_decision_made_again_from_what_the_journal_kept_is_the_same_plan_byte_for_byte() -> None:
+    """Over daemons that were killed at their writes, full disks, torn files and jumping clocks."""
+    kept = [d for seed in range(REPLAYED) for d in run(Draw(seed).faulty(), keep=True).decisions]
+    for decision in kept:
+        inputs = decision.inputs
+        assert digest(plan(inputs.spec, inputs.observed, inputs.ledger, inputs.now)) == decision.outcome, decision.id
+    assert len(kept) > 5 * REPLAYED  # daemons that are killed, and journals that are put aside, leave fewer
 
 
 # ---------------------------------------------------------------- it finds what is wrong

@@ -1,0 +1,119 @@
+"""Decisions as the journal keeps them: all that went into one, so that it can be made again.
+
+What no decision reads is left out before anything is written: the values that endpoints and workloads find in their
+environments, and the addresses that incidents are told to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass, replace
+
+from reconciler.clock import Instant
+from reconciler.journal.codec import decode, encode
+from reconciler.plan.actions import WAITS, Plan
+from reconciler.plan.ledger import Ledger
+from reconciler.plan.observed import Observed
+from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
+
+DECISIONS_KEPT = 2_000
+"""With eight GPUs and twenty endpoints about 4 KiB each: 8 MiB, and on a busy box the last days."""
+PRUNE_DECISIONS_EVERY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The four values that `plan()` was given."""
+
+    spec: Spec
+    observed: Observed
+    ledger: Ledger
+    now: Instant
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A decision that was just made: what went in, and what came out."""
+
+    inputs: Inputs
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A decision of the past."""
+
+    id: int
+    """Grows with each decision; never used twice."""
+    wall: float
+    """Epoch seconds."""
+    version: str
+    """Of the program that made it."""
+    inputs: Inputs
+    outcome: str
+    """`digest` of the plan that came out."""
+
+
+def digest(plan: Plan) -> str:
+    """What tells one plan from another: the SHA-256 of its canonical bytes.
+
+    Raises:
+        TypeError, ValueError: it holds what has no text (a number that is not finite).
+    """
+    return hashlib.sha256(encode(plan).encode()).hexdigest()
+
+
+def deeds(plan: Plan) -> tuple[tuple[str, str, str | None], ...]:
+    """What a plan has done now: op, subject and incarnation."""
+    return tuple((a.op, str(a.subject), a.incarnation) for a in plan.actions if a.ready and a.op not in WAITS)
+
+
+def pack(text: str) -> bytes:
+    """Compressed; about a seventh."""
+    return zlib.compress(text.encode(), 3)
+
+
+def packed_spec(spec: Spec) -> tuple[str, bytes]:
+    """The spec without what no decision reads: its key, and its bytes."""
+    bare = replace(
+        spec,
+        endpoints={name: _bare(e) for name, e in spec.endpoints.items()},
+        overlays={name: _bare_overlay(o) for name, o in spec.overlays.items()},
+        notify={},
+    )
+    text = encode(bare)
+    return hashlib.sha256(text.encode()).hexdigest(), pack(text)
+
+
+def packed_rest(inputs: Inputs) -> tuple[bytes, bytes, bytes]:
+    """What was observed, the ledger, and the moment."""
+    return pack(encode(inputs.observed)), pack(encode(inputs.ledger)), encode(inputs.now).encode()
+
+
+def unpacked(spec: bytes, observed: bytes, ledger: bytes, now: bytes) -> Inputs:
+    """The inputs again.
+
+    Raises:
+        DecodeError: they were written by a program whose values looked otherwise.
+        zlib.error: they are damaged.
+    """
+    return Inputs(
+        decode(Spec, zlib.decompress(spec)),
+        decode(Observed, zlib.decompress(observed)),
+        decode(Ledger, zlib.decompress(ledger)),
+        decode(Instant, now),
+    )
+
+
+def _bare(endpoint: EndpointSpec) -> EndpointSpec:
+    return replace(endpoint, env={})
+
+
+def _bare_overlay(overlay: OverlaySpec) -> OverlaySpec:
+    work = overlay.workload
+    return replace(
+        overlay,
+        endpoints={name: _bare(e) for name, e in overlay.endpoints.items()},
+        workload=None if work is None else replace(work, env={}),
+    )
