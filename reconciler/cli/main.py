@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Entry] = {
     "status": Entry("status", "Show endpoints, GPUs, overlays, capabilities and incidents."),
     "explain": Entry("explain", "Say why something is as it is, and what comes next."),
     "agenda": Entry("history", "List planned transitions, in force and to come."),
+    "forecast": Entry("forecast", "Show what will run where, and who will be away for how long."),
     "overlay": Entry("overlay", "Submit, list and cancel overlays."),
     "clean-start": Entry("daemon", "End stale processes of ours, wait for their memory, start afresh."),
     "down": Entry("daemon", "Stop endpoints; the set points stay."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -18,7 +19,10 @@ from reconciler.cli.values import Bytes, Seconds
 from reconciler.cli.waiting import changes
 from reconciler.errors import ReconcilerError, StateError, UnknownName
 from reconciler.journal.layout import writer
+from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import TERMINAL, OverlayRecord
+from reconciler.plan.observed import Subject
+from reconciler.plan.render import blocked_data
 from reconciler.spec.load import Texts, read_texts
 
 app = group()
@@ -60,7 +64,8 @@ def submit(
 ) -> int:
     """Write an overlay that runs a command on borrowed GPUs.
 
-    It runs in this folder, with the few variables that every child gets. Prints the overlay's name.
+    It runs in this folder, with the few variables that every child gets. Prints the overlay's name, and what it waits
+    for if it cannot begin now: a window that has the place, with the next free slot, consent, GPUs.
 
     Example: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg
     """
@@ -82,11 +87,17 @@ def submit(
         requires=tuple(requires or ()),
         retries=retries,
     )
+    tail = Tail(wiring.state_dir(face.options), chosen, "workload")
+    tail.skip()  # what runs before this one wrote; the new one may begin as soon as its file is there
     path = write_overlay(texts, chosen, overlay_text(job))
+    waits = _outlook(face, chosen)
+    if not face.is_json and waits is not None:
+        face.note("\n".join(_tell_wait(chosen, waits)))
     if wait:
-        return _wait(face, chosen)
+        return _wait(face, chosen, tail)
     if face.is_json:
-        face.answer({"name": chosen, "file": str(path), "daemon": has_daemon})
+        said = None if waits is None else blocked_data(waits)
+        face.answer({"name": chosen, "file": str(path), "daemon": has_daemon, "waits": said})
     else:
         face.line(chosen)
         if not has_daemon:
@@ -148,6 +159,24 @@ def _files(texts: Texts) -> dict[str, str]:
     }
 
 
+def _outlook(face: Face, name: str) -> Blocked | None:
+    """What keeps a new overlay waiting, as the planner sees it at once; None: nothing does, or it cannot be told."""
+    try:
+        seen = wiring.look(face.options)
+    except ReconcilerError:  # no driver here, or files that are wrong elsewhere: the file is written all the same
+        return None
+    return next((b for b in seen.plan.blocked if b.subject == Subject("workload", name)), None)
+
+
+def _tell_wait(name: str, blocked: Blocked) -> list[str]:
+    lines = [f"{name} waits: {blocked.reason}: {blocked.message}"]
+    lines += [f"  hint: {hint}" for hint in blocked.alternatives]
+    if blocked.earliest_start is not None:
+        moment = datetime.fromtimestamp(blocked.earliest_start).astimezone()
+        lines.append(f"  not before {moment:%Y-%m-%d %H:%M:%S}")
+    return lines
+
+
 def _has_daemon(face: Face) -> bool:
     state = wiring.state_dir(face.options)
     return state.path.is_dir() and writer(state) is not None
@@ -156,7 +185,7 @@ def _has_daemon(face: Face) -> bool:
 # ---------------------------------------------------------------- --wait
 
 
-def _wait(face: Face, name: str) -> int:
+def _wait(face: Face, name: str, tail: Tail) -> int:
     """Show what the workload writes until its exit code is known; Ctrl-C leaves it running.
 
     1. its end is decided             → its exit code (128 + the number of a signal)
@@ -164,8 +193,6 @@ def _wait(face: Face, name: str) -> int:
     3. the daemon went away meanwhile → 1; the job goes on, or will
     """
     state = wiring.state_dir(face.options)
-    tail = Tail(state, name, "workload")
-    tail.skip()
     said = ""
     face.note(f"overlay {name}; Ctrl-C leaves it running")
     try:

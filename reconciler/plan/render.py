@@ -163,7 +163,7 @@ def plan_data(plan: Plan, observed: Observed) -> dict[str, object]:
         "drift": [{"subject": str(d.subject), "expected": d.expected, "observed": d.observed} for d in plan.drift],
         "changes": [_change_data(c) for c in plan.changes],
         "actions": [_action_data(a, indices) for a in plan.actions],
-        "blocked": [_blocked_data(b) for b in plan.blocked],
+        "blocked": [blocked_data(b) for b in plan.blocked],
         "budgets": list(plan.budgets),
         "objective": dict(plan.objective),
         "proof": plan.proof,
@@ -197,7 +197,8 @@ def _action_data(action: Action, indices: Mapping[str, int]) -> dict[str, object
     }
 
 
-def _blocked_data(blocked: Blocked) -> dict[str, object]:
+def blocked_data(blocked: Blocked) -> dict[str, object]:
+    """What is blocked, and by what."""
     return {
         "subject": str(blocked.subject),
         "reason": blocked.reason,

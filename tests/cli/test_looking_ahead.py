@@ -1,0 +1,64 @@
+"""`forecast`, and what `overlay submit` tells at once."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree as ET
+
+from desk import Desk
+
+NIGHTLY = """\
+version: 1
+priority: 900
+allow_baseline_eviction: true
+makespan: {schedule: "%d %d * * *", timezone: UTC, duration: 3h}
+gpus: 4
+workload: {command: [train]}
+"""
+
+
+def nightly_in_an_hour(desk: Desk) -> None:
+    import time
+
+    desk.write("setpoints.yaml", desk.setpoints.read_text().replace("min_available: 1", "min_available: 0"))
+    at = time.gmtime(time.time() + 3600)
+    desk.write("overlays/nightly.yaml", NIGHTLY % (at.tm_min, at.tm_hour))
+
+
+def test_a_forecast_without_a_daemon_is_told_and_drawn(desk: Desk) -> None:
+    nightly_in_an_hour(desk)
+    picture = desk.root / "tonight.svg"
+    told = desk.run("forecast", "--for", "6h", "--svg", str(picture))
+    assert told.returncode == 0, told.stderr
+    assert "nightly begins on GPU 0, 1, 2, 3" in told.stdout
+    assert "big does not answer for" in told.stdout
+    ET.parse(picture)
+    data = json.loads(desk.run("forecast", "--for", "6h", "--format", "json").stdout)["data"]
+    assert data["complete"] is True
+    assert {o["endpoint"] for o in data["outages"] if o["overlay"] == "nightly"} == {"big"}
+
+
+def test_a_picture_that_cannot_be_written_is_an_error_that_names_the_file(desk: Desk) -> None:
+    told = desk.run("forecast", "--for", "1h", "--svg", str(desk.root / "nowhere" / "x.svg"))
+    assert told.returncode == 1
+    assert "x.svg: cannot be written" in told.stderr
+
+
+def test_a_job_that_a_window_keeps_waiting_is_told_so_as_it_is_submitted_with_the_next_free_slot(desk: Desk) -> None:
+    nightly_in_an_hour(desk)
+    told = desk.run("overlay", "submit", "--gpus", "1", "--for", "3h", "--name", "long", "--", "sleep", "1")
+    assert told.returncode == 0
+    assert told.stdout == "long\n"
+    assert "long waits: WindowTaken" in told.stderr
+    assert "nightly" in told.stderr
+    assert "next free slot" in told.stderr
+    asked = desk.run("overlay", "submit", "--gpus", "9", "--name", "nine", "--format", "json", "--", "sleep", "1")
+    data = json.loads(asked.stdout)["data"]
+    assert data["waits"]["reason"] not in ("", "NotYet")
+
+
+def test_a_job_that_can_begin_is_not_told_to_wait(desk: Desk) -> None:
+    told = desk.run(
+        "overlay", "submit", "--gpus", "1", "--for", "1m", "--name", "now", "--format", "json", "--", "true"
+    )
+    assert json.loads(told.stdout)["data"]["waits"] is None
