@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -40,6 +41,11 @@ class Face:
     def is_json(self) -> bool:
         """Whether stdout carries JSON."""
         return self.shared.format is Format.json
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether stdout takes text as it is: no terminal shows it, and nobody asked for colour all the same."""
+        return not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR")
 
     @property
     def asks(self) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from reconciler.journal.journal import Journal
 from reconciler.journal.timings import Measure, p95
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Observed
 from reconciler.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from reconciler.journal.journal import Journal  # the writer's part, which a command that reads does without
 
 
 @dataclass(slots=True)
