@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from reconciler.act.account import Account
 from reconciler.errors import ActError
 from reconciler.spec.env_file import parse_env_file
 from reconciler.spec.texts import read_trusted
@@ -30,13 +31,23 @@ _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 def child_environment(
-    parent: Mapping[str, str], *, env_file: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None
+    parent: Mapping[str, str],
+    *,
+    account: Account | None = None,
+    env_file: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The environment of a leader; later sources win: what it inherits of `parent`, `env_file`, `env`.
+    """The environment of a leader; later sources win: what it inherits of `parent`, its `account`, `env_file`, `env`.
+
+    Another user's home, and the folders that the daemon's user keeps things in (XDG_, TMPDIR), are of no use to it.
 
     The markers of an incarnation are not in it: `ProcessActor.ensure_started` adds those, over anything.
     """
     inherited = {name: value for name, value in parent.items() if _inherits(name)}
+    if account is not None:
+        inherited = {name: value for name, value in inherited.items() if not name.startswith("XDG_")}
+        inherited.pop("TMPDIR", None)
+        inherited |= {"HOME": account.home, "USER": account.name, "LOGNAME": account.name, "SHELL": account.shell}
     return {**inherited, **(env_file or {}), **(env or {})}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from reconciler import census
 from reconciler.act import ports
+from reconciler.act.account import Account
 from reconciler.act.target import Target, examine
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock, Instant
@@ -65,6 +66,8 @@ class Launch:
     env: Mapping[str, str] = field(repr=False)
     """The leader's whole environment but for the markers (`environment.child_environment`)."""
     cwd: str
+    account: Account | None = None
+    """None: the daemon's own user."""
 
 
 class ProcessActor:
@@ -329,6 +332,13 @@ def _signal_number(name: str) -> signal.Signals:
         raise ActError(f"there is no signal {name!r}", hint="SIGTERM, SIGINT, SIGQUIT…") from None
 
 
+def _identity(account: Account | None) -> str:
+    """As the shim reads it: user, group, then every further group; empty: as the daemon."""
+    if account is None:
+        return ""
+    return " ".join(str(number) for number in (account.uid, account.gid, *account.groups))
+
+
 def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int) -> bytes:
     """What the shim reads on stdin; the markers that prove membership are added here."""
     subject = launch.subject
@@ -341,6 +351,7 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int)
     }
     fields = [
         *(str(state.run / launch.incarnation), boot_id, str(log), str(log_bytes), launch.cwd),
+        _identity(launch.account),
         str(len(launch.argv)),
         *launch.argv,
         *(f"{name}={value}" for name, value in environment.items()),

@@ -6,8 +6,8 @@ package, and nothing after its start, so an upgrade underneath it does no harm. 
 json, enum, pathlib or subprocess: they would double its start time and add half to its private memory.
 
 stdin       the order, fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, working
-            directory, number of arguments, the arguments, then the environment as NAME=VALUE. A pipe or memory: secrets
-            touch no disk.
+            directory, whom to run as (uid, gid and groups; empty: as this process), number of arguments, the arguments,
+            then the environment as NAME=VALUE. A pipe or memory: secrets touch no disk.
 LOCK_FD     an flock of the subject, held by being open here until the last descendant ended.
 READY_FD    closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 
@@ -58,7 +58,7 @@ def main() -> int:
 def start() -> tuple[int, int, int]:
     """Carry out the order on stdin; the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
     with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
-        folder, boot_id, log, log_bytes, cwd, count, *rest = stdin.read().split(b"\0")
+        folder, boot_id, log, log_bytes, cwd, user, count, *rest = stdin.read().split(b"\0")
     argv, environment = rest[: int(count)], rest[int(count) :]
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -70,7 +70,7 @@ def start() -> tuple[int, int, int]:
     leader = os.fork()
     if leader == 0:
         os.close(gate_in)
-        become_leader(gate_out, failure_in, log_fd, cwd, argv, environment)
+        become_leader(gate_out, failure_in, log_fd, cwd, user, argv, environment)
     os.close(gate_out)
     os.close(failure_in)
     own = os.getpid()
@@ -113,7 +113,7 @@ def become_reaper(log_fd: int) -> None:
 
 
 def become_leader(
-    gate: int, failure: int, log_fd: int, cwd: bytes, argv: list[bytes], environment: list[bytes]
+    gate: int, failure: int, log_fd: int, cwd: bytes, user: bytes, argv: list[bytes], environment: list[bytes]
 ) -> None:
     """In the child: own session, default signals, then wait for the gate and become the program. Never returns."""
     code, error = _NOT_EXECUTABLE, ""
@@ -125,7 +125,8 @@ def become_leader(
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         if os.read(gate, 1) == b"1":
-            os.chdir(cwd)
+            become_user(user)
+            os.chdir(cwd)  # as that user: it need not reach what root may
             execute(argv, dict(entry.partition(b"=")[::2] for entry in environment))
     except FileNotFoundError as problem:
         code, error = _NOT_FOUND, f"{os.fsdecode(problem.filename)}: {problem.strerror}"
@@ -137,6 +138,19 @@ def become_leader(
         if error:
             os.write(failure, f"{code} {error}".encode(errors="replace"))
         os._exit(code)
+
+
+def become_user(user: bytes) -> None:
+    """Give up this user's rights for good, groups first: afterwards nobody may change them any more."""
+    if not user:
+        return
+    uid, gid, *groups = map(int, user.split())
+    try:
+        os.setgroups(groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    except PermissionError:
+        raise OSError(1, "only root may run it as another user", "user") from None
 
 
 def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:

@@ -42,6 +42,8 @@ def run(ctx: typer.Context) -> int:
     options = face.options
     path, state = wiring.setpoints_path(options), wiring.state_dir(options).path
     face.note(f"reconciler: pid {os.getpid()}, set points {path}, state {state}")
+    if os.geteuid() == 0:
+        face.note("warning: running as root: so does every endpoint and workload that has no `user:`")
     return wiring.run_daemon(options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from uuid import uuid4
 
+from reconciler.act.account import find_account
 from reconciler.act.environment import child_environment, read_env_file
 from reconciler.act.process import Launch
 from reconciler.errors import ActError
@@ -27,7 +28,7 @@ def launch_of(
         simulated: what a simulated node adds (PATH, RECONCILER_SIM_DIR); empty on a real one
 
     Raises:
-        ActError: the subject is no longer described, or its env_file cannot be read.
+        ActError: the subject is no longer described, its user is gone, or its env_file cannot be read.
     """
     base = {**inherited, **simulated}
     gpus = {gpu.uuid: gpu for gpu in observed.gpus}
@@ -37,7 +38,7 @@ def launch_of(
         endpoint = endpoint_for(action, spec)
         command = launch(endpoint, gpu_indices=indices, gpu_total_bytes=totals, port=endpoint.port)
         argv, own, port = command.argv, dict(command.env), endpoint.port
-        env_file, cwd = endpoint.env_file, endpoint.cwd
+        env_file, cwd, user = endpoint.env_file, endpoint.cwd, endpoint.user
     else:
         overlay = spec.overlays.get(action.subject.name)
         if overlay is None or overlay.workload is None:
@@ -45,8 +46,9 @@ def launch_of(
         argv, port = overlay.workload.command, None
         own = {**overlay.workload.env, **gpu_environment(indices), **_capability_urls(overlay, spec, observed)}
         own["RECONCILER_GPUS"] = ",".join(map(str, indices))
-        env_file, cwd = overlay.workload.env_file, overlay.workload.cwd
+        env_file, cwd, user = overlay.workload.env_file, overlay.workload.cwd, overlay.workload.user
     secrets = read_env_file(env_file) if env_file is not None else {}
+    account = find_account(user) if user is not None else None
     marks = {**simulated, "RECONCILER_SUBJECT": action.subject.name}
     return Launch(
         incarnation=uuid4().hex,
@@ -58,8 +60,9 @@ def launch_of(
         port=port,
         attempt=action.attempt,
         argv=argv,
-        env=child_environment(base, env_file=secrets, env={**own, **marks}),
+        env=child_environment(base, account=account, env_file=secrets, env={**own, **marks}),
         cwd=cwd,
+        account=account,
     )
 
 

@@ -54,6 +54,7 @@ def process_hash(endpoint: EndpointSpec, secrets: str | None) -> str:
             "env_file": endpoint.env_file,
             "secrets": secrets,
             "cwd": endpoint.cwd,
+            **({"user": endpoint.user} if endpoint.user else {}),
             **({"profile": _command_of(endpoint.own_profile)} if endpoint.own_profile else {}),
         }
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -104,6 +106,19 @@ class Context:
             self.findings.add(at, f"env_file {path} cannot be used")
         return path, self.secrets[path]
 
+    def check_user(self, name: str | None, at: Source) -> None:
+        """Note a user that does not exist, or that this process may not become."""
+        if name is None:
+            return
+        try:
+            wanted = pwd.getpwnam(name).pw_uid
+        except (KeyError, ValueError):
+            self.findings.add(at, f'there is no user "{clip(name)}" on this box', "name one of /etc/passwd")
+            return
+        if os.geteuid() not in (0, wanted):
+            hint = "run reconciler as root, or leave `user` out"
+            self.findings.add(at, f'only root may run things as another user, here "{clip(name)}"', hint)
+
 
 def absolute(value: str, at: Source) -> str:
     """A path relative to the folder of the file it was written in, made absolute."""
@@ -165,6 +180,7 @@ def resolve_endpoint(
     else:
         _check_engine(name, model, node, key_at, profile, findings)
     context.check_variables(child(node, "env"))
+    context.check_user(model.user, at("user"))
     if model.movable:
         hint = "leave it out; who gives way to an overlay is restarted elsewhere where it fits"
         findings.add(at("movable"), "`movable: true` is not supported: what runs is not moved to make room", hint)
@@ -208,6 +224,7 @@ def resolve_endpoint(
         process_hash="",
         source=key_at,
         own_profile=own,
+        user=model.user,
     )
     return replace(endpoint, process_hash=process_hash(endpoint, secrets))
 

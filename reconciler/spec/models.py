@@ -147,6 +147,8 @@ class EndpointModel(Model):
     """File of KEY=VALUE lines, relative to this file; its values are never shown."""
     cwd: Text | None = None
     """Working directory, relative to this file. Default: the folder of this file."""
+    user: Text | None = None
+    """User that it runs as, which only root may choose. Default: the one who runs reconciler."""
     health: HealthModel = Field(default_factory=HealthModel)
     """How it is asked whether it is ready."""
     stop: StopModel = Field(default_factory=StopModel)

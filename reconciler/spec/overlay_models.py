@@ -60,6 +60,8 @@ class WorkloadModel(Model):
     """File of KEY=VALUE lines, relative to this file; its values are never shown."""
     cwd: Text | None = None
     """Working directory, relative to this file. Default: the folder of this file."""
+    user: Text | None = None
+    """User that it runs as, which only root may choose. Default: the one who runs reconciler."""
     retries: Annotated[Count, Ge(0), Le(1000)] = 0
     """How often it is tried again after a failure, while time remains."""
     preemptible: Flag = False

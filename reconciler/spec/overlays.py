@@ -118,7 +118,10 @@ def _resolve(name: str, model: OverlayModel, text: Map, baseline: Baseline, cont
     makespan_text = child(text, "makespan")
     makespan = resolve_makespan(model.makespan, makespan_text or Map({}, text.at), findings)
     workload, secrets = _workload(model, text, context)
-    process = workload and (workload.command, workload.env, workload.env_file, secrets, workload.cwd)
+    process: tuple[object, ...] | None = None
+    if workload is not None:
+        process = (workload.command, workload.env, workload.env_file, secrets, workload.cwd)
+        process += (workload.user,) if workload.user else ()
     return OverlaySpec(
         name=name,
         priority=context.priority(model.priority, at("priority")),
@@ -193,6 +196,7 @@ def _workload(model: OverlayModel, text: Map, context: Context) -> tuple[Workloa
     if wanted is None:
         return None, None
     context.check_variables(child(text, "workload", "env"))
+    context.check_user(wanted.user, locate(text, ("workload", "user")))
     env_file, secrets = context.env_file(wanted.env_file, locate(text, ("workload", "env_file")))
     workload = Workload(
         command=wanted.command,
@@ -202,6 +206,7 @@ def _workload(model: OverlayModel, text: Map, context: Context) -> tuple[Workloa
         retries=wanted.retries,
         preemptible=wanted.preemptible,
         stop=stop(wanted.stop),
+        user=wanted.user,
     )
     return workload, secrets
 

@@ -160,6 +160,8 @@ class EndpointSpec:
     source: Source
     own_profile: EngineProfile | None = None
     """The profile that the set points define under the name `engine`; None: the one that comes with the program."""
+    user: str | None = None
+    """Whom it runs as; None: the daemon's user."""
 
     @property
     def profile(self) -> EngineProfile:
@@ -198,6 +200,8 @@ class Workload:
     retries: int
     preemptible: bool
     stop: Stop
+    user: str | None = None
+    """Whom it runs as; None: the daemon's user."""
 
 
 @dataclass(frozen=True, slots=True)
