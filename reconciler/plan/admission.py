@@ -220,7 +220,7 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     unseen = sorted(n for n in stopping if not can_stop(draft, n))
     if unseen:
         message = f"it sets aside {', '.join(unseen)}, which cannot be seen well enough to be stopped"
-        return Blocked(subject, "GpuUnknown", message, ("see `reconciler doctor`",), transient=True)  # 2
+        return Blocked(subject, "GpuUnknown", message, ("see `reconciler status`",), transient=True)  # 2
     rivals = rivals_of(draft, overlay)
     if rivals:
         message = f"{', '.join(rivals)} set the same endpoint otherwise"
