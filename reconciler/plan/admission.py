@@ -168,10 +168,12 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         draft.want()
         seat(draft)
         return
-    if rivalling and isinstance(_seek(draft, overlay, draft.board, lambda need: need, why=False), tuple):
-        slot = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
-        draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
-        return
+    if rivalling:  # what stands in the way beside the windows is told, not how little they leave
+        answer = _seek(draft, overlay, draft.board, lambda need: need)
+        if isinstance(answer, tuple):
+            slot = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
+            draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
+            return
     if answer is None:
         draft.block(_no_provider(draft, overlay))  # 4
         return

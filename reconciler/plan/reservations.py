@@ -46,7 +46,7 @@ def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
         if isinstance(answer, tuple):
             found.append(_window(draft, step, overlay, *answer))  # 1
         elif answer is not None and start > draft.now.wall:
-            draft.block(_conflict(draft, overlay, start, found, answer, fits))  # 2, 3
+            draft.block(_conflict(draft, overlay, start, found, answer, seek, fits))  # 2, 3
     return tuple(found)
 
 
@@ -144,11 +144,20 @@ def _window(draft: Draft, step: OverlayStep, overlay: OverlaySpec, placement: Pl
 
 
 def _conflict(
-    draft: Draft, overlay: OverlaySpec, start: float, found: list[Window], refusal: Refusal, fits: Fits
+    draft: Draft,
+    overlay: OverlaySpec,
+    start: float,
+    found: list[Window],
+    refusal: Refusal,
+    seek: Seek,
+    fits: Fits,
 ) -> Blocked:
     rivals = ahead_of(draft, overlay, start, found)
-    if rivals and fits(overlay, _board_at(draft, start), lambda need: need):
-        return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, found, fits))  # 2
+    if rivals:  # what stands in the way beside the windows is told, not how little they leave
+        alone = seek(overlay, _board_at(draft, start), lambda need: need)
+        if isinstance(alone, tuple):
+            return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, found, fits))  # 2
+        refusal = alone or refusal
     subject = Subject("workload", overlay.name)
     message = f"its window at {moment(start)}: {refusal.message}"
     return Blocked(subject, refusal.reason, message, refusal.alternatives, start, transient=True)  # 3

@@ -127,6 +127,22 @@ def test_an_endpoint_is_not_brought_back_for_less_than_twice_its_load_time() -> 
     assert run.plant.is_ready("ask")
 
 
+def test_work_that_has_no_place_even_without_the_windows_is_told_what_it_lacks_beside_them() -> None:
+    ask = endpoint("ask", 1, priority=40)
+    run = settled(ask)
+    night = overlay("night", 1, start=NOW.wall + 2 * HOUR, priority=600)
+    polite = overlay("polite", 1, priority=100, evict=False)
+    later = overlay("later", 1, priority=100, evict=False, start=NOW.wall + 2 * HOUR)
+    run.spec = spec(ask, night)
+    run.step()
+    run.spec = spec(ask, night, polite, later)
+    decided = run.decide()
+    for name in ("polite", "later"):
+        said = blocked(decided, name)
+        assert said is not None
+        assert said.reason == "NoConsent"
+
+
 def bounded(item: OverlaySpec, deadline: float) -> OverlaySpec:
     """The same overlay with a hard end."""
     return replace(item, makespan=replace(item.makespan, deadline=deadline))
