@@ -24,7 +24,12 @@ MOST_DECISIONS = 20_000
 AT_ONCE = 100
 """Decisions in a row between which no time passes; after that a second is let go by."""
 
+Kind = Literal["endpoint", "overlay", "foreign"]
 Phase = Literal["loading", "ready", "unhealthy", "leaving", "asleep", "running", "reserved", "foreign"]
+
+
+Place = tuple[str, str, Kind]
+"""Whom a bar is about: GPU, name, kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Bar:
     gpu: str
     """UUID."""
     name: str
-    kind: Literal["endpoint", "overlay", "foreign"]
+    kind: Kind
     phase: Phase
     begin: float
     """Epoch seconds."""
@@ -93,7 +98,7 @@ class _Tape:
     bars: list[Bar] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     outages: list[Outage] = field(default_factory=list)
-    _on: dict[tuple[str, str, str], tuple[str, float]] = field(default_factory=dict)
+    _on: dict[Place, tuple[Phase, float]] = field(default_factory=dict)
     _out: dict[str, tuple[float, str | None]] = field(default_factory=dict)
     _states: dict[str, str] = field(default_factory=dict)
     _evicted: dict[str, str] = field(default_factory=dict)
@@ -111,12 +116,12 @@ class _Tape:
         for name, (begin, overlay) in self._out.items():
             self.outages.append(Outage(name, begin, end, overlay, lasts=True))
 
-    def _occupy(self, seen: dict[tuple[str, str, str], str], now: float) -> None:
+    def _occupy(self, seen: dict[Place, Phase], now: float) -> None:
         for key, (phase, begin) in list(self._on.items()):
             if seen.get(key) != phase:
                 del self._on[key]
                 if now > begin:
-                    self.bars.append(Bar(*key, phase, begin, now))  # type: ignore[arg-type]
+                    self.bars.append(Bar(*key, phase, begin, now))
         for key, phase in seen.items():
             self._on.setdefault(key, (phase, now))
 
@@ -203,7 +208,7 @@ _PHASES: dict[str, Phase] = {
 }  # fmt: skip
 
 
-def _occupants(plan: Plan, observed: Observed) -> Iterator[tuple[tuple[str, str, str], Phase]]:
+def _occupants(plan: Plan, observed: Observed) -> Iterator[tuple[Place, Phase]]:
     """Who is on which GPU: (UUID, name, kind) and how."""
     there: set[tuple[Subject, str]] = set()
     for one in observed.incarnations:

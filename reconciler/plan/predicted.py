@@ -6,6 +6,7 @@ else happens. What is unknown now stays unknown, and strangers stay where they a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
@@ -142,7 +143,7 @@ class PredictedBox:
             case "stop" | "stop_workload":
                 self._ask_to_stop(action, signal=True)
             case "kill":
-                self._change(action.incarnation, strays=())
+                self._change(action.incarnation, lambda i: replace(i, strays=()))
             case "sleep" | "wake" if action.incarnation is not None and action.incarnation not in self._calls:
                 took = action.expected[1] - action.expected[0]
                 self._calls[action.incarnation] = (self.now.mono + max(SHORTEST_S, took), action)
@@ -175,13 +176,10 @@ class PredictedBox:
         if signal and stop.signalled is None:
             self._ends_at[target.id] = (self.now.mono + self._stop_s(target), -15)
             stop = replace(stop, drained=True, signalled=self.now)
-        self._change(target.id, stop=stop)
+        self._change(target.id, lambda i: replace(i, stop=stop))
 
-    def _change(self, name: str | None, **fields: object) -> None:
-        self.incarnations = [
-            replace(i, **fields) if i.id == name else i  # type: ignore[arg-type]
-            for i in self.incarnations
-        ]
+    def _change(self, name: str | None, change: Callable[[Incarnation], Incarnation]) -> None:
+        self.incarnations = [change(i) if i.id == name else i for i in self.incarnations]
 
     # ------------------------------------------------------------ time
 
@@ -197,7 +195,7 @@ class PredictedBox:
         for name, (at, code) in list(self._ends_at.items()):
             if at <= to:
                 del self._ends_at[name]
-                self._change(name, phase="exited", exit_code=code, exited=self.now, pid=None, strays=())
+                self._end(name, code)
                 self._ready_at.pop(name, None)
                 self._frees_at[name] = to + MEMORY_RETURN_S
         self._frees_at = {n: at for n, at in self._frees_at.items() if at > to}
@@ -206,6 +204,10 @@ class PredictedBox:
                 del self._calls[name]
                 self._answered.append(action)
                 (self._asleep.add if action.op == "sleep" else self._asleep.discard)(name)
+
+    def _end(self, name: str, code: int) -> None:
+        now = self.now
+        self._change(name, lambda i: replace(i, phase="exited", exit_code=code, exited=now, pid=None, strays=()))
 
     def answer(self, ledger: Ledger) -> Ledger:
         """The ledger after the engines that were told to sleep or to wake up said that they have."""

@@ -48,7 +48,7 @@ def lived(run: Run, span_s: float) -> dict[str, list[tuple[float, bool]]]:
 
 
 @pytest.mark.parametrize("name", ["nightly-training", "render-tonight", "evening-model"])
-def test_what_a_forecast_of_an_example_says_then_happens_to_the_second(name: str) -> None:
+def test_what_a_forecast_of_an_example_says_then_happens_within_the_time_to_drain(name: str) -> None:
     run, run.spec = baseline_of(name)
     one = next(iter(run.spec.endpoints.values())).profile
     runs = {n: o.makespan.duration_s for n, o in run.spec.overlays.items() if o.makespan.duration_s is not None}
