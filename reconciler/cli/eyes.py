@@ -28,7 +28,9 @@ def prepare_node(simulate: str | None, state: StateDir) -> Mapping[str, str]:
     from reconciler.sim.driver import install
     from reconciler.sim.node import engine_environment, prepare
 
-    prepare(state.sim, parse_node(simulate))
+    node = parse_node(simulate)
+    state.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # a look may come before any daemon
+    prepare(state.sim, node)
     install(state.sim)
     return engine_environment(state.sim)
 

@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, Entry] = {
     "logs": Entry("logs", "Show what an endpoint or workload wrote."),
     "events": Entry("history", "Show what was decided, done and seen."),
     "incidents": Entry("history", "Show what neither the set points nor the agenda explain."),
+    "doctor": Entry("doctor", "Say what is wrong with this box, and how to mend it."),
     "schema": Entry("schema", "Print the JSON Schema of a file format."),
     "demo": Entry("demo", "See it work on a simulated node, in under a minute."),
     "sim": Entry("sim", "Look at, fill, break and use the simulated node."),

@@ -104,24 +104,25 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, and the file's folder is meant
 
 
-def _simulated(options: Options) -> str | None:
+def simulated_node(options: Options) -> str | None:
+    """The simulated node that is asked for; None: the box's own driver."""
     return options.simulate or os.environ.get("RECONCILER_SIMULATE") or None
 
 
 # ---------------------------------------------------------------- looking
 
 
-def _in_force(options: Options, *, last_good: bool) -> SpecInForce:
+def in_force(options: Options, *, last_good: bool) -> SpecInForce:
     """The spec as a daemon would follow it; without `last_good`, set points that it would not accept are an error."""
     from reconciler.loop.specs import SpecKeeper
 
     path = setpoints_path(options)
     with journal_reader(options) as journal:
         ledger, remembered = journal.ledger(), journal.texts()
-    in_force = SpecKeeper(path, remembered.files if remembered else {}, transform=None).load(ledger)
-    if not last_good and any(p.file == str(path) for p in in_force.problems):
-        raise SpecError(in_force.problems)
-    return in_force
+    followed = SpecKeeper(path, remembered.files if remembered else {}, transform=None).load(ledger)
+    if not last_good and any(p.file == str(path) for p in followed.problems):
+        raise SpecError(followed.problems)
+    return followed
 
 
 def look(options: Options, *, at: float | None = None, last_good: bool = False) -> Look:
@@ -138,8 +139,8 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
     from reconciler.plan.planner import plan
 
     state = state_dir(options)
-    in_force = _in_force(options, last_good=last_good)
-    spec = in_force.spec
+    followed = in_force(options, last_good=last_good)
+    spec = followed.spec
     with journal_reader(options) as journal:
         ledger, incidents = learn(journal.ledger(), journal.timings(), spec), journal.incidents()
     answer = _ask(state, "values")
@@ -155,14 +156,14 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
         incidents = tuple(decode(Incident, i) for i in answer["incidents"])
         daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
     else:
-        prepare_node(_simulated(options), state)
+        prepare_node(simulated_node(options), state)
         observed, daemon = look_once(state, spec, ledger), None
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
     decided = plan(spec, observed, ledger, now)
     return Look(
-        spec, observed, ledger, decided, incidents, daemon, tuple(map(str, in_force.problems)), in_force.problems
+        spec, observed, ledger, decided, incidents, daemon, tuple(map(str, followed.problems)), followed.problems
     )
 
 
@@ -222,7 +223,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
     with acquire_writer(state):
-        simulated = prepare_node(_simulated(options), state)
+        simulated = prepare_node(simulated_node(options), state)
         journal = Journal.open(state.journal, clock)
         try:
             remembered = journal.texts()
@@ -304,7 +305,7 @@ async def converging(
     from reconciler.loop.converging import Goal
     from reconciler.plan.requests import stopped
 
-    spec = _in_force(options, last_good=request == "down").spec
+    spec = in_force(options, last_good=request == "down").spec
     unknown = sorted(set(endpoints) - set(spec.endpoints))
     if unknown:
         raise UnknownName(f"no endpoint is named {unknown[0]!r}", name=unknown[0], known=spec.endpoints)

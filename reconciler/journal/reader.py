@@ -200,6 +200,12 @@ class JournalReader:
         with database.errors_explained(self.path, "read"):
             return int(self._meta("generation", "0"))
 
+    def damage(self) -> str | None:
+        """What SQLite finds wrong with the file (PRAGMA quick_check); None: nothing."""
+        with database.errors_explained(self.path, "read"):
+            verdict = str(next(self._select("PRAGMA quick_check(1)"))[0])
+        return None if verdict == "ok" else verdict
+
     def _records(self, kind: str, of: type[T]) -> Iterator[T]:
         for name, body in self._connection.execute(
             "SELECT name, body FROM records WHERE kind = ? ORDER BY name", (kind,)

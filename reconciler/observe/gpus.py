@@ -71,6 +71,15 @@ class NvmlReader:
         with self._lock:
             self._call(self._driver.open)
 
+    def versions(self) -> tuple[str, str]:
+        """The driver's own version, and the newest CUDA that it serves.
+
+        Raises:
+            DriverError: it is not there, or does not answer.
+        """
+        with self._lock:
+            return self._call(self._driver.versions)
+
     def read(self, options: ReadOptions = CACHED) -> GpuReadings:
         """Every GPU, parts of it as old as `options` allow. Never raises for a driver that does not answer.
 

@@ -140,6 +140,17 @@ class NvmlDriver:
         with suppress(self._nv.NVMLError):
             self._nv.nvmlShutdown()
 
+    def versions(self) -> tuple[str, str]:
+        """The driver's own, and the newest CUDA that it serves.
+
+        Raises:
+            NVMLError: the driver does not answer.
+        """
+        self.open()
+        self.calling = "nvmlSystemGetDriverVersion"
+        cuda = int(self._nv.nvmlSystemGetCudaDriverVersion())
+        return str(self._nv.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+
     def look(self, options: ReadOptions) -> list[Gpu | UnreadGpu]:
         """Every GPU that the driver lists; initialises first, and once more where the driver no longer knows us.
 

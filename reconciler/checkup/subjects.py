@@ -1,0 +1,131 @@
+"""What the set points name: the files themselves, the programs to be run, their ports, and what earlier runs left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler.act.account import Account, find_account
+from reconciler.act.environment import child_environment, read_env_file
+from reconciler.checkup.check import Check, or_ok
+from reconciler.errors import ActError, Problem
+from reconciler.observe.snapshot import all_endpoints
+from reconciler.plan.observed import Observed
+from reconciler.spec.engines import launch
+from reconciler.spec.spec import Spec
+
+
+def check_files(files: Collection[Path], problems: Collection[Problem]) -> tuple[Check, ...]:
+    """The set points and the overlays: whether they mean anything."""
+    found = (Check("files", "error", str(_without_hint(p)), p.hint) for p in problems)
+    return or_ok(found, "files", f"{len(files)} file{'s' * (len(files) != 1)} read, nothing wrong with them")
+
+
+def _without_hint(problem: Problem) -> Problem:
+    return Problem(problem.file, problem.line, problem.column, problem.message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """One thing that may be started."""
+
+    who: str
+    program: str
+    cwd: str
+    user: str | None
+    env_file: str | None
+    env: Mapping[str, str]
+
+
+def check_programs(spec: Spec, environment: Mapping[str, str]) -> tuple[Check, ...]:
+    """Whether everything that may be started can be: its program, folder, user and env_file.
+
+    `environment`: what a daemon with the same surroundings as this process would hand down.
+    """
+    programs = tuple(_programs(spec))
+    concerned: dict[tuple[str, str | None], list[str]] = {}
+    for program in programs:
+        for problem in _missing(program, environment):
+            concerned.setdefault(problem, []).append(program.who)
+    found = [Check("programs", "error", f"{', '.join(who)}: {what}", hint) for (what, hint), who in concerned.items()]
+    rooted = sum(program.user is None for program in programs)
+    if os.geteuid() == 0 and rooted:
+        hint = "name a `user:` for each, or run the daemon as another user"
+        found.append(Check("programs", "warning", f"a daemon of root's would run {rooted} of them as root too", hint))
+    return or_ok(found, "programs", f"{len(programs)} that may be started, all there")
+
+
+def _programs(spec: Spec) -> Iterator[_Program]:
+    for one in all_endpoints(spec):
+        if one.state != "stopped":
+            command = launch(one, gpu_indices=(), gpu_total_bytes=(), port=one.port)
+            yield _Program(one.name, command.argv[0], one.cwd, one.user, one.env_file, command.env)
+    for name, overlay in spec.overlays.items():
+        if (work := overlay.workload) is not None:
+            yield _Program(name, work.command[0], work.cwd, work.user, work.env_file, work.env)
+
+
+def _missing(one: _Program, environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """What stands in the way of its start, and what to do."""
+    account: Account | None = None
+    secrets: Mapping[str, str] = {}
+    if one.user is not None:
+        try:
+            account = find_account(one.user)
+        except ActError as error:
+            yield error.message, error.hint
+        else:
+            if os.geteuid() not in (0, account.uid):
+                yield f"only root may run it as {one.user}", "run the daemon as root, or leave `user:` out"
+    if one.env_file is not None:
+        try:
+            secrets = read_env_file(one.env_file)
+        except ActError as error:
+            yield error.message, error.hint or "correct `env_file:`"
+    if not Path(one.cwd).is_dir():
+        yield f"the folder {one.cwd} is not there", "correct `cwd:`, or make it"
+    path = child_environment(environment, account=account, env_file=secrets, env=one.env).get("PATH", os.defpath)
+    if "/" in one.program:
+        if shutil.which(os.path.join(one.cwd, one.program)) is None:  # noqa: PTH118 - an absolute one stays as it is
+            yield f"{one.program} is not there, or may not be run", "correct the path"
+    elif shutil.which(one.program, path=path) is None:
+        hint = f"name it by its path (`executable:`), or put its folder on the daemon's PATH, now {path}"
+        yield f"{one.program} is not on PATH", hint
+
+
+def check_ports(spec: Spec, observed: Observed) -> tuple[Check, ...]:
+    """Whether somebody else listens where an endpoint should."""
+    wanted: dict[int, str] = {e.port: e.name for e in all_endpoints(spec) if e.port is not None}
+    found: list[Check] = []
+    for port, holder in sorted(observed.ports.items()):
+        who = f"pid {holder.pid}: {holder.command or '?'}" if holder.pid else "somebody who cannot be seen from here"
+        hint = "end it, or give the endpoint another `port:`"
+        found.append(Check("ports", "error", f"port {port} of {wanted.get(port, '?')} is taken by {who}", hint))
+    return or_ok(found, "ports", f"{len(wanted)} ports wanted, none taken by anybody else")
+
+
+def check_leftovers(spec: Spec, observed: Observed) -> tuple[Check, ...]:
+    """What lives on of earlier starts and belongs to nothing that is wanted, or cannot be told."""
+    names = {endpoint.name for endpoint in all_endpoints(spec)}
+    found: list[Check] = []
+    for one in observed.incarnations:
+        clean = f"reconciler clean-start {one.subject.name} --dry-run"
+        if one.phase == "unknown":
+            hint = f"nothing is done to it until it can be told; its records lie in run/{one.id} of the state directory"
+            found.append(Check("leftovers", "unknown", f"what became of {one.subject.name} cannot be told", hint))
+        elif one.phase in ("exited", "vanished") and one.strays:
+            pids = ", ".join(map(str, one.strays))
+            message = f"{one.subject.name} has ended, {len(one.strays)} of its processes live on ({pids})"
+            found.append(Check("leftovers", "warning", message, f"the daemon ends them; without one, `{clean}`"))
+        elif one.subject.kind == "endpoint" and one.subject.name not in names:
+            hint = "`reconciler plan` says what becomes of it"
+            found.append(Check("leftovers", "warning", f"{one.subject.name} runs and is in no file any more", hint))
+    return or_ok(found, "leftovers", "nothing of earlier runs is left")
+
+
+def has_gangs(spec: Spec) -> bool:
+    """Whether some endpoint spans several GPUs."""
+    return any(endpoint.gpus.count > 1 for endpoint in all_endpoints(spec))
