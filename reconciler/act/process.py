@@ -12,16 +12,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from reconciler import census
 from reconciler.act import ports
 from reconciler.act.account import Account
+from reconciler.act.forkserver import ForkServer
 from reconciler.act.target import Target, examine
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock, Instant
@@ -32,15 +30,13 @@ from reconciler.journal.layout import StateDir, is_locked, take_lock
 from reconciler.plan.observed import Subject
 from reconciler.spec.spec import Stop
 
-_SHIM = Path(__file__).resolve().with_name("shim.py")
-
 LOG_BYTES = 64 << 20
 """Kept of the output of one incarnation, a quarter more at times: days of an engine, and 20 past ones still fit."""
 
 _LOCK_S = 1.0
 """How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
 _START_S = 30.0
-"""How long a shim may take to report; it takes 15 ms, and seconds on a box that swaps."""
+"""How long a shim may take to report; it takes some ms, and seconds on a box that swaps."""
 _LINGER_S = 0.5
 """What the others get when the leader ended by itself: resource trackers unlink /dev/shm files only then."""
 _LOOK_S = 0.005
@@ -78,7 +74,7 @@ class ProcessActor:
         self._log_bytes = log_bytes
         self._clock = clock
         self._boot_id = boot_id
-        self._shims: dict[int, subprocess.Popen[bytes]] = {}
+        self._forks = ForkServer()
         self._starts: dict[str, asyncio.Future[None]] = {}
 
     # ------------------------------------------------------------ starting
@@ -191,29 +187,18 @@ class ProcessActor:
 
     def _spawn_shim(self, lock: int, order: bytes) -> int:
         ready, report = os.pipe()
-        stdin = os.memfd_create("order", os.MFD_CLOEXEC)  # no disk, and no pipe that fills up before the shim reads
+        memory = os.memfd_create("order", os.MFD_CLOEXEC)  # no disk, and no pipe that fills up before the shim reads
         try:
-            with open(stdin, "wb", closefd=False) as file:
+            with open(memory, "wb", closefd=False) as file:
                 file.write(order)
-            os.lseek(stdin, 0, os.SEEK_SET)
-            shim = subprocess.Popen(  # reaped by `reap`, whenever it ends
-                (sys.executable, "-I", "-S", str(_SHIM), str(lock), str(report)),
-                stdin=stdin,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(lock, report),
-                # an interpreter may need its library path; anything else would stand in the shim's environ for years
-                env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
-                cwd="/",
-                start_new_session=True,
-            )
+            os.lseek(memory, 0, os.SEEK_SET)
+            self._forks.fork_shim(memory, lock, report)
         except BaseException:
             os.close(ready)
             raise
         finally:
             os.close(report)
-            os.close(stdin)
-        self._shims[shim.pid] = shim
+            os.close(memory)
         return ready
 
     async def _report(self, launch: Launch, ready: int) -> None:
@@ -223,6 +208,7 @@ class ProcessActor:
         try:
             while True:
                 if not await readable_within(ready, -self._clock.now().since(deadline), self._clock):
+                    self._forks.kill()  # if it is that which hangs, the order and its lock end with it
                     raise ActError(f"{launch.subject}: its shim has not reported within {_START_S:.0f} s")
                 chunk = os.read(ready, 4096)
                 if not chunk:
@@ -318,11 +304,14 @@ class ProcessActor:
 
     # ------------------------------------------------------------ afterwards
 
-    def reap(self) -> None:
-        """Collect our own shims that ended; elsewhere they would stay zombies as long as the daemon lives."""
-        for pid, shim in list(self._shims.items()):
-            if shim.poll() is not None:
-                del self._shims[pid]
+    def warm(self) -> None:
+        """Be ready for starts to come: without it the next one takes some 20 ms longer."""
+        with suppress(OSError):  # a start will tell
+            self._forks.open()
+
+    def close(self) -> None:
+        """Nothing more will be started by this one; what runs is left running."""
+        self._forks.close()
 
 
 def _signal_number(name: str) -> signal.Signals:

@@ -1,15 +1,18 @@
 # ruff: noqa: PTH116, PTH118, PTH123, FBT003
 """The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
 
-Run as `python -I -S shim.py LOCK_FD READY_FD` in a session of its own, by absolute path: it imports nothing of this
-package, and nothing after its start, so an upgrade underneath it does no harm. One is alive per incarnation, hence no
-json, enum, pathlib or subprocess: they would double its start time and add half to its private memory.
+Run as `python -I -S shim.py CONTROL_FD`, by absolute path: it imports nothing of this package, and nothing after its
+start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own, for each
+message on the socket CONTROL_FD, until the other end is closed. One shim is alive per incarnation, and shares what it
+does not change with all others; hence no json, enum, pathlib or subprocess, which would be paid for by each.
 
-stdin       the order, fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, working
-            directory, whom to run as (uid, gid and groups; empty: as this process), number of arguments, the arguments,
-            then the environment as NAME=VALUE. A pipe or memory: secrets touch no disk.
-LOCK_FD     an flock of the subject, held by being open here until the last descendant ended.
-READY_FD    closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
+A message brings three descriptors:
+
+order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, working directory, whom to
+            run as (uid, gid and groups; empty: as this process), number of arguments, the arguments, then the
+            environment as NAME=VALUE. Memory without a name: secrets touch no disk.
+lock        an flock of the subject, held by being open here until the last descendant ended.
+ready       closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 
 Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` becomes
 durable; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
@@ -24,13 +27,18 @@ from __future__ import annotations
 
 # the signal module without its enums, which cost a third of the start time
 import _signal  # type: ignore[import-not-found] # CPython's own; typeshed knows only `signal`
+
+# the same for sockets
+import _socket
 import ctypes
+import gc
 import os
 import sys
 import time
 
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
+_GIVEN = 3  # descriptors with each message: order, lock, ready
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -41,22 +49,70 @@ _TRIES = 60  # a second apart, during which a full disk may become writable agai
 
 
 def main() -> int:
+    """Fork a shim for each message, until nobody can send one any more."""
+    control = _socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(control.fileno(), False)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
+    ignore_polite_signals()
+    name_process("reconciler-fork")
+    ctypes.CDLL(None, use_errno=True)
+    gc.disable()
+    gc.freeze()  # a collection would write to every object, and end the sharing of its page
+    while True:
+        message, descriptors = receive(control)
+        if not message:
+            return 0
+        if len(descriptors) == _GIVEN:
+            order, _, ready = descriptors  # the lock stays open in the shim, which is all that is done with it
+            fork_shim(control, order, ready)
+        for fd in descriptors:
+            os.close(fd)
+
+
+def receive(control: _socket.socket) -> tuple[bytes, list[int]]:
+    """The next message and its descriptors; empty once the other end is closed."""
+    message, ancillary, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(_GIVEN * 4), _socket.MSG_CMSG_CLOEXEC)
+    found: list[int] = []
+    for level, kind, data in ancillary:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            found += [int.from_bytes(data[at : at + 4], sys.byteorder) for at in range(0, len(data) // 4 * 4, 4)]
+    return message, found
+
+
+def fork_shim(control: _socket.socket, order: int, ready: int) -> None:
+    """One shim, in a session of its own."""
+    try:
+        shim = os.fork()
+    except OSError as error:
+        os.write(ready, f"it cannot be forked: {error}".encode())
+        return
+    if shim != 0:
+        return
+    code = 1
+    try:
+        control.close()
+        os.setsid()
+        os.dup2(order, 0)
+        os.close(order)
+        code = supervise(ready)
+    finally:
+        os._exit(code)
+
+
+def supervise(ready: int) -> int:
     """Start the leader, say so, stay."""
-    lock_fd, ready_fd = int(sys.argv[1]), int(sys.argv[2])
-    os.set_inheritable(lock_fd, False)
-    os.set_inheritable(ready_fd, False)
     try:
         leader, folder_fd, log_bytes = start()
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
-        os.write(ready_fd, f"{type(error).__name__}: {error}".encode())
+        os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
-    os.close(ready_fd)
+    os.close(ready)
     watch(leader, folder_fd, log_bytes)
     return 0
 
 
 def start() -> tuple[int, int, int]:
-    """Carry out the order on stdin; the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
+    """Carry out the order (stdin); the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
     with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
         folder, boot_id, log, log_bytes, cwd, user, count, *rest = stdin.read().split(b"\0")
     argv, environment = rest[: int(count)], rest[int(count) :]
@@ -98,18 +154,28 @@ def become_reaper(log_fd: int) -> None:
     """Outlive what ends others, adopt every orphan below, and let own tracebacks reach the log."""
     os.chdir("/")
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # ignored, it would swallow exit statuses
-    for number in _IGNORED:
-        _signal.signal(number, _signal.SIG_IGN)
+    ignore_polite_signals()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    with open("/proc/self/comm", "wb") as comm:  # what PR_SET_NAME does
-        comm.write(b"reconciler-shim")
+    name_process("reconciler-shim")
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.dup2(log_fd, 2)
     os.close(null)
+
+
+def ignore_polite_signals() -> None:
+    """Only SIGKILL ends what keeps records of others."""
+    for number in _IGNORED:
+        _signal.signal(number, _signal.SIG_IGN)
+
+
+def name_process(name: str) -> None:
+    """What PR_SET_NAME does."""
+    with open("/proc/self/comm", "wb") as comm:
+        comm.write(name.encode())
 
 
 def become_leader(

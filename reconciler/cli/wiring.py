@@ -225,6 +225,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     with acquire_writer(state):
         simulated = prepare_node(simulated_node(options), state)
         journal = Journal.open(state.journal, clock)
+        actor = ProcessActor(state, clock, boot_id())
         try:
             remembered = journal.texts()
             yield Daemon(
@@ -233,7 +234,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     clock=clock,
                     journal=journal,
                     specs=SpecKeeper(path, remembered.files if remembered else {}, transform=transform),
-                    actor=ProcessActor(state, clock, boot_id()),
+                    actor=actor,
                     engines=EngineActor(clock),
                     eyes=lambda wake: Watching(state, wake),
                     inherited=dict(os.environ),
@@ -244,6 +245,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                 )
             )
         finally:
+            actor.close()
             journal.close()
 
 

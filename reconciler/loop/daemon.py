@@ -193,7 +193,7 @@ class Daemon:
 
     async def _tick(self) -> Tick:
         parts, began = self._parts, self._parts.clock.now()
-        parts.actor.reap()
+        parts.actor.warm()
         in_force = self._load()
         ledger, asked = self._take_requests()
         options = self._look_options(ledger)

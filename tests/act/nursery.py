@@ -179,7 +179,7 @@ class Nursery:
                 self.run(self.actor().ensure_killed(incarnation))
         until(lambda: not any(self._kill_marked(i) for i in self.ids), "everything to be gone")
         for actor in self.actors:
-            actor.reap()
+            actor.close()
 
     def _kill_marked(self, incarnation: str) -> set[int]:
         found = self.marked(incarnation)

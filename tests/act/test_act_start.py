@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, is_running, program, until
 
-from reconciler.act.process import Launch
+from reconciler.act import process
+from reconciler.act.process import Launch, ProcessActor
 from reconciler.errors import ActError, PortInUse
-from reconciler.identity import boot_id, read_stat
+from reconciler.identity import boot_id, children, read_stat
 from reconciler.journal.incarnations import Exit, Intent, Run, lock_path
 from reconciler.journal.layout import is_locked
 from reconciler.plan.observed import Subject
@@ -278,17 +279,23 @@ def test_a_spawner_killed_at_any_moment_leaves_one_leader_or_none(nursery: Nurse
         assert nursery.marked(launch.incarnation) == set()
 
 
-@pytest.mark.parametrize("delay_ms", [0, 5, 8, 10, 12, 14, 18])
-def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: Nursery, delay_ms: int) -> None:
+async def shim_of(actor: ProcessActor) -> int:
+    """Pid of the one shim that was just forked, as soon as there is one."""
+    while actor._forks.pid is None or not (forked := children(actor._forks.pid)):
+        await asyncio.sleep(0)
+    return forked[0]
+
+
+@pytest.mark.parametrize("delay_ms", [0, 0.3, 0.6, 1, 1.5, 2, 3, 5])
+def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: Nursery, delay_ms: float) -> None:
     launch = nursery.launch(OBEDIENT)
 
     async def start_and_kill() -> None:
         actor = nursery.actor()
         start = asyncio.ensure_future(actor.ensure_started(launch))
-        while not actor._shims:
-            await asyncio.sleep(0)
-        await asyncio.sleep(delay_ms / 1000)  # as above
-        next(iter(actor._shims.values())).kill()
+        shim = await shim_of(actor)
+        time.sleep(delay_ms / 1000)  # as above
+        os.kill(shim, signal.SIGKILL)
         with suppress(ActError):
             await start
 
@@ -304,8 +311,7 @@ def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery) -> N
     async def start_and_kill() -> None:
         actor = nursery.actor()
         start = asyncio.ensure_future(actor.ensure_started(launch))
-        await asyncio.sleep(0)
-        next(iter(actor._shims.values())).kill()
+        os.kill(await shim_of(actor), signal.SIGKILL)
         with pytest.raises(ActError, match="before it started anything"):
             await start
         with pytest.raises(ActError, match="never started"):
@@ -341,14 +347,89 @@ def test_the_shim_outlives_polite_signals(nursery: Nursery, obedient_process: st
     until(lambda: not is_running(run.shim_pid), "the shim to leave")
 
 
-def test_reaping_leaves_no_zombie_shims(nursery: Nursery) -> None:
+def test_shims_that_ended_leave_no_zombies(nursery: Nursery) -> None:
     actor = nursery.actor()
     launch = nursery.launch(("true",))
     nursery.run(actor.ensure_started(launch))
     nursery.exit_code(launch.incarnation)
     shim = nursery.run_record(launch.incarnation).shim_pid
-    until(lambda: actor.reap() or read_stat(shim) is None, "the shim to be reaped")
-    assert not actor._shims
+    until(lambda: read_stat(shim) is None, "the shim to be collected")
+
+
+# ---------------------------------------------------------------- the process that forks shims
+
+
+def test_what_runs_and_its_exit_code_survive_the_fork_server(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    server = actor._forks.pid
+    assert server is not None
+    os.kill(server, signal.SIGKILL)
+    until(lambda: not is_running(server), "the fork server to be gone")
+    run = nursery.run_record(launch.incarnation)
+    assert is_running(run.pid)
+    os.kill(run.pid, signal.SIGKILL)
+    assert nursery.exit_code(launch.incarnation) == -9
+
+
+def test_a_fork_server_that_died_is_replaced_by_the_next_start(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    first = actor._forks.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not is_running(first), "the fork server to be gone")
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert is_running(nursery.run_record(launch.incarnation).pid)
+    assert actor._forks.pid not in (None, first)
+
+
+def test_a_fork_server_that_hangs_is_given_up_and_its_order_with_it(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_START_S", 0.3)
+    actor = nursery.actor()
+    actor.warm()
+    first = actor._forks.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    hung, next_one = nursery.launch(OBEDIENT), nursery.launch(OBEDIENT)
+    with pytest.raises(ActError, match="has not reported"):
+        nursery.run(actor.ensure_started(hung))
+    assert not is_running(first)
+    assert not is_locked(lock_path(nursery.state, "endpoint", "thinking"))
+    nursery.run(actor.ensure_started(next_one))
+    assert is_running(nursery.run_record(next_one.incarnation).pid)
+    assert nursery.marked(hung.incarnation) == set()
+
+
+def test_the_fork_server_ends_with_its_daemon_and_nothing_else_does(nursery: Nursery) -> None:
+    launch = nursery.launch(OBEDIENT)
+    spawner(nursery, launch, die=False).wait()
+    run = nursery.run_record(launch.incarnation)
+    assert is_running(run.pid)
+    assert is_running(run.shim_pid)
+
+    def parent() -> str:
+        shim = read_stat(run.shim_pid)
+        assert shim is not None
+        return Path(f"/proc/{shim.parent_pid}/comm").read_text().strip()
+
+    until(lambda: parent() != "reconciler-fork", "the fork server to be gone")
+
+
+def test_a_shim_holds_no_lock_but_its_own(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    one, two = nursery.launch(OBEDIENT, name="one"), nursery.launch(OBEDIENT, name="two")
+    nursery.run(actor.ensure_started(one))
+    nursery.run(actor.ensure_started(two))
+    for launch, other in ((one, two), (two, one)):
+        fds = Path(f"/proc/{nursery.run_record(launch.incarnation).shim_pid}/fd")
+        open_files = {str(fd.readlink()) for fd in fds.iterdir()}
+        assert str(lock_path(nursery.state, "endpoint", launch.subject.name)) in open_files
+        assert str(lock_path(nursery.state, "endpoint", other.subject.name)) not in open_files
 
 
 def test_a_log_that_cannot_be_opened_is_told_and_nothing_runs(nursery: Nursery) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -14,13 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reconciler.act.forkserver import ForkServer
 from reconciler.census import MARKER
 from reconciler.clock import Instant, SystemClock
 from reconciler.identity import boot_id, read_marker
 from reconciler.journal.incarnations import Intent, Run, lock_path, read, write_intent
 from reconciler.journal.layout import StateDir, take_lock
-
-SHIM = Path(__file__).parents[2] / "reconciler" / "act" / "shim.py"
 
 
 @dataclass
@@ -28,7 +24,8 @@ class Cradle:
     """Starts incarnations, and ends whatever is left of them."""
 
     state: StateDir
-    shims: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    forks: ForkServer = field(default_factory=ForkServer)
+    shims: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
 
     def intend(self, name: str = "thinking", *, kind: str = "endpoint", port: int | None = None, **changes) -> Intent:
@@ -57,26 +54,22 @@ class Cradle:
         """A running incarnation of `argv`; its id."""
         intent = self.intend(**intent_fields)
         lock = self._lock(lock_path(self.state, intent.kind, intent.name))
-        fcntl.fcntl(lock, fcntl.F_SETFD, 0)
         ready_out, ready_in = os.pipe()
         environment = {"PATH": os.environ["PATH"], **(env or {}), MARKER: intent.id, "SPT_NOENV": "1"}
         order = [
             str(self.state.run / intent.id), boot_id(), str(self.state.logs / f"{intent.id}.log"), str(1 << 20),
             "/", "", str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
         ]  # fmt: skip
-        shim = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SHIM), str(lock), str(ready_in)],
-            stdin=subprocess.PIPE, pass_fds=(lock, ready_in), start_new_session=True,
-        )  # fmt: skip
-        self.shims.append(shim)
-        os.close(lock)
-        os.close(ready_in)
-        assert shim.stdin is not None
-        shim.stdin.write("\0".join(order).encode())
-        shim.stdin.close()
+        memory = os.memfd_create("order")
+        os.write(memory, "\0".join(order).encode())
+        os.lseek(memory, 0, os.SEEK_SET)
+        self.forks.fork_shim(memory, lock, ready_in)
+        for fd in (memory, lock, ready_in):
+            os.close(fd)
         with os.fdopen(ready_out, "rb") as ready:
             said = ready.read()
         assert said == b"", said
+        self.shims.append(self.run_record(intent.id).shim_pid)
         return intent.id
 
     def run_record(self, incarnation: str) -> Run:
@@ -88,7 +81,7 @@ class Cradle:
         """Nothing of any incarnation lives after this."""
         for shim in self.shims:
             with suppress(ProcessLookupError):
-                os.kill(shim.pid, signal.SIGCONT)
+                os.kill(shim, signal.SIGCONT)
         end = time.monotonic() + 20
         while marked := self._marked():
             assert time.monotonic() < end, f"still alive: {marked}"
@@ -97,8 +90,9 @@ class Cradle:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         for shim in self.shims:
-            shim.kill()
-            shim.wait(20)
+            with suppress(ProcessLookupError):
+                os.kill(shim, signal.SIGKILL)
+        self.forks.close()
 
     def _marked(self) -> list[int]:
         pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]

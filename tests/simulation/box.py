@@ -570,7 +570,7 @@ class SimActor:
     def __init__(self, box: Box) -> None:
         self.box = box
 
-    def reap(self) -> None:
+    def warm(self) -> None:
         pass
 
     async def ensure_started(self, launch: Launch) -> None:
