@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
 from reconciler.spec.engines import HOST
-from reconciler.spec.profiles import EngineCall
+from reconciler.spec.profiles import EngineCall, SleepCheck
 
 if TYPE_CHECKING:
     import httpx
@@ -30,8 +30,8 @@ class Order:
     incarnation: str
     port: int
     calls: tuple[EngineCall, ...]
-    state_path: str | None
-    """Answers `{"is_sleeping": true|false}`; None: it cannot be asked."""
+    check: SleepCheck | None
+    """How it is asked whether it sleeps; None: it cannot be."""
     asleep: bool
     """What it shall say then."""
 
@@ -47,7 +47,7 @@ class EngineActor:
 
         1. The listener is not seen to be the incarnation's own: refused, nothing is posted.
         2. It says that it is so already: nothing to do.
-        3. Otherwise: its calls in order, each answered with 2xx; then it is asked until it says so.
+        3. Otherwise: its calls in order, each answered as it should before the next; then it is asked until it says so.
 
         Raises:
             NotOurs: 1.
@@ -67,10 +67,10 @@ class EngineActor:
                     timeout=timeout_s,
                 ) as client,
             ):
-                if await _says(client, order.state_path) == order.asleep:  # 2
+                if await _says(client, order.check) == order.asleep:  # 2
                     return
                 for call in order.calls:  # 3
-                    await _post(client, call)
+                    await _tell(client, call)
                 await self._settle(client, order)
         except TimeoutError as error:
             raise ActError(f"port {order.port}: its engine did not answer within {timeout_s:g} s") from error
@@ -78,29 +78,25 @@ class EngineActor:
             raise ActError(f"port {order.port}: {type(error).__name__} {error}".rstrip()) from error
 
     async def _settle(self, client: httpx.AsyncClient, order: Order) -> None:
-        if order.state_path is None:
+        if order.check is None:
             return
         deadline = self._clock.now().plus(_SETTLE_S)
-        while await _says(client, order.state_path) != order.asleep:
+        while await _says(client, order.check) != order.asleep:
             if self._clock.now().mono >= deadline.mono:
                 raise ActError(f"port {order.port}: it answered, and is {'awake' if order.asleep else 'asleep'} still")
             await self._clock.sleep(_LOOK_S)
 
 
-async def _post(client: httpx.AsyncClient, call: EngineCall) -> None:
+async def _tell(client: httpx.AsyncClient, call: EngineCall) -> None:
     headers = {"content-type": "application/json"} if call.body is not None else {}
-    response = await client.post(call.path, content=call.body, headers=headers)
-    if not response.is_success:
-        raise ActError(f"POST {call.path} answered {response.status_code}: {response.text[:200]}")
+    response = await client.request(call.method, call.path, content=call.body, headers=headers)
+    if wrong := call.lacks(response.status_code, response.content):
+        raise ActError(f"{call.method} {call.path} {wrong}: {response.text[:200]}")
 
 
-async def _says(client: httpx.AsyncClient, path: str | None) -> bool | None:
+async def _says(client: httpx.AsyncClient, check: SleepCheck | None) -> bool | None:
     """Whether it sleeps, by its own word; None: it does not say."""
-    if path is None:
+    if check is None:
         return None
-    response = await client.get(path)
-    try:
-        said = response.json()["is_sleeping"] if response.is_success else None
-    except (ValueError, TypeError, KeyError):
-        return None
-    return said if isinstance(said, bool) else None
+    response = await client.get(check.path)
+    return check.read(response.content) if response.is_success else None

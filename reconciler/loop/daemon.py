@@ -306,7 +306,7 @@ class Daemon:
             incarnation=incarnation.id,
             port=incarnation.port,
             calls=level.sleep if action.op == "sleep" else level.wake,
-            state_path=profile.sleeping_path,
+            check=profile.sleep_check,
             asleep=action.op == "sleep",
         )
         await self._parts.engines.ensure(order, self._eyes.owns_listener, timeout_s=action.timeout_s)

@@ -7,12 +7,12 @@ question on a kept connection instead of 0.27.
 from __future__ import annotations
 
 import errno
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from reconciler.clock import Clock
+from reconciler.spec.profiles import SleepCheck
 
 HEALTH_LIMIT_BYTES = 64 << 10
 PAGE_LIMIT_BYTES = 16 << 20
@@ -46,8 +46,8 @@ class ProbeTarget:
     progress_metrics: tuple[str, ...] = ()
     """With both, a page of metrics is read every `PROGRESS_PACE_S`: a hung engine still answers that it is healthy."""
     metrics_path: str = "/metrics"
-    sleeping_path: str | None = None
-    """Where to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
+    sleep_check: SleepCheck | None = None
+    """How to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
     host: str = "127.0.0.1"
     """Only loopback by default: engines have calls without authentication."""
 
@@ -122,12 +122,8 @@ class Connection:
         self._transport.close()
 
     def _sleeping(self, target: ProbeTarget) -> bool | None:
-        page = self._page(target, target.sleeping_path) if target.sleeping_path else None
-        try:
-            said = json.loads(page)["is_sleeping"] if page else None
-        except (ValueError, TypeError, KeyError):
-            return None
-        return said if isinstance(said, bool) else None
+        check = target.sleep_check
+        return check.read(self._page(target, check.path)) if check is not None else None
 
     def _page(self, target: ProbeTarget, path: str) -> bytes | None:
         """What a healthy target has to say besides; None when it does not answer: it has just said that it is well."""

@@ -181,7 +181,7 @@ def probe_targets(
             running_metrics=profile.running_metrics,
             progress_metrics=profile.progress_metrics,
             metrics_path=profile.metrics_path or "/metrics",
-            sleeping_path=profile.sleeping_path if endpoint.evict.method == "sleep" else None,
+            sleep_check=profile.sleep_check if endpoint.evict.method == "sleep" else None,
         )
     return targets
 

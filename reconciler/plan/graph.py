@@ -203,11 +203,11 @@ class Graph:
         kind: Literal["restore", "setpoint"] = "restore" if overlay else "setpoint"
         reason = f"{overlay} no longer needs its place" if overlay else "its set point is running"
         cause = Cause(kind, endpoint.source, overlay)
-        part = endpoint.profile.sleep_levels[nap.level].wake_part
+        level = endpoint.profile.sleep_levels[nap.level]
         if nap.woken is None:
             call = self._add(
                 "wake", current.subject, current.gpus, needs, reason=reason, cause=cause,
-                timeout_s=CALL_TIMEOUT_S, predicted_s=part * draft.situation.timings(endpoint).load_s,
+                timeout_s=CALL_TIMEOUT_S, predicted_s=level.waking_s(draft.situation.timings(endpoint).load_s),
                 incarnation=current.id,
             )  # fmt: skip
             needs = (call,)

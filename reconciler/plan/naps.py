@@ -68,7 +68,7 @@ def rested(situation: Situation, endpoint: EndpointSpec, incarnation: Incarnatio
     probe = situation.probe(incarnation)
     if nap.slept is None or nap.waking is not None or not says_asleep(nap, probe):
         return False
-    if endpoint.profile.sleeping_path and (probe is None or probe.at.mono < nap.slept.mono):
+    if endpoint.profile.sleep_check and (probe is None or probe.at.mono < nap.slept.mono):
         return False
     for uuid in incarnation.gpus:
         held, gpu = held_bytes(situation, incarnation, uuid), situation.gpus.get(uuid)

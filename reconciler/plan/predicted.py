@@ -252,7 +252,7 @@ class PredictedBox:
 
     def _sleeps(self, one: Incarnation) -> bool:
         endpoint = self._endpoint(one.subject.name)
-        return endpoint is not None and bool(endpoint.profile.sleeping_path)
+        return endpoint is not None and endpoint.profile.sleep_check is not None
 
     def _pid(self) -> int:
         self._serial += 1

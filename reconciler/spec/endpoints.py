@@ -251,7 +251,8 @@ def _check_engine(
                 findings.add(at("args", index), "args may not set the port", "write it as `port:`")
     if model.evict.method == "sleep" and not profile.sleeps:
         able = ", ".join(sorted(other.name for other in PROFILES.values() if other.sleeps))
-        findings.add(at("evict", "method"), f"engine {profile.name} cannot sleep", f"use stop; these can sleep: {able}")
+        hint = f"use stop; {able} can sleep, and so can one of your own that says how (`engines:`)"
+        findings.add(at("evict", "method"), f"engine {profile.name} cannot sleep", hint)
 
 
 def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, findings: Findings) -> None:

@@ -23,6 +23,14 @@ _MISSING = {
     "makespan": "say how long it lasts: `makespan: {duration: 20m}`",
     "command": 'a workload has a command: `command: ["program", "argument"]`',
 }
+_PLAIN: Mapping[str, tuple[str, str | None]] = {
+    "int_type": ("is not a whole number", None),
+    "model_type": ("is not a mapping", "write `key: value` lines below it"),
+    "dict_type": ("is not a mapping", "write `key: value` lines below it"),
+    "tuple_type": ("is not a list", "write `[...]`, or lines that begin with `- `"),
+    "too_short": ("with nothing in it", "write at least one item"),
+}
+"""What pydantic calls an error → what is wrong with what stands there, and what to do."""
 _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
@@ -100,7 +108,9 @@ class Findings:
                 if not is_mapping:
                     self.add(entry.key_at, f'"{name}" has no value', "write one, or remove the line")
             elif (inner := inner_model(kind, (name,))) is not None:
-                self._note_nulls(inner, entry.node, tree, (*prefix, name))
+                items = entry.node.items if isinstance(entry.node, Sequence) else (entry.node,)
+                for item in items:
+                    self._note_nulls(inner, item, tree, (*prefix, name))
             elif values is not None and isinstance(entry.node, Map):
                 for key, value in entry.node.entries.items():
                     self._note_nulls(values, value.node, tree, (*prefix, name, key))
@@ -116,6 +126,8 @@ class Findings:
         at = locate(tree, path)
         if isinstance(node, Scalar) and node.value is None and error["type"] != "extra_forbidden":
             return  # noted as a key without a value, or by its owner
+        if isinstance(node, Sequence) and node.items and error["type"] == "too_short":
+            return  # what is wrong is an item of it, and noted there
         match error["type"]:
             case "extra_forbidden":
                 owner = inner_model(kind, loc[:-1])
@@ -130,17 +142,16 @@ class Findings:
             case "bool_type":
                 better = _YES_NO.get(text_of(node).lower())
                 self.add(at, f"{shown(node)} is not true or false", f"write {better}" if better else None)
-            case "int_type":
-                self.add(at, f"{shown(node)} is not a whole number")
             case "greater_than_equal":
                 self.add(at, f"{shown(node)} is too small: at least {context['ge']}")
             case "less_than_equal":
                 self.add(at, f"{shown(node)} is too large: at most {context['le']}")
-            case "model_type" | "dict_type":
-                self.add(at, f"{shown(node)} is not a mapping", "write `key: value` lines below it")
+            case plain_kind if plain_kind in _PLAIN:
+                message, hint = _PLAIN[plain_kind]
+                self.add(at, f"{shown(node)} {message}", hint)
             case "value_error" if cause is not None:
-                message, _, hint = str(cause).partition("; ")
-                self.add(at, message, hint or None)
+                message, _, after = str(cause).partition("; ")
+                self.add(at, message, after or None)
             case _:
                 self.add(at, str(error["msg"]))
 
@@ -149,6 +160,8 @@ def inner_model(kind: type[BaseModel], path: Path) -> type[BaseModel] | None:
     """The model that describes what stands at `path` below `kind`; None when no model does."""
     annotation: Any = kind
     for step in path:
+        if isinstance(step, int) and _is_model(annotation):  # an item of a list of such
+            continue
         if _is_model(annotation):
             field = annotation.model_fields.get(str(step))
             annotation = field.annotation if field else None

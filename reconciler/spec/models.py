@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Len
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from reconciler.spec.spec import Health, Node, Policy, Restart, SetPoint, Stop
@@ -28,6 +28,7 @@ from reconciler.spec.values import (
     Url,
     UrlPath,
     Version,
+    Word,
     Words,
 )
 
@@ -221,6 +222,62 @@ class FailureModel(Model):
     """What to do about it."""
 
 
+class EngineCallModel(Model):
+    """One call on an engine's own port."""
+
+    path: UrlPath
+    """Path, with its query: `/sleep?level=1`."""
+    method: Literal["POST", "PUT", "PATCH", "GET"] = "POST"
+    """How it is called."""
+    body: Any = None
+    """Sent as JSON. Default: nothing."""
+    status: Annotated[Count, Ge(100), Le(599)] | None = None
+    """Status that it is answered with. Default: any 2xx."""
+    answer: Annotated[dict[str, Word], Empty] = Field(default_factory=dict)
+    """Fields that the JSON object of its answer holds, by name (`a.b`: b inside a)."""
+
+
+class SleepCheckModel(Model):
+    """How an engine is asked whether it sleeps: by GET; it answers with a JSON object."""
+
+    path: UrlPath
+    """Path that is asked."""
+    field: Text
+    """Field that tells (`a.b`: b inside a)."""
+    asleep: Word = True
+    """What it holds while the engine sleeps."""
+    awake: Word = False
+    """What it holds while the engine is awake."""
+
+
+class SleepLevelModel(Model):
+    """One way to give GPU memory back and keep the process."""
+
+    sleep: Annotated[tuple[EngineCallModel, ...], Len(1)]
+    """Calls that put it to sleep, in order; one that is not answered as it should ends in a stop."""
+    wake: Annotated[tuple[EngineCallModel, ...], Len(1)]
+    """Calls that wake it up, in order; one that is not answered as it should ends in a restart."""
+    sleep_time: PositiveDuration | None = None
+    """Predicted time to fall asleep, until history knows better. Default: 5s at level 1, 2s at level 2."""
+    wake_time: PositiveDuration | None = None
+    """Predicted time to wake up, until history knows better. Default: a tenth, at level 2 four tenths of a load."""
+
+
+class SleepModel(Model):
+    """How an engine gives its GPU memory back, and keeps its process, its port and `residual`."""
+
+    args: Words | None = None
+    """Added for endpoints with `evict: {method: sleep}`."""
+    env: Annotated[dict[str, EnvValue], Empty] = Field(default_factory=dict)
+    """Variables added for the same."""
+    check: SleepCheckModel | None = None
+    """How it is asked whether it sleeps. Default: not at all; the calls and NVML are believed."""
+    level_1: SleepLevelModel | None = None
+    """Its weights move to host memory."""
+    level_2: SleepLevelModel | None = None
+    """Its weights are dropped, and read again."""
+
+
 class EngineModel(Model):
     """An engine profile of one's own. What is left out is as in `like`."""
 
@@ -258,8 +315,10 @@ class EngineModel(Model):
     """Unless the endpoint's `health.startup` says otherwise."""
     load: PositiveDuration | None = None
     """Predicted time from start to ready, until history knows better."""
+    sleep: SleepModel | None = None
+    """How it sleeps and wakes up."""
     residual: Size | None = None
-    """Memory that it keeps on each GPU while it sleeps."""
+    """Memory that it keeps on each GPU while it sleeps. Default: 1536MiB."""
     titles: Words | None = None
     """Regular expressions of its processes' titles."""
     failures: tuple[FailureModel, ...] = ()

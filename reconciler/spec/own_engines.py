@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +10,20 @@ from typing import Any
 
 from reconciler.errors import suggest
 from reconciler.spec.findings import Findings, clip
-from reconciler.spec.models import EngineModel
-from reconciler.spec.profiles import PROFILES, EngineProfile, FailurePattern
+from reconciler.spec.models import EngineCallModel, EngineModel, SleepLevelModel, SleepModel
+from reconciler.spec.profiles import (
+    PROFILES,
+    RESIDUAL,
+    SLEEP_S,
+    WAKE_PART,
+    EngineCall,
+    EngineProfile,
+    FailurePattern,
+    SleepCheck,
+    SleepLevel,
+    same,
+)
+from reconciler.spec.spec import Source
 from reconciler.spec.tree import Map, locate
 
 
@@ -18,7 +31,7 @@ def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Finding
     """The profiles by name; what is wrong with them goes to the findings.
 
     Wrong are a name that the program has itself, an unknown `like`, no program to start, metrics without a page of
-    them, and patterns that are no regular expressions.
+    them, patterns that are no regular expressions, a `sleep` without any way to, and a check that cannot tell.
     """
     found: dict[str, EngineProfile] = {}
     for name, model in sorted(models.items()):
@@ -49,8 +62,19 @@ def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Finding
                 re.compile(pattern)
             except re.error as error:
                 findings.add(at, f'engine "{name}": {clip(pattern)} is no regular expression: {error}')
+        if model.sleep is not None:
+            _check_sleep(locate(text, ("engines", name, "sleep"), key=True), name, profile, findings)
         found[name] = profile
     return found
+
+
+def _check_sleep(at: Source, name: str, profile: EngineProfile, findings: Findings) -> None:
+    if not profile.sleeps:
+        findings.add(at, f'engine "{name}" has no way to sleep', "write `level_1:` or `level_2:`, with its calls")
+    check = profile.sleep_check
+    if check is not None and same(check.asleep, check.awake):
+        message = f'engine "{name}" says {json.dumps(check.asleep)} whether it sleeps or not'
+        findings.add(at, message, "write `asleep:` and `awake:` of the check, what its field holds then")
 
 
 def _merged(name: str, base: EngineProfile, model: EngineModel) -> EngineProfile:
@@ -74,6 +98,37 @@ def _merged(name: str, base: EngineProfile, model: EngineModel) -> EngineProfile
         "residual_bytes": model.residual,
         "titles": model.titles,
     }
+    if model.sleep is not None:
+        written |= _sleep(base, model.sleep)
+        if not base.residual_bytes and model.residual is None:
+            written["residual_bytes"] = RESIDUAL
     parts = {part: value for part, value in written.items() if value is not None}
     failures = tuple(FailurePattern(f.pattern, f.kind, f.hint) for f in model.failures)
     return replace(base, name=name, env={**base.env, **model.env}, failures=(*failures, *base.failures), **parts)
+
+
+def _sleep(base: EngineProfile, model: SleepModel) -> dict[str, Any]:
+    check = model.check
+    levels = {number: level for number, level in ((1, model.level_1), (2, model.level_2)) if level is not None}
+    return {
+        "sleep_args": model.args,
+        "sleep_env": {**base.sleep_env, **model.env},
+        "sleep_check": check and SleepCheck(check.path, check.field, check.asleep, check.awake),
+        "sleep_levels": {**base.sleep_levels, **{number: _level(number, level) for number, level in levels.items()}},
+    }
+
+
+def _level(number: int, model: SleepLevelModel) -> SleepLevel:
+    return SleepLevel(
+        sleep=tuple(map(_call, model.sleep)),
+        wake=tuple(map(_call, model.wake)),
+        sleep_s=model.sleep_time or SLEEP_S[number],
+        wake_part=WAKE_PART[number],
+        keeps_weights=number == 1,
+        wake_s=model.wake_time,
+    )
+
+
+def _call(model: EngineCallModel) -> EngineCall:
+    body = json.dumps(model.body) if "body" in model.model_fields_set else None
+    return EngineCall(model.path, body, model.method, model.status, model.answer)

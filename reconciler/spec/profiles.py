@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +26,10 @@ class FailurePattern:
 
 
 LOG_TAIL_BYTES = 64 << 10
+SLEEP_S = {1: 5.0, 2: 2.0}
+"""Guesses: nobody published how long engines take to fall asleep, by level."""
+WAKE_PART = {1: 0.1, 2: 0.4}
+"""Level 1: 0.3-6 s against 38-98 s of a cold start were published. Level 2 is a guess: weights are read again."""
 
 _PYTHON_FAILURES = (
     FailurePattern(
@@ -57,13 +62,63 @@ _PYTHON_FAILURES = (
 )
 
 
+Word = bool | int | str
+"""What a field of an engine's answer may hold that is compared with."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """One POST to an engine's own port; an answer other than 2xx is a failure."""
+    """One call on an engine's own port."""
 
     path: str
+    """With its query."""
     body: str | None = None
     """JSON; None: no body."""
+    method: str = "POST"
+    status: int | None = None
+    """The status it has to be answered with; None: any 2xx."""
+    answer: Mapping[str, Word] = field(default_factory=dict)
+    """Fields that the JSON object of its answer has to hold (`a.b`: b inside a)."""
+
+    def lacks(self, status: int, page: bytes) -> str | None:
+        """What is wrong with an answer to it, in words; None: nothing."""
+        if status != self.status if self.status is not None else not 200 <= status < 300:
+            return f"answered {status}"
+        wrong = {name: found for name in self.answer if not same(found := field_of(page, name), self.answer[name])}
+        return None if not wrong else f"answered {', '.join(f'{name}: {found!r}' for name, found in wrong.items())}"
+
+
+@dataclass(frozen=True, slots=True)
+class SleepCheck:
+    """How an engine is asked whether it sleeps: a GET whose answer is a JSON object with a field that tells."""
+
+    path: str
+    field: str
+    """Its name; `a.b`: b inside a."""
+    asleep: Word = True
+    """What the field holds while it sleeps."""
+    awake: Word = False
+
+    def read(self, page: bytes | None) -> bool | None:
+        """Whether it sleeps, by this answer; None: it says neither."""
+        found = field_of(page, self.field) if page else None
+        return True if same(found, self.asleep) else False if same(found, self.awake) else None
+
+
+def field_of(page: bytes, name: str) -> object:
+    """What a JSON object holds under a name; None: nothing, or it is none."""
+    try:
+        found = json.loads(page)
+    except (ValueError, RecursionError):
+        return None
+    for step in name.split("."):
+        found = found.get(step) if isinstance(found, dict) else None
+    return found
+
+
+def same(found: object, wanted: Word) -> bool:
+    """Equal, and of one kind: in JSON 1 is not true."""
+    return type(found) is type(wanted) and found == wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +126,21 @@ class SleepLevel:
     """One way to give GPU memory back and keep the process."""
 
     sleep: tuple[EngineCall, ...]
+    """Made in this order, each only after the one before it was answered as it should."""
     wake: tuple[EngineCall, ...]
+    """The same."""
     sleep_s: float
-    """Predicted."""
+    """Predicted until the calls are answered, until history knows better."""
     wake_part: float
-    """Predicted time from the calls to ready, as a part of a whole load."""
+    """The same of waking up, as a part of a whole load."""
     keeps_weights: bool
     """They move to host memory."""
+    wake_s: float | None = None
+    """Where it is known as such, instead of `wake_part`."""
+
+    def waking_s(self, load_s: float) -> float:
+        """Predicted seconds from the first call to awake, for one that loads in so many."""
+        return self.wake_part * load_s if self.wake_s is None else self.wake_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +172,8 @@ class EngineProfile:
     """How it frees its GPU memory and keeps its process; empty: it cannot."""
     residual_bytes: int = 0
     """Planned on each GPU for one that sleeps; it counts as asleep once NVML shows no more."""
-    sleeping_path: str | None = None
-    """Answers `{"is_sleeping": true|false}`, once it may sleep; None: it cannot be asked."""
+    sleep_check: SleepCheck | None = None
+    """How it is asked whether it sleeps, once it may; None: it cannot be asked, and its calls are believed."""
     health_path: str = "/health"
     """Answers 200 when ready."""
     metrics_path: str | None = None
@@ -154,8 +217,13 @@ PROFILES: Mapping[str, EngineProfile] = {
             sleep_args=("--enable-sleep-mode",),
             sleep_env={"VLLM_SERVER_DEV_MODE": "1"},
             sleep_levels={
-                # 0.3-6 s to wake with the weights in host memory, against 38-98 s; without them they are read once more
-                1: SleepLevel((EngineCall("/sleep?level=1"),), (EngineCall("/wake_up"),), 5.0, 0.1, keeps_weights=True),
+                1: SleepLevel(
+                    (EngineCall("/sleep?level=1"),),
+                    (EngineCall("/wake_up"),),
+                    SLEEP_S[1],
+                    WAKE_PART[1],
+                    keeps_weights=True,
+                ),
                 2: SleepLevel(
                     (EngineCall("/sleep?level=2"),),
                     (
@@ -163,13 +231,13 @@ PROFILES: Mapping[str, EngineProfile] = {
                         EngineCall("/collective_rpc", '{"method": "reload_weights"}'),
                         EngineCall("/wake_up?tags=kv_cache"),
                     ),
-                    2.0,
-                    0.4,
+                    SLEEP_S[2],
+                    WAKE_PART[2],
                     keeps_weights=False,
                 ),
             },
             residual_bytes=RESIDUAL,
-            sleeping_path="/is_sleeping",
+            sleep_check=SleepCheck("/is_sleeping", "is_sleeping"),
             metrics_path="/metrics",
             busy_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
             running_metrics=("vllm:num_requests_running",),
@@ -193,8 +261,8 @@ PROFILES: Mapping[str, EngineProfile] = {
                 1: SleepLevel(
                     (EngineCall("/release_memory_occupation", "{}"),),
                     (EngineCall("/resume_memory_occupation", "{}"),),
-                    5.0,
-                    0.1,
+                    SLEEP_S[1],
+                    WAKE_PART[1],
                     keeps_weights=True,
                 ),
             },

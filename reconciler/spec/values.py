@@ -246,6 +246,12 @@ def _read_path(value: object) -> str:
     return text
 
 
+def _read_word(value: object) -> bool | int | str:
+    if not isinstance(value, bool | int | str):
+        raise ValueError("is no text, whole number, true or false")
+    return value
+
+
 def _read_url(value: object) -> str:
     """An address that may be a secret: no message repeats it."""
     text = value.strip() if isinstance(value, str) else ""
@@ -328,6 +334,9 @@ Version = Annotated[int, PlainValidator(_read_version), WithJsonSchema({"const":
 Port = Annotated[int, PlainValidator(_read_port), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 65535})]
 Text = Annotated[str, PlainValidator(_read_text), WithJsonSchema({"type": "string", "minLength": 1})]
 Url = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string", "pattern": r"^https?://\S+$"})]
+Word = Annotated[
+    bool | int | str, PlainValidator(_read_word), WithJsonSchema({"type": ["boolean", "integer", "string"]})
+]
 Header = Annotated[str, PlainValidator(_read_header), WithJsonSchema({"type": "string"})]
 UrlPath = Annotated[str, PlainValidator(_read_path), WithJsonSchema({"type": "string", "pattern": r"^/\S*$"})]
 Words = Annotated[tuple[str, ...], PlainValidator(_read_words), WithJsonSchema(_WORDS_SCHEMA)]

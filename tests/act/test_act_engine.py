@@ -69,7 +69,7 @@ def engine() -> Iterator[SleepingServer]:
 
 def order(engine: SleepingServer, *, asleep: bool, level: int = 1) -> Order:
     way = PROFILES["vllm"].sleep_levels[level]
-    return Order("one", engine.port, way.sleep if asleep else way.wake, "/is_sleeping", asleep)
+    return Order("one", engine.port, way.sleep if asleep else way.wake, PROFILES["vllm"].sleep_check, asleep)
 
 
 def tell(wanted: Order, *, ours: bool | None = True, timeout_s: float = 10.0) -> None:

@@ -13,6 +13,7 @@ from http_box import HttpBox, reply
 
 from reconciler.observe.probe import Connection, ProbeTarget, sum_metrics
 from reconciler.observe.prober import probe_once
+from reconciler.spec.profiles import PROFILES
 
 VLLM = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 PAGE = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -222,7 +223,7 @@ def test_the_sum_is_unknown_unless_every_metric_is_there_with_a_number(page, nam
 )
 def test_a_sleeper_is_asked_whether_it_sleeps(box, clock, page, expected):
     box.answers["/is_sleeping"] = page
-    answer = ask(target(box.port, sleeping_path="/is_sleeping"), clock)
+    answer = ask(target(box.port, sleep_check=PROFILES["vllm"].sleep_check), clock)
     assert answer.ready  # health answers 200 while asleep
     assert answer.sleeping is expected
 

@@ -25,6 +25,7 @@ from reconciler.observe.snapshot import ObserveOptions, Observer, probe_targets,
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.sim import faults
 from reconciler.sim.node import engine_environment
+from reconciler.spec.profiles import PROFILES
 from reconciler.spec.spec import (
     EndpointSpec,
     Evict,
@@ -265,9 +266,9 @@ def test_requests_are_counted_from_the_request_to_stop_to_the_end_of_the_drain(s
 
 
 def test_only_an_endpoint_that_is_evicted_by_sleep_is_asked_whether_it_sleeps():
-    assert probe_targets(spec_of(endpoint("thinking")), [incarnation()])["thinking-1"].sleeping_path is None
+    assert probe_targets(spec_of(endpoint("thinking")), [incarnation()])["thinking-1"].sleep_check is None
     sleeper = endpoint("thinking", evict=Evict("sleep"))
-    assert probe_targets(spec_of(sleeper), [incarnation()])["thinking-1"].sleeping_path == "/is_sleeping"
+    assert probe_targets(spec_of(sleeper), [incarnation()])["thinking-1"].sleep_check == PROFILES["vllm"].sleep_check
 
 
 def test_ports_of_living_incarnations_are_not_looked_at():

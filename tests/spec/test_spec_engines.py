@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from spec_texts import BASE, read
 
 from reconciler.errors import SpecError
 from reconciler.spec.engines import Launch, capability_variable, endpoint_url, gpu_environment, launch
-from reconciler.spec.profiles import PROFILES
+from reconciler.spec.profiles import PROFILES, RESIDUAL, EngineCall, SleepCheck
 
 GIB = 1 << 30
 
@@ -167,7 +168,7 @@ def test_a_profile_of_ones_own_is_a_variant_of_one_that_comes_with_the_program()
     )
     assert (made.env["FAST"], made.env["VLLM_SERVER_DEV_MODE"]) == ("1", "1")
     assert (fast.health.startup_s, fast.stop.grace_s) == (1200.0, 45.0)
-    assert fast.profile.sleeping_path == "/is_sleeping"
+    assert fast.profile.sleep_check == PROFILES["vllm"].sleep_check
     assert fast.profile.failures[0].kind == "FastBroke"
     assert fast.profile.failures[1:] == PROFILES["vllm"].failures
 
@@ -178,6 +179,103 @@ def test_a_profile_of_ones_own_may_be_made_from_nothing() -> None:
     assert " ".join(made.argv) == "whisper-server --weights w --listen 127.0.0.1:81 --devices 1,2"
     assert (whisper.health.path, whisper.stop.signal, whisper.stop.grace_s) == ("/up", "SIGINT", 5.0)
     assert not whisper.profile.sleeps
+
+
+DOZER = """version: 1
+engines:
+  dozer:
+    executable: /opt/dozer
+    model_args: ["{model}"]
+    load: 90s
+    sleep:
+      args: [--can-doze]
+      env: {DOZE: "yes"}
+      check: {path: /power, field: power.state, asleep: suspended, awake: running}
+      level_1:
+        sleep: [{path: "/power?to=suspended", method: PUT, status: 202, answer: {accepted: true}}]
+        wake: [{path: /power, method: PUT, body: {to: running, warm: [1, null]}}, {path: /warm}]
+        wake_time: 4s
+      level_2:
+        sleep: [{path: /drop}]
+        wake: [{path: /load}]
+endpoints:
+  a: {engine: dozer, model: o/m, port: 80, evict: {method: sleep}}
+  b: {engine: dozer, model: o/m, port: 81}
+"""
+
+
+def test_a_profile_of_ones_own_says_how_it_sleeps_and_wakes() -> None:
+    spec = read(DOZER)
+    profile = spec.endpoints["a"].profile
+    started = {n: launch(e, gpu_indices=[0], gpu_total_bytes=[GIB], port=e.port) for n, e in spec.endpoints.items()}
+    assert started["a"].argv == ("/opt/dozer", "o/m", "--can-doze")
+    assert started["a"].env["DOZE"] == "yes"
+    assert started["b"].argv == ("/opt/dozer", "o/m")
+    assert "DOZE" not in started["b"].env
+    assert profile.sleep_check == SleepCheck("/power", "power.state", "suspended", "running")
+    parked, dropped = profile.sleep_levels[1], profile.sleep_levels[2]
+    assert parked.sleep == (EngineCall("/power?to=suspended", None, "PUT", 202, {"accepted": True}),)
+    assert parked.wake == (
+        EngineCall("/power", '{"to": "running", "warm": [1, null]}', "PUT"),
+        EngineCall("/warm"),
+    )
+    assert (parked.keeps_weights, dropped.keeps_weights) == (True, False)
+    assert (parked.waking_s(60.0), dropped.waking_s(60.0)) == (4.0, 24.0)
+    assert profile.residual_bytes == RESIDUAL  # NVML would never show that it holds nothing
+
+
+def test_the_profiles_shown_in_the_documentation_are_accepted() -> None:
+    page = (Path(__file__).parents[2] / "docs/concepts.md").read_text()
+    shown = re.search(r"```yaml\n(engines:\n.*?)```", page, re.DOTALL)
+    assert shown
+    whisper = "endpoints:\n  a: {engine: whisper, model: m, port: 80}\n"
+    profile = read(f"version: 1\n{shown[1]}" + whisper).endpoints["a"].profile
+    assert profile.sleeps
+
+
+def test_a_variant_keeps_the_ways_to_sleep_that_it_does_not_write_anew() -> None:
+    mine = "{like: vllm, residual: 2GiB, sleep: {level_2: {sleep: [{path: /a}], wake: [{path: /b}]}}}"
+    endpoints = "\nendpoints:\n  a: {engine: mine, model: o/m, port: 80}\n"
+    profile = read(f"version: 1\nengines:\n  mine: {mine}{endpoints}").endpoints["a"].profile
+    vllm = PROFILES["vllm"]
+    assert profile.sleep_levels[1] == vllm.sleep_levels[1]
+    assert profile.sleep_levels[2].wake == (EngineCall("/b"),)
+    assert (profile.sleep_check, profile.sleep_args) == (vllm.sleep_check, vllm.sleep_args)
+    assert (profile.sleep_env, profile.residual_bytes) == (vllm.sleep_env, 2 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("field", "page", "says"),
+    [
+        ("power.state", b'{"power": {"state": "suspended"}}', True),
+        ("power.state", b'{"power": {"state": "running"}}', False),
+        ("power.state", b'{"power": {"state": "starting"}}', None),
+        ("power.state", b'{"power": "suspended"}', None),
+        ("power.state", b"[" * 100_000, None),
+        ("power.state", b"\xff", None),
+        ("power.state", None, None),
+    ],
+)
+def test_a_check_believes_its_two_words_and_nothing_else(field: str, page: bytes | None, says: bool | None) -> None:
+    assert SleepCheck("/power", field, "suspended", "running").read(page) is says
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "page", "wrong"),
+    [
+        (EngineCall("/x"), 204, b"", None),
+        (EngineCall("/x"), 302, b"", "answered 302"),
+        (EngineCall("/x", status=302), 302, b"", None),
+        (EngineCall("/x", status=202), 200, b"", "answered 200"),
+        (EngineCall("/x", answer={"success": True}), 200, b'{"success": true, "n": 1}', None),
+        (EngineCall("/x", answer={"success": True}), 200, b'{"success": 1}', "answered success: 1"),
+        (EngineCall("/x", answer={"success": True}), 200, b"ok", "answered success: None"),
+    ],
+)
+def test_a_call_is_answered_as_it_should_or_says_what_is_wrong(
+    call: EngineCall, status: int, page: bytes, wrong: str | None
+) -> None:
+    assert call.lacks(status, page) == wrong
 
 
 def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else() -> None:
@@ -198,6 +296,19 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
         ("engines: {x: {like: tei, titles: ['(']}}", "2:11", "no regular expression"),
         ("engines: {x: {executable: x, busy_metrics: [y]}}", "2:11", "no page of them"),
         ("engines: {x: {like: tei, comand: [y]}}", "2:26", "comand"),
+        ("engines: {x: {like: tei, sleep: {args: [y]}}}", "2:26", "no way to sleep"),
+        ("engines: {x: {like: tei, sleep: {level_1: {sleep: [{path: /a}]}}}}", "2:34", '"wake" is missing'),
+        ("engines: {x: {like: tei, sleep: {level_1: {sleep: [], wake: [{path: /a}]}}}}", "2:51", "nothing in it"),
+        (
+            "engines: {x: {like: vllm, sleep: {level_1: {sleep: [{pth: /a}], wake: [{path: /a}]}}}}",
+            "2:53",
+            '"path" is missing',
+        ),
+        ("engines: {x: {like: vllm, sleep: {level_1: {sleep: [{path: }], wake: [{path: /a}]}}}}", "2:54", "no value"),
+        ("engines: {x: {like: vllm, sleep: {level_1: {sleep: [{path: a}], wake: [{path: /a}]}}}}", "2:60", "path of"),
+        ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: 1.5}}}}", "2:71", "is no text"),
+        ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: false}}}}", "2:27", "sleeps or not"),
+        ("engines: {x: {like: vllm, sleep: {level_3: {}}}}", "2:35", "level_3"),
     ],
 )
 def test_a_wrong_profile_is_an_error_at_its_place(wrong: str, at: str, message: str) -> None:
