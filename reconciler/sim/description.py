@@ -10,6 +10,10 @@ driver_version: "580.95.05"
 seed: node                # other seed, other UUIDs
 models:                   # where the name alone tells too little
   Qwen/Qwen3-1.7B: {load: 45s, weights: 3.4GiB}
+faults:                   # what breaks in the simulated engines: `engine.fate.KINDS`
+  - {fault: out_of_memory, endpoint: coding, start: 3}
+  - {fault: hang, model: Qwen/Qwen3-1.7B, requests: 5}
+  - {fault: dies, after: 40s, chance: 0.2}
 
 Only `gpus` is needed.
 """
@@ -25,7 +29,15 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from reconciler.errors import Problem, SpecError, UsageError
-from reconciler.sim.node import DEFAULT_DRIVER_VERSION, DEFAULT_RELEASE_DELAY_S, ModelFigures, SimGpu, SimNode
+from reconciler.sim.engine.fate import KINDS, LASTING, TIMED
+from reconciler.sim.node import (
+    DEFAULT_DRIVER_VERSION,
+    DEFAULT_RELEASE_DELAY_S,
+    EngineFault,
+    ModelFigures,
+    SimGpu,
+    SimNode,
+)
 from reconciler.units import GIB, format_size, parse_duration, parse_size
 
 SHORT_FORM_TIME_SCALE = 0.02
@@ -114,9 +126,9 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def node(self, root: yaml.Node | None) -> SimNode:
-        top = self.fields(root, ("gpus", "time_scale", "release_delay", "driver_version", "seed", "models"))
+        top = self.fields(root, ("gpus", "time_scale", "release_delay", "driver_version", "seed", "models", "faults"))
         gpus: list[SimGpu] = []
-        for entry in self.items(top.get("gpus")):
+        for entry in self.items(top.get("gpus"), "gpus: [{name: H100, count: 8}]"):
             gpus.extend(self.gpu(entry))
         if not self.problems and not 1 <= len(gpus) <= MAX_GPUS:
             self.note(
@@ -129,9 +141,12 @@ class _Reader:
         driver = self.value(top.get("driver_version"), str, DEFAULT_DRIVER_VERSION)
         seed = self.value(top.get("seed"), str, "node")
         models = {name: self.model(entry) for name, entry in self.pairs(top.get("models"))}
+        faults = tuple(
+            self.fault(entry) for entry in self.items(top.get("faults"), "faults: [{fault: hang, start: 2}]")
+        )
         if self.problems:
             raise SpecError(tuple(sorted(self.problems)))
-        return SimNode(tuple(gpus), scale, delay, driver, seed, models)
+        return SimNode(tuple(gpus), scale, delay, driver, seed, models, faults)
 
     def gpu(self, entry: yaml.Node) -> list[SimGpu]:
         named = self.fields(entry, ("name", "memory", "count", "numa", "nvlink", "reserved"))
@@ -153,6 +168,32 @@ class _Reader:
         named = self.fields(entry, ("load", "weights"))
         return ModelFigures(
             self.value(named.get("load"), parse_duration, None), self.value(named.get("weights"), parse_size, None)
+        )
+
+    def fault(self, entry: yaml.Node) -> EngineFault:
+        named = self.fields(entry, ("fault", "endpoint", "model", "start", "chance", "after", "requests", "for"))
+        kind = self.value(named.get("fault"), _kind, "")
+        if "fault" not in named:
+            self.note(entry, "which fault?", "faults: " + ", ".join(KINDS))
+        starts = named.get("start")
+        listed = starts.value if isinstance(starts, yaml.SequenceNode) else [starts] if starts is not None else []
+        lasts_s = self.value(named.get("for"), parse_duration, 0.0)
+        if kind and (kind in LASTING) != (lasts_s > 0):
+            told = "lasts some time" if kind in LASTING else "has no length"
+            self.note(entry, f"{kind} {told}", "`for: 30s` belongs to " + ", ".join(sorted(LASTING)))
+        if kind and kind not in TIMED and named.keys() & {"after", "requests"}:
+            self.note(
+                entry, f"{kind} has a time of its own", "`after` and `requests` belong to " + ", ".join(sorted(TIMED))
+            )
+        return EngineFault(
+            kind,
+            self.value(named.get("endpoint"), str, None),
+            self.value(named.get("model"), str, None),
+            tuple(self.value(start, _ordinal, 1) for start in listed),
+            self.value(named.get("chance"), _chance, 1.0),
+            self.value(named.get("after"), parse_duration, 0.0),
+            self.value(named.get("requests"), _ordinal, 0),
+            lasts_s,
         )
 
     def fields(self, entry: yaml.Node | None, allowed: tuple[str, ...]) -> dict[str, yaml.Node]:
@@ -178,11 +219,11 @@ class _Reader:
         elif entry is not None:
             self.note(entry, "a mapping (`key: value`) belongs here", None)
 
-    def items(self, entry: yaml.Node | None) -> list[yaml.Node]:
+    def items(self, entry: yaml.Node | None, example: str) -> list[yaml.Node]:
         if isinstance(entry, yaml.SequenceNode):
             return list(entry.value)
         if entry is not None:
-            self.note(entry, "a list belongs here", "gpus: [{name: H100, count: 8}]")
+            self.note(entry, "a list belongs here", example)
         return []
 
     def value(self, entry: yaml.Node | None, read: Callable[[str], Any], default: _T) -> _T:
@@ -215,6 +256,21 @@ def _positive(text: str) -> float:
 
 def _whole(text: str) -> int:
     return int(text) if re.fullmatch(r"\d{1,4}", text) else _refuse(f"{text!r} is not a whole number")
+
+
+def _ordinal(text: str) -> int:
+    return int(text) if re.fullmatch(r"[1-9]\d{0,8}", text) else _refuse(f"{text!r} is not a whole number above 0")
+
+
+def _chance(text: str) -> float:
+    value = float(text) if re.fullmatch(r"\d*\.?\d+", text) else 2.0
+    return value if value <= 1 else _refuse(f"{text!r} is not a number from 0 to 1")
+
+
+def _kind(text: str) -> str:
+    near = difflib.get_close_matches(text, KINDS, 1)
+    known = f"did you mean {near[0]!r}?" if near else "faults: " + ", ".join(KINDS)
+    return text if text in KINDS else _refuse(f"no fault is called {text!r}; {known}")
 
 
 def _suggest(name: str) -> str:

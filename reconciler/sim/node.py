@@ -4,6 +4,7 @@
 <sim_dir>/gpus/<index>/<pid>-<ticks>       the memory ledger (`ledger`)
 <sim_dir>/dying/<index>/<pid>-<ticks>      when an entry's process was first seen dead
 <sim_dir>/faults.json                      what is broken now (`faults`)
+<sim_dir>/starts/<endpoint>                one byte a start, for the fault script
 <sim_dir>/bin/vllm                         the simulated engine (`engine`)
 
 All of it belongs to the user who made it, and nobody else may enter.
@@ -55,6 +56,27 @@ class ModelFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFault:
+    """One rule of the fault script: what breaks in which starts of which simulated engines, and when."""
+
+    fault: str
+    """One of `engine.fate.KINDS`."""
+    endpoint: str | None = None
+    """None: of any."""
+    model: str | None = None
+    starts: tuple[int, ...] = ()
+    """Which starts of the endpoint, counted from 1 since the node was made; empty: all."""
+    chance: float = 1.0
+    """Of each such start, drawn from the node's seed."""
+    after_s: float = 0.0
+    """Since it was ready, before `time_scale`."""
+    requests: int = 0
+    """Not before it was asked for so many completions."""
+    for_s: float = 0.0
+    """How long it takes, before `time_scale`."""
+
+
+@dataclass(frozen=True, slots=True)
 class SimNode:
     """A box that does not exist."""
 
@@ -66,8 +88,10 @@ class SimNode:
     6 ms, shorter than one look at the box, and nobody would ever see that memory comes back late."""
     driver_version: str = DEFAULT_DRIVER_VERSION
     seed: str = "node"
-    """Two nodes with different seeds have different UUIDs."""
+    """Two nodes with different seeds have different UUIDs, and different faults where chance has a say."""
     models: Mapping[str, ModelFigures] = field(default_factory=dict)
+    faults: tuple[EngineFault, ...] = ()
+    """The fault script of the engines; of the rules of one kind that meet a start, the first counts."""
 
     def uuid(self, index: int) -> str:
         """The UUID of GPU `index`, in NVIDIA's form; the same for the same seed and index, always."""
@@ -91,6 +115,7 @@ def prepare(sim_dir: Path, node: SimNode) -> None:
             _private_folder(sim_dir / "gpus" / str(index))
             _private_folder(sim_dir / "dying" / str(index))
         _private_folder(sim_dir / "bin")
+        _private_folder(sim_dir / "starts")
         for name, source in ENGINES.items():
             _write(sim_dir / "bin" / name, _wrapper(sim_dir, Path(__file__).parent / source), 0o755)
         # last: whoever finds node.json finds the rest too
@@ -146,6 +171,8 @@ def _forget_gpus(sim_dir: Path) -> None:
         with suppress(OSError):
             folder.rmdir()
     (sim_dir / "faults.json").unlink(missing_ok=True)
+    for count in sim_dir.glob("starts/*"):
+        count.unlink(missing_ok=True)
 
 
 def _private_folder(path: Path) -> None:
@@ -185,6 +212,13 @@ def _from_json(document: dict[str, Any]) -> SimNode:
         for gpu in document["gpus"]
     )
     models = {name: ModelFigures(**figures) for name, figures in document["models"].items()}
+    faults = tuple(EngineFault(**{**rule, "starts": tuple(rule["starts"])}) for rule in document["faults"])
     return SimNode(
-        gpus, document["time_scale"], document["release_delay_s"], document["driver_version"], document["seed"], models
+        gpus,
+        document["time_scale"],
+        document["release_delay_s"],
+        document["driver_version"],
+        document["seed"],
+        models,
+        faults,
     )

@@ -23,6 +23,7 @@ from typing import Literal, NoReturn
 from . import routes
 from .box import Node
 from .core import Plan, end_child, run_engine, tell
+from .fate import Fate
 from .flags import parse
 from .wire import Connection
 
@@ -34,8 +35,8 @@ Phase = Literal["loading", "ready", "dead", "leaving"]
 class Server:
     """The API server once the engine core is spawned."""
 
-    def __init__(self, node: Node, options: dict[str, str], listener: socket.socket) -> None:
-        self.node, self.listener = node, listener
+    def __init__(self, node: Node, options: dict[str, str], fate: Fate, listener: socket.socket) -> None:
+        self.node, self.fate, self.listener = node, fate, listener
         self.phase: Phase = "loading"
         self.exit_at: float | None = None
         self.connections: dict[int, Connection] = {}
@@ -47,7 +48,7 @@ class Server:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         self.channel, self.engine_pid = self.spawn(options)
-        self.desk = routes.Desk(options, lambda message: tell(self.channel, message))
+        self.desk = routes.Desk(options, fate, lambda message: tell(self.channel, message))
         self.poll.register(self.wake_fd, select.POLLIN)
         self.poll.register(self.channel, select.POLLIN)
 
@@ -61,7 +62,7 @@ class Server:
             ours.close()
             os.close(self.wake_fd)
             os.close(self.signal_fd)
-            run_engine(self.node, options, theirs)
+            run_engine(self.node, options, self.fate, theirs)
         theirs.close()
         return ours, pid
 
@@ -98,6 +99,8 @@ class Server:
     def signalled(self, numbers: bytes) -> int | None:
         """SIGTERM or SIGINT came (outcomes 2, 3 and 5 of the module)."""
         interrupted = signal.SIGINT in numbers
+        if not interrupted and self.fate.strikes("ignores_sigterm"):
+            return None
         if self.phase == "loading":
             if interrupted:
                 self.end_engine()
@@ -130,6 +133,7 @@ class Server:
         """Progress of the engine core."""
         if message == "ready":
             self.phase = "ready"
+            self.fate.ready()
             say("INFO:     Application startup complete.")
             try:
                 self.listener.listen(512)
@@ -227,6 +231,9 @@ def main(argv: list[str]) -> NoReturn:
         node = Node()
     except (KeyError, OSError, ValueError) as error:
         fail(f"RuntimeError: RECONCILER_SIM_DIR names no simulated node: {error}")
+    fate = Fate(node, options)
+    if fate.strikes("ignores_sigterm"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(f"INFO     vLLM API server version 0.33.0 (simulated), model {model}")
     time.sleep(Plan(node, options, node.visible()).import_s * node.scale)
     if model.startswith(("/", "./", "../")) and not os.path.exists(model):  # noqa: PTH110
@@ -245,7 +252,7 @@ def main(argv: list[str]) -> NoReturn:
         fail(f"OSError: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(Server(node, options, listener).run())
+    os._exit(Server(node, options, fate, listener).run())
 
 
 def say(line: str) -> None:

@@ -33,6 +33,8 @@ class Node:
         self.scale: float = document["time_scale"]
         self.delay_s: float = document["release_delay_s"]
         self.models: dict[str, dict[str, Any]] = document["models"]
+        self.seed: str = document["seed"]
+        self.faults: list[dict[str, Any]] = document["faults"]
 
     def visible(self) -> list[int]:
         """The GPUs that CUDA would show: by index or UUID, cut off at the first one that does not exist."""
@@ -131,7 +133,7 @@ class Holder:
         if verb == "check":
             return self.check(float(argument))
         if verb == "profiled":
-            return self.profiled()
+            return self.profiled(changed=bool(argument))
         return self.set(int(argument)) if verb == "set" else ""  # "step": being here to answer is all
 
     def check(self, utilization: float) -> str:
@@ -148,10 +150,10 @@ class Holder:
             "utilization or reduce GPU memory used by other processes."
         )
 
-    def profiled(self) -> str:
+    def profiled(self, *, changed: bool) -> str:
         """Whether the neighbours stayed as they were; vLLM takes memory that they free for its own mistake."""
         now = self.node.others(self.gpu)
-        if now >= self.at_start:
+        if now >= self.at_start and not changed:
             return ""
         return (
             f"AssertionError: Error in memory profiling. Initial free memory {gib(self.usable - self.at_start)} GiB, "

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from .box import GIB, Failed, Holder, Node, stat_fields
+from .fate import Fate
 
 CONTEXT_BYTES = GIB // 2
 RESIDUAL_BYTES = int(1.2 * GIB)
@@ -24,6 +25,8 @@ STEP_S = 0.05
 SLEEP_S, WAKE_S, IMPORT_S = 1.0, 2.0, 11.0
 BYTES_PER_WEIGHT = (("awq|gptq|int4|4bit|nvfp4|mxfp4", 0.6), ("fp8|int8|8bit", 1.0), ("", 2.0))
 """(pattern in model name or quantisation, bytes); the first that matches wins."""
+STRIKES = ("freeze", "dies", "hang")
+"""Faults of the script that the engine core brings about."""
 WORKER_DIED = "RuntimeError: Worker proc died unexpectedly, shutting down executor."
 
 
@@ -134,7 +137,7 @@ class Plan:
         return min(IMPORT_S, 0.28 * self.load_s)
 
 
-def run_engine(node: Node, options: dict[str, str], channel: socket.socket) -> NoReturn:
+def run_engine(node: Node, options: dict[str, str], fate: Fate, channel: socket.socket) -> NoReturn:
     """The engine core: loads, then makes tokens until told to go. It outlives the API server, as the real one does."""
 
     def leave(*_: object) -> NoReturn:
@@ -148,9 +151,10 @@ def run_engine(node: Node, options: dict[str, str], channel: socket.socket) -> N
         gpus = choose(node, options)
         gang = Gang(node, gpus, channel)
         plan = Plan(node, options, gpus)
-        load(gang, plan)
+        load(gang, plan, fate)
+        fate.ready()
         tell(channel, "ready")
-        Core(gang, plan, channel, options).run()
+        Core(gang, plan, fate, channel, options).run()
     except Failed as error:
         print(f"(EngineCore pid={os.getpid()}) {error}", file=sys.stderr, flush=True)
         code = 1
@@ -176,11 +180,13 @@ def choose(node: Node, options: dict[str, str]) -> list[int]:
     return gpus[:size]
 
 
-def load(gang: Gang, plan: Plan) -> None:
+def load(gang: Gang, plan: Plan, fate: Fate) -> None:
     """Weights, profiling, KV cache, warm-up; memory grows as it does in vLLM."""
     rest = plan.load_s - plan.import_s
     gang.wait(0.15 * rest)
     gang.ask(f"check {plan.utilization}")
+    if fate.strikes("out_of_memory"):
+        gang.ask("check 1.01")
     gang.ask(f"set {CONTEXT_BYTES}")
     for part in range(1, 5):
         gang.wait(0.11 * rest)
@@ -190,8 +196,12 @@ def load(gang: Gang, plan: Plan) -> None:
             "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
             "initializing the engine."
         )
-    gang.wait(0.15 * rest)
-    gang.ask("profiled")
+    gang.wait(0.15 * rest + fate.lasts_s("slow_start"))
+    if fate.strikes("crash"):
+        raise Failed("RuntimeError: CUDA error: unspecified launch failure")
+    while fate.strikes("stuck_start"):
+        gang.wait(3600.0)
+    gang.ask("profiled and changed" if fate.strikes("memory_changed") else "profiled")
     gang.ask(f"set {plan.full}")
     gang.wait(0.26 * rest)
 
@@ -205,8 +215,9 @@ def tell(channel: socket.socket, message: str) -> None:
 class Core:
     """The engine core once it is loaded."""
 
-    def __init__(self, gang: Gang, plan: Plan, channel: socket.socket, options: dict[str, str]) -> None:
-        self.gang, self.plan, self.channel = gang, plan, channel
+    def __init__(self, gang: Gang, plan: Plan, fate: Fate, channel: socket.socket, options: dict[str, str]) -> None:
+        self.gang, self.plan, self.fate, self.channel = gang, plan, fate, channel
+        self.server_pid, self.requests = os.getppid(), 0
         self.moves_memory = "enable-sleep-mode" in options
         self.slots = int(options.get("max-num-seqs", "256"))
         self.jobs: dict[str, float] = {}
@@ -221,8 +232,10 @@ class Core:
         last = time.monotonic()
         while True:
             running = [] if self.asleep else list(self.jobs)[: self.slots]
-            wait_ms = min(STEP_S, min(self.jobs[job] for job in running) * self.token_s) * 1000 if running else None
-            for fd, _ in poll.poll(wait_ms):
+            waits = [self.fate.wait_s(*STRIKES)]
+            if running:
+                waits.append(min(STEP_S, min(self.jobs[job] for job in running) * self.token_s))
+            for fd, _ in poll.poll(min((wait * 1000 for wait in waits if wait is not None), default=None)):
                 if fd != self.channel.fileno():
                     raise Failed(WORKER_DIED)
                 message = self.channel.recv(4096).decode()
@@ -230,10 +243,25 @@ class Core:
                     poll.unregister(self.channel)  # the API server is gone: nobody tells this process to go
                 else:
                     self.obey(*message.split(" "))
+            self.suffer()
             now = time.monotonic()
             if running:
                 self.step(running, (now - last) / self.token_s)
             last = now
+
+    def suffer(self) -> None:
+        """What the fault script has in store for now."""
+        if self.fate.due("freeze", self.requests):
+            del self.fate.rules["freeze"]
+            if os.getppid() == self.server_pid:  # an orphan has another parent, which must not be stopped
+                os.kill(self.server_pid, signal.SIGSTOP)
+        if self.fate.due("dies", self.requests):
+            raise Failed("RuntimeError: CUDA error: an illegal memory access was encountered")
+        if self.fate.due("hang", self.requests):
+            # in a call of the driver: no signal but SIGKILL reaches the program
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            while True:
+                time.sleep(3600)
 
     def step(self, running: list[str], tokens: float) -> None:
         """So many tokens for every running job."""
@@ -253,16 +281,22 @@ class Core:
         """One order of the API server."""
         if verb == "job":
             self.jobs[argument] = float(tokens)
+            self.requests += 1
         elif verb == "drop":
             self.jobs.pop(argument, None)
         elif verb == "sleep":
             self.gang.wait(SLEEP_S)
+            if self.fate.strikes("sleep_fails"):
+                tell(self.channel, "refused RuntimeError: CUDA error: out of memory")
+                return
             if self.moves_memory:
                 self.gang.ask(f"set {min(RESIDUAL_BYTES, self.plan.full)}")
             self.asleep = True
             tell(self.channel, "slept")
         elif verb == "wake":
             self.gang.wait(WAKE_S)
+            if self.fate.strikes("wake_out_of_memory"):
+                raise Failed("torch.OutOfMemoryError: CUDA out of memory. (simulated)")
             if self.moves_memory:
                 self.gang.ask(f"set {self.plan.weights if argument == 'weights' else self.plan.full}")
             self.asleep = argument == "weights"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .fate import Fate
 from .flags import VERSION
 from .wire import Connection, Request
 
@@ -24,8 +25,8 @@ class Job:
 class Desk:
     """Requests in, answers out; whatever needs the engine is sent there and answered when it has spoken."""
 
-    def __init__(self, options: dict[str, str], tell_engine: Callable[[str], None]) -> None:
-        self.tell_engine = tell_engine
+    def __init__(self, options: dict[str, str], fate: Fate, tell_engine: Callable[[str], None]) -> None:
+        self.fate, self.tell_engine = fate, tell_engine
         self.names = options.get("served-model-name", options["model"]).split()
         self.root = options["model"]
         self.api_key = options.get("api-key", os.environ.get("VLLM_API_KEY", ""))
@@ -83,6 +84,8 @@ class Desk:
             self.asleep = verb == "slept"
             if self.moving:
                 self.moving.pop(0).answer(200)
+        elif verb == "refused" and self.moving:
+            self.error(self.moving.pop(0), 500, "InternalServerError", argument)
 
     def engine_died(self) -> None:
         """Everybody who waits gets an error."""
@@ -106,6 +109,8 @@ class Desk:
 
     def health(self, connection: Connection, _: Request) -> None:
         """200 while asleep and while the engine hangs, too: only a dead engine shows here."""
+        if self.fate.due("slow_probe", self.count):
+            time.sleep(self.fate.lasts_s("slow_probe") * self.fate.scale)  # whoever else asks waits, too
         connection.answer(503 if self.dead else 200)
 
     def models(self, connection: Connection, _: Request) -> None:
