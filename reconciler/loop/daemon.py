@@ -204,7 +204,7 @@ class Daemon:
         before = parts.journal.ledger()
         made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now, made)  # the record first, then the act
-        record_durations(parts.journal, before, plan.ledger, observed)
+        record_durations(parts.journal, before, plan.ledger, observed, self._began)
         incidents = self._assess(in_force, observed, plan, now)
         self._notifying.offer(in_force.spec, incidents)
         for incarnation in plan.archive:

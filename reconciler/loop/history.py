@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, assert_never
 
+from reconciler.clock import Instant
 from reconciler.journal.timings import Measure, p95
-from reconciler.plan.ledger import Ledger, Timings
+from reconciler.plan.ledger import EndpointRecord, Ledger, Timings
 from reconciler.plan.observed import Observed
 from reconciler.spec.spec import Spec
 
@@ -15,11 +16,17 @@ if TYPE_CHECKING:
     from reconciler.journal.journal import Journal  # the writer's part, which a command that reads does without
 
 
+_NAP_MEASURES: Mapping[int, tuple[Measure, Measure]] = {1: ("sleep1", "wake1"), 2: ("sleep2", "wake2")}
+"""By level: falling asleep, and waking up."""
+
+
 @dataclass(slots=True)
 class _Learnt:
     load_s: float | None = None
     drain_s: float | None = None
     stop_s: float | None = None
+    sleep_s: dict[int, float] = field(default_factory=dict)
+    wake_s: dict[int, float] = field(default_factory=dict)
 
 
 def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spec) -> Mapping[str, Timings]:
@@ -30,17 +37,25 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
         spec: bounds what was not measured, and how long a drain may take now
     """
     learnt: dict[str, _Learnt] = {}
-    for (subject, what), seconds in measured.items():
-        entry = learnt.setdefault(subject, _Learnt())
+    for (subject, what), samples in measured.items():
+        entry, seconds = learnt.setdefault(subject, _Learnt()), p95(samples)
+        if seconds is None:
+            continue
         match what:
             case "load":
-                entry.load_s = p95(seconds)
+                entry.load_s = seconds
             case "drain":
-                entry.drain_s = p95(seconds)
+                entry.drain_s = seconds
             case "stop":
-                entry.stop_s = p95(seconds)
-            case _:
+                entry.stop_s = seconds
+            case "sleep1" | "sleep2":
+                entry.sleep_s[int(what[-1])] = seconds
+            case "wake1" | "wake2":
+                entry.wake_s[int(what[-1])] = seconds
+            case "run":
                 continue
+            case _:
+                assert_never(what)
     answer: dict[str, Timings] = {}
     for name, entry in sorted(learnt.items()):
         endpoint = spec.endpoints.get(name)
@@ -51,6 +66,8 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
             load_s=min(default.load_s, endpoint.health.startup_s) if entry.load_s is None else entry.load_s,
             drain_s=min(default.drain_s if entry.drain_s is None else entry.drain_s, endpoint.stop.drain_s),
             stop_s=min(default.stop_s, endpoint.stop.grace_s) if entry.stop_s is None else entry.stop_s,
+            sleep_s=entry.sleep_s,
+            wake_s=entry.wake_s,
         )
     return answer
 
@@ -66,8 +83,11 @@ def learn(ledger: Ledger, measured: Mapping[tuple[str, Measure], Sequence[float]
     return replace(ledger, timings=predicted(measured, spec), runs=usual_runs(measured))
 
 
-def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: Observed) -> None:
-    """Measure what this decision saw come to its end: a load, a stop, or work that went well."""
+def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: Observed, since: Instant) -> None:
+    """Measure what this decision saw come to its end: a load, a stop, a nap's step, or work that went well.
+
+    Not the step of a nap that began before `since`, when this daemon did: it waited for a daemon, too.
+    """
     incarnations = {i.id: i for i in observed.incarnations}
     for name, record in after.endpoints.items():
         old = before.endpoints.get(name)
@@ -76,6 +96,8 @@ def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: 
             started = incarnations[ready].started if ready in incarnations else None
             if started is not None:
                 journal.record_timing(name, "load", record.ready_since.since(started))
+        for what, seconds in _nap_times(old, record, since):
+            journal.record_timing(name, what, seconds)
         counted = {e.incarnation for e in old.exits} if old else set()
         for end in record.exits:
             ended = incarnations.get(end.incarnation)
@@ -90,3 +112,18 @@ def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: 
         ran = next((span.actual_s for span in reversed(overlay.spans) if span.part == "run"), None)
         if ran is not None:
             journal.record_timing(name, "run", ran)
+
+
+def _nap_times(before: EndpointRecord | None, after: EndpointRecord, since: Instant) -> Iterator[tuple[Measure, float]]:
+    """How long the step of a nap took that came to its end between these two: 1. it fell asleep; 2. it woke up."""
+    was, now = before.nap if before else None, after.nap
+    if was is None or was.failed is not None:
+        return
+    asleep, awake = _NAP_MEASURES[was.level]
+    if now is not None and now.slept is not None and was.slept is None and now.incarnation == was.incarnation:
+        if was.begun is not None and was.begun.mono >= since.mono:
+            yield asleep, now.slept.since(was.begun)  # 1
+        return
+    ready = after.ready_since if now is None and after.ready_incarnation == was.incarnation else None
+    if ready is not None and was.waking is not None and was.waking.mono >= since.mono:
+        yield awake, ready.since(was.waking)  # 2

@@ -14,7 +14,7 @@ from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.departures import draining, stop_for
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
-from reconciler.plan.naps import drained, rested, wakes
+from reconciler.plan.naps import asleep_for, drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayStep, predicted_end
 from reconciler.plan.progress import arrival
@@ -167,8 +167,7 @@ class Graph:
         draft, holders = self.draft, sorted(self.draft.evicted_from(endpoint.name))
         overlay = holders[0] if holders else None
         source = draft.steps[overlay].record.source if overlay else endpoint.source
-        reason, cause = f"gives way to {', '.join(holders)}", Cause("evict", source, overlay)
-        level = endpoint.profile.sleep_levels[nap.level]
+        reason, cause = asleep_for(holders, nap), Cause("evict", source, overlay)
         needs: list[int] = []
         if nap.begun is None:
             needs = [
@@ -188,7 +187,8 @@ class Graph:
             needs = [
                 self._add(
                     "sleep", current.subject, current.gpus, needs, reason=reason, cause=cause,
-                    timeout_s=CALL_TIMEOUT_S, predicted_s=level.sleep_s, incarnation=current.id,
+                    timeout_s=CALL_TIMEOUT_S, predicted_s=draft.situation.nap_s(endpoint, nap.level)[0],
+                    incarnation=current.id,
                 )
             ]  # fmt: skip
         self._memory(current, tuple(needs), reason, cause)
@@ -203,11 +203,10 @@ class Graph:
         kind: Literal["restore", "setpoint"] = "restore" if overlay else "setpoint"
         reason = f"{overlay} no longer needs its place" if overlay else "its set point is running"
         cause = Cause(kind, endpoint.source, overlay)
-        level = endpoint.profile.sleep_levels[nap.level]
         if nap.woken is None:
             call = self._add(
                 "wake", current.subject, current.gpus, needs, reason=reason, cause=cause,
-                timeout_s=CALL_TIMEOUT_S, predicted_s=level.waking_s(draft.situation.timings(endpoint).load_s),
+                timeout_s=CALL_TIMEOUT_S, predicted_s=draft.situation.nap_s(endpoint, nap.level)[1],
                 incarnation=current.id,
             )  # fmt: skip
             needs = (call,)

@@ -119,6 +119,8 @@ class Nap:
     """It said that it has."""
     failed: str | None = None
     """Why it can be trusted no more: it is stopped, and started afresh when it is wanted."""
+    why: str = ""
+    """Why it sleeps at this level, in words, as told when it was decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,10 @@ class Timings:
     load_s: float
     drain_s: float
     stop_s: float
+    sleep_s: Mapping[int, float] = field(default_factory=dict)
+    """By sleep level, of those that were measured."""
+    wake_s: Mapping[int, float] = field(default_factory=dict)
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)

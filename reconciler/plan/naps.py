@@ -20,12 +20,11 @@ from reconciler.plan.overlays import MEMORY_TIMEOUT_S, predicted_end
 from reconciler.plan.placement import place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec
+from reconciler.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from reconciler.plan.draft import Draft, Leaving
 
-HOST_RESERVE = 4 << 30
-"""Host memory that parked weights leave to everybody else."""
 LONGEST_PARKED_S = 2 * 3600.0
 """Weights are parked in host memory for makespans up to this: beyond it the half minute that level 1 saves over level 2
 is less than half a percent of the time that the memory would be held."""
@@ -159,8 +158,16 @@ def called(ledger: Ledger, action: Action, problem: str | None, now: Instant) ->
 # ---------------------------------------------------------------- who sleeps
 
 
-def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving: Leaving | None) -> bool:
-    """Keep a nap that is under way, and begin one for an endpoint that has to give way and may; False: no nap.
+def asleep_for(holders: Iterable[str], nap: Nap) -> str:
+    """Whom one that sleeps gives way to, and why it sleeps as it does, in words."""
+    why = f" ({nap.why})" if nap.why else ""
+    return f"gives way to {', '.join(holders)}, asleep at level {nap.level}{why}"
+
+
+def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving: Leaving | None) -> str | None:
+    """Keep a nap that is under way, and begin one for an endpoint that has to give way and may.
+
+    None: it sleeps, or is about to; else why it does not, in words, empty where nobody asked for it.
 
     1. it failed, or the files want another process → no nap: it stops
     2. it has to leave for another reason than giving way → no nap
@@ -171,23 +178,28 @@ def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving
     7. otherwise it stops
     """
     nap, situation = draft.records[endpoint.name].nap, draft.situation
-    if (nap is not None and nap.failed is not None) or current.process_hash != endpoint.process_hash:
-        return False  # 1
-    if leaving is not None and leaving.cause.kind != "evict":
-        return False  # 2
+    if nap is not None and nap.failed is not None:
+        return f"it stops: {nap.failed}" if leaving is not None and leaving.cause.kind == "evict" else ""  # 1
+    if current.process_hash != endpoint.process_hash or (leaving is not None and leaving.cause.kind != "evict"):
+        return ""  # 1, 2
     if leaving is None:
         if nap is None or nap.begun is None:
-            return False  # 4
+            return ""  # 4
         draft.naps[endpoint.name] = nap  # 3
     else:
         if nap is not None and nap.waking is not None:
-            return False  # 5
-        level = nap.level if nap is not None else _level(draft, endpoint, current)
-        if level is None or not _leaves_enough(draft, endpoint, current):
-            return False  # 7
-        draft.naps[endpoint.name] = nap or Nap(current.id, level, situation.now)  # 6
+            return "it stops: it is waking up"  # 5
+        if nap is None:
+            level, why = _way(draft, endpoint, current)
+            nap = Nap(current.id, level, situation.now, why=why) if level is not None else None
+            if nap is None:
+                return f"it stops: {why}" if why else ""  # 7
+        lack = _lack_beside(draft, endpoint, current)
+        if lack is not None:
+            return f"it stops: {lack}"  # 7
+        draft.naps[endpoint.name] = nap  # 6
     draft.board.add(_residue(endpoint, current))
-    return True
+    return None
 
 
 def rise(draft: Draft) -> None:
@@ -244,22 +256,43 @@ def drained(draft: Draft, endpoint: EndpointSpec, current: Incarnation, nap: Nap
     return until if probe.busy else None
 
 
-def _level(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> int | None:
-    """The level to sleep at; None: it cannot.
+def _way(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> tuple[int | None, str]:
+    """The level to sleep at, and why; None: it stops, and why (empty: as its set points say).
 
-    1. it is not asked for, the engine cannot, or it is not ready
-    2. level 1, if it is allowed, the makespans are not too long for it, and host memory has room for the weights
-    3. level 2, if the engine has it
+    1. it is not asked for
+    2. the engine cannot, or it is not ready
+    3. level 1, if it is allowed, the makespans are not too long for it, and host memory has room for the weights
+    4. level 2, if the engine has it
+    Of 3 and 4 only one that is predicted to cost less time than to stop and to load.
     """
-    profile = endpoint.profile
-    ready = draft.standings[endpoint.name].state in ("healthy", "sleeping")
-    if endpoint.evict.method != "sleep" or not profile.sleeps or current.port is None or not ready:
-        return None  # 1
-    levels = profile.sleep_levels
-    parked = [n for n in sorted(levels) if levels[n].keeps_weights and n >= endpoint.evict.level]
-    if parked and _makespan_left(draft, endpoint.name) <= LONGEST_PARKED_S and _room_on_host(draft, endpoint, current):
-        return parked[0]  # 2
-    return next((n for n in sorted(levels) if not levels[n].keeps_weights), None)  # 3
+    profile, levels = endpoint.profile, endpoint.profile.sleep_levels
+    if endpoint.evict.method != "sleep" or current.stop is not None:
+        return None, ""  # 1
+    if not profile.sleeps or current.port is None:
+        return None, "its engine cannot sleep"  # 2
+    if draft.standings[endpoint.name].state not in ("healthy", "sleeping"):
+        return None, "it is not ready"  # 2
+    lacks: list[str] = []
+    for number in sorted(n for n in levels if n >= endpoint.evict.level):
+        parks = levels[number].keeps_weights
+        lack = (_lack_on_host(draft, endpoint, current) if parks else None) or _slower(draft, endpoint, number)
+        if lack is None and parks:
+            size, free = format_size(_weights(endpoint, current)), draft.situation.observed.host_available_bytes or 0
+            return number, f"{size} of weights in host memory, {format_size(free)} available"  # 3
+        if lack is None:
+            return number, "; ".join(("weights dropped", *lacks))  # 4
+        lacks.append(lack)
+    return None, "; ".join(lacks) or f"its engine has no level {endpoint.evict.level}"
+
+
+def _slower(draft: Draft, endpoint: EndpointSpec, level: int) -> str | None:
+    """Why sleeping does not pay; None: it does."""
+    times = draft.situation.timings(endpoint)
+    asleep, stopped = sum(draft.situation.nap_s(endpoint, level)), times.stop_s + times.load_s
+    if asleep < stopped:
+        return None
+    took, instead = format_duration(round(asleep, 1)), format_duration(round(stopped, 1))
+    return f"level {level} takes {took} there and back, a stop and a load {instead}"
 
 
 def _makespan_left(draft: Draft, name: str) -> float:
@@ -271,26 +304,39 @@ def _makespan_left(draft: Draft, name: str) -> float:
     return max(ends, default=draft.now.wall) - draft.now.wall
 
 
-def _room_on_host(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
-    """Whether host memory takes its weights, beside those that others are about to park and some for everybody else."""
+def _lack_on_host(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> str | None:
+    """Why its weights may not be parked in host memory; None: they may.
+
+    Beside them have to fit those that others are about to park, and what is left for everybody else.
+    """
+    if _makespan_left(draft, endpoint.name) > LONGEST_PARKED_S:
+        return f"host memory holds no weights for longer than {format_duration(LONGEST_PARKED_S)}"
     available = draft.situation.observed.host_available_bytes
     if available is None:
-        return False
+        return "how much host memory is available cannot be read"
     coming = 0
     for name, nap in draft.naps.items():
         other, known = draft.standings[name].current, draft.wanted[name]
         parks = known.profile.sleep_levels[nap.level].keeps_weights
         if other is not None and nap.slept is None and parks:
             coming += _weights(known, other)
-    return available - coming - _weights(endpoint, current) >= HOST_RESERVE
+    weights, reserve = _weights(endpoint, current), draft.situation.spec.node.host_reserve_bytes
+    if available - coming - weights >= reserve:
+        return None
+    spoken_for = f", {format_size(coming)} of it for others" if coming else ""
+    return (
+        f"{format_size(weights)} of weights and {format_size(reserve)} for everybody else do not fit in the "
+        f"{format_size(available)} of host memory available{spoken_for}"
+    )
 
 
 def _weights(endpoint: EndpointSpec, current: Incarnation) -> int:
     return sum(current.memory_bytes) if endpoint.evict.weights_bytes is None else endpoint.evict.weights_bytes
 
 
-def _leaves_enough(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
-    """Whether what overlays lease on its GPUs fits beside what it keeps while it sleeps."""
+def _lack_beside(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> str | None:
+    """Why what overlays lease on its GPUs does not fit beside what it keeps while it sleeps; None: it does."""
+    kept = endpoint.profile.residual_bytes
     for uuid in current.gpus:
         leases = [x for x in draft.leases if x.gpu == uuid]
         residues = [
@@ -298,16 +344,20 @@ def _leaves_enough(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -
             for n in draft.naps
             if n != endpoint.name and (c := draft.standings[n].current) is not None and uuid in c.gpus
         ]
-        wanted = sum(x.memory_bytes for x in leases) + sum(residues) + endpoint.profile.residual_bytes
+        leased = sum(x.memory_bytes for x in leases)
         room = draft.situation.rooms.get(uuid)
-        if room is None or any(x.exclusive for x in leases):
-            return False
+        if room is None:
+            return "one of its GPUs cannot be seen"
+        if any(x.exclusive for x in leases):
+            return f"a whole GPU is asked for, and asleep it keeps {format_size(kept)} of it"
         # a stranger who came meanwhile is no reason to end who sleeps already
         asleep = draft.records[endpoint.name].nap is not None
         limit = room.gpu.total_bytes - draft.situation.spec.node.reserve_bytes if asleep else room.capacity_bytes
-        if wanted > limit:
-            return False
-    return True
+        if leased + sum(residues) + kept > limit:
+            return (
+                f"{format_size(leased)} is asked for, and asleep it keeps {format_size(kept)} of {format_size(limit)}"
+            )
+    return None
 
 
 def _residue(endpoint: EndpointSpec, current: Incarnation) -> Tenant:

@@ -16,7 +16,7 @@ from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
-from reconciler.plan.naps import begin
+from reconciler.plan.naps import asleep_for, begin
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
 from reconciler.plan.situation import Situation
@@ -184,7 +184,7 @@ def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
     if standing.current is not None and standing.current.id in draft.leaving:
         reason = draft.leaving[standing.current.id].reason
     elif name in draft.naps and holders:
-        reason = f"gives way to {', '.join(holders)}"
+        reason = asleep_for(holders, draft.naps[name])
     elif blocked is not None:
         reason = f"{blocked.reason}: {blocked.message}"
     elif state == "pending" and arriving is not None:

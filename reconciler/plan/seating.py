@@ -158,12 +158,13 @@ def _keep(
         message = "its GPUs cannot be read at the moment; nothing is done to it"
         draft.block(Blocked(subject, "GpuUnknown", message, transient=True))
         leaving = None
-    if endpoint is not None and lie_down(draft, endpoint, current, leaving):
+    awake = lie_down(draft, endpoint, current, leaving) if endpoint is not None else ""
+    if awake is None:
         return "stays"
     if leaving is None:
         _seat_incarnation(draft, name, current, endpoint)
         return "stays"
-    draft.leaving[current.id] = leaving
+    draft.leaving[current.id] = replace(leaving, reason=f"{leaving.reason}; {awake}") if awake else leaving
     return "leaves"
 
 
@@ -293,7 +294,7 @@ def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: Endpoin
     times, lost_s = draft.situation.timings(endpoint), 0.0
     if draft.standings[name].state == "healthy":
         lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
-    departure_s = times.drain_s + times.stop_s + MEMORY_RETURN_S
+    departure_s = draft.situation.leaving_s(endpoint) + MEMORY_RETURN_S
     return Tenant(
         endpoint_key(name),
         endpoint.priority,

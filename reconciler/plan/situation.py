@@ -99,6 +99,21 @@ class Situation:
             stop_s=min(defaults.stop_s, endpoint.stop.grace_s),
         )
 
+    def leaving_s(self, endpoint: EndpointSpec) -> float:
+        """Predicted seconds from asking it to give way until it has, whichever way it is that it goes."""
+        times = self.timings(endpoint)
+        ways = [times.stop_s]
+        if endpoint.evict.method == "sleep":
+            levels = (n for n in endpoint.profile.sleep_levels if n >= endpoint.evict.level)
+            ways += [self.nap_s(endpoint, level)[0] for level in levels]
+        return times.drain_s + max(ways)
+
+    def nap_s(self, endpoint: EndpointSpec, level: int) -> tuple[float, float]:
+        """Predicted seconds to fall asleep at a level that its engine has, and to be ready again after it."""
+        times = self.timings(endpoint)
+        sleep_s, wake_s = endpoint.profile.sleep_levels[level].predicted_s(times.load_s)
+        return times.sleep_s.get(level, sleep_s), times.wake_s.get(level, wake_s)
+
     # ------------------------------------------------------------ GPUs
 
     @cached_property

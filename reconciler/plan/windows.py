@@ -25,8 +25,7 @@ def departure_s(draft: Draft, name: str) -> float:
     endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
     if standing is None or standing.current is None or endpoint is None:
         return 0.0
-    times = draft.situation.timings(endpoint)
-    return times.drain_s + times.stop_s + MEMORY_RETURN_S
+    return draft.situation.leaving_s(endpoint) + MEMORY_RETURN_S
 
 
 def lead_s(draft: Draft, victims: Iterable[str]) -> float:

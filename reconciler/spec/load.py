@@ -139,7 +139,7 @@ class _Setpoints:
             section = "priorities" if kind == "priority" else "capabilities"
             findings.check_name(locate(text, (section, name), key=True), kind, name)
         self.priorities = dict(sorted(model.priorities.items())) if self.sound else None
-        self.node = NodeSpec(model.node.name or hostname, model.node.gpus, model.node.reserve)
+        self.node = NodeSpec(model.node.name or hostname, model.node.gpus, model.node.reserve, model.node.host_reserve)
         policy = model.policy
         self.policy = Policy(policy.max_evictions_per_hour, policy.min_ready, policy.resync)
         self.engines = own_profiles(model.engines, text, findings)

@@ -14,8 +14,6 @@ from reconciler.spec.models import EngineCallModel, EngineModel, SleepLevelModel
 from reconciler.spec.profiles import (
     PROFILES,
     RESIDUAL,
-    SLEEP_S,
-    WAKE_PART,
     EngineCall,
     EngineProfile,
     FailurePattern,
@@ -122,9 +120,8 @@ def _level(number: int, model: SleepLevelModel) -> SleepLevel:
     return SleepLevel(
         sleep=tuple(map(_call, model.sleep)),
         wake=tuple(map(_call, model.wake)),
-        sleep_s=model.sleep_time or SLEEP_S[number],
-        wake_part=WAKE_PART[number],
         keeps_weights=number == 1,
+        sleep_s=model.sleep_time,
         wake_s=model.wake_time,
     )
 

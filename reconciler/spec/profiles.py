@@ -26,8 +26,8 @@ class FailurePattern:
 
 
 LOG_TAIL_BYTES = 64 << 10
-SLEEP_S = {1: 5.0, 2: 2.0}
-"""Guesses: nobody published how long engines take to fall asleep, by level."""
+SLEEP_PART = {1: 0.08, 2: 0.03}
+"""Parts of a load, by level. Guesses: nobody published how long engines take to fall asleep."""
 WAKE_PART = {1: 0.1, 2: 0.4}
 """Level 1: 0.3-6 s against 38-98 s of a cold start were published. Level 2 is a guess: weights are read again."""
 
@@ -129,18 +129,20 @@ class SleepLevel:
     """Made in this order, each only after the one before it was answered as it should."""
     wake: tuple[EngineCall, ...]
     """The same."""
-    sleep_s: float
-    """Predicted until the calls are answered, until history knows better."""
-    wake_part: float
-    """The same of waking up, as a part of a whole load."""
     keeps_weights: bool
     """They move to host memory."""
+    sleep_s: float | None = None
+    """Predicted time until its calls are answered, until history knows better; None: a part of a load."""
     wake_s: float | None = None
-    """Where it is known as such, instead of `wake_part`."""
+    """The same until it is ready again."""
 
-    def waking_s(self, load_s: float) -> float:
-        """Predicted seconds from the first call to awake, for one that loads in so many."""
-        return self.wake_part * load_s if self.wake_s is None else self.wake_s
+    def predicted_s(self, load_s: float) -> tuple[float, float]:
+        """Seconds to fall asleep and to wake up, for one that loads in so many, before anything was measured."""
+        number = 1 if self.keeps_weights else 2
+        return (
+            SLEEP_PART[number] * load_s if self.sleep_s is None else self.sleep_s,
+            WAKE_PART[number] * load_s if self.wake_s is None else self.wake_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +222,6 @@ PROFILES: Mapping[str, EngineProfile] = {
                 1: SleepLevel(
                     (EngineCall("/sleep?level=1"),),
                     (EngineCall("/wake_up"),),
-                    SLEEP_S[1],
-                    WAKE_PART[1],
                     keeps_weights=True,
                 ),
                 2: SleepLevel(
@@ -231,8 +231,6 @@ PROFILES: Mapping[str, EngineProfile] = {
                         EngineCall("/collective_rpc", '{"method": "reload_weights"}'),
                         EngineCall("/wake_up?tags=kv_cache"),
                     ),
-                    SLEEP_S[2],
-                    WAKE_PART[2],
                     keeps_weights=False,
                 ),
             },
@@ -261,8 +259,6 @@ PROFILES: Mapping[str, EngineProfile] = {
                 1: SleepLevel(
                     (EngineCall("/release_memory_occupation", "{}"),),
                     (EngineCall("/resume_memory_occupation", "{}"),),
-                    SLEEP_S[1],
-                    WAKE_PART[1],
                     keeps_weights=True,
                 ),
             },

@@ -239,6 +239,8 @@ class Node:
     """Indices or UUIDs that may be used; None: all."""
     reserve_bytes: int = 1 << 30
     """Memory on each GPU never planned; foreign use below it costs nothing."""
+    host_reserve_bytes: int = 4 << 30
+    """Host memory that parked weights leave to everybody else."""
 
 
 @dataclass(frozen=True, slots=True)

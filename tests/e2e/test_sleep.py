@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from box_driver import Box, free_ports, wait_for
 
+from reconciler.journal.reader import JournalReader
+
 GIB_MIB = 1024
 
 
@@ -53,6 +55,8 @@ def test_an_overlay_puts_an_endpoint_to_sleep_and_it_wakes_up_as_the_same_proces
     asleep = sleepy.endpoints()["ask"]
     assert (asleep["state"], asleep["pid"]) == ("sleeping", before["pid"])
     assert asleep["scheduled"]["overlay"] == "render"
+    assert "asleep at level 1 (1MiB of weights in host memory, " in asleep["reason"]
+    assert "asleep at level 1" in sleepy.run("explain", "ask").stdout
     # the job, and the residue of the one that sleeps
     wait_for(lambda: 70 * GIB_MIB < gpu_used(sleepy) < 72 * GIB_MIB, "both are seen on the GPU")
     assert not [i for i in sleepy.status()["incidents"] if not i.get("planned")]
@@ -63,6 +67,10 @@ def test_an_overlay_puts_an_endpoint_to_sleep_and_it_wakes_up_as_the_same_proces
     sleepy.wait_overlay("render", "done")
     path.unlink()
     assert not [kind for kind in said(sleepy) if kind in ("act.stop", "nap.failed")]
+    with JournalReader.open_readonly(sleepy.state / "journal.sqlite") as journal:
+        learnt = journal.timings()
+    assert 0 < learnt["ask", "sleep1"][0] < 30
+    assert 0 < learnt["ask", "wake1"][0] < 30
 
 
 def test_a_daemon_killed_while_an_endpoint_sleeps_finds_it_asleep_and_wakes_it(sleepy: Box) -> None:

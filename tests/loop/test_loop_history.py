@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from reconciler.loop.history import predicted, usual_runs
+import itertools
+from dataclasses import replace
+
+from reconciler.clock import Instant
+from reconciler.loop.history import predicted, record_durations, usual_runs
+from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
+from reconciler.plan.observed import Observed
 from reconciler.spec.load import SourceText, resolve
 from reconciler.spec.spec import Spec
 
@@ -33,6 +39,63 @@ def test_what_was_not_measured_is_the_engines_default_within_the_endpoints_bound
 
 def test_an_edit_that_shortens_the_drain_bounds_what_was_measured_before_it() -> None:
     assert predicted({("ask", "drain"): [30.0]}, read())["ask"].drain_s == 5.0
+
+
+def test_naps_are_predicted_by_level_from_those_that_were_measured() -> None:
+    measured = {("ask", "sleep1"): [4.0, 5.0], ("ask", "wake1"): [0.3, 0.2], ("ask", "wake2"): [9.0]}
+    found = predicted(measured, read())["ask"]  # type: ignore[arg-type]
+    assert (found.sleep_s, found.wake_s) == ({1: 5.0}, {1: 0.3, 2: 9.0})
+
+
+class Recorder:
+    """A journal that remembers what was measured."""
+
+    def __init__(self) -> None:
+        self.measured: list[tuple[str, str, float]] = []
+
+    def record_timing(self, subject: str, what: str, seconds: float) -> None:
+        self.measured.append((subject, what, seconds))
+
+
+def at(second: float) -> Instant:
+    return Instant(1_000_000 + second, second)
+
+
+def napping(nap: Nap | None, ready: Instant | None = None) -> Ledger:
+    record = EndpointRecord("ask", nap=nap, ready_incarnation="ask-1", ready_since=ready or at(-500))
+    return Ledger(endpoints={"ask": record})
+
+
+def steps(*ledgers: Ledger, since: float = -1.0) -> list[tuple[str, str, float]]:
+    journal = Recorder()
+    for before, after in itertools.pairwise(ledgers):
+        record_durations(journal, before, after, OBSERVED, at(since))  # type: ignore[arg-type]
+    return journal.measured
+
+
+OBSERVED = Observed("boot", at(0), (), gpus_known=True, incarnations=(), probes={}, ports={}, clock_jumped=False)
+BEGUN = Nap("ask-1", 2, at(0), begun=at(2))
+SLEPT = replace(BEGUN, slept=at(5))
+WAKING = replace(SLEPT, waking=at(70))
+WOKEN = replace(WAKING, woken=at(78))
+
+
+def test_each_step_of_a_nap_is_measured_once_from_the_call_to_what_it_brought() -> None:
+    ledgers = [napping(n) for n in (None, BEGUN, BEGUN, SLEPT, SLEPT, WAKING, WOKEN)]
+    assert steps(*ledgers, napping(None, at(79)), napping(None, at(79))) == [
+        ("ask", "sleep2", 3.0),
+        ("ask", "wake2", 9.0),
+    ]
+    assert steps(napping(WAKING), napping(None, at(79))) == [("ask", "wake2", 9.0)], "both answers within one look"
+
+
+def test_a_step_that_failed_or_waited_for_a_daemon_teaches_nothing() -> None:
+    assert steps(napping(BEGUN), napping(replace(BEGUN, failed="no"))) == []
+    assert steps(napping(replace(WOKEN, failed="no")), napping(None, at(79))) == []
+    assert steps(napping(BEGUN), napping(SLEPT), since=3.0) == []
+    assert steps(napping(WOKEN), napping(None, at(79)), since=71.0) == []
+    other = EndpointRecord("ask", ready_incarnation="ask-2", ready_since=at(90))
+    assert steps(napping(WOKEN), Ledger(endpoints={"ask": other})) == [], "it was started afresh"
 
 
 def test_how_long_work_usually_runs_is_the_95th_percentile_of_its_runs() -> None:

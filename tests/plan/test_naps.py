@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from builders import endpoint, foreign, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, names, overlay_state
 
 from reconciler.plan.actions import Plan
+from reconciler.plan.ledger import Timings
 from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
 from reconciler.units import GIB
 
@@ -122,6 +125,76 @@ def test_the_level_follows_from_host_memory_makespan_and_what_is_left_beside_it(
     first = next(a for a in decided.actions if a.subject.name == "ask")
     assert first.op == ("stop" if level is None else "sleep")
     assert "evict render" in str(first.cause)
+
+
+def test_plan_says_why_it_sleeps_as_it_does_or_stops() -> None:
+    def told(work: dict[str, object], **fields: object) -> str:
+        run = warm(sleeper(**fields), plant=Plant(host_bytes=13 * GIB))
+        add(run, render(**work))
+        decided = run.decide()
+        action = next(a for a in decided.actions if a.subject.name == "ask")
+        if action.op == "sleep":
+            assert decided.endpoints["ask"].reason == action.reason
+        return action.reason
+
+    small = Evict("sleep", 1, 8 * GIB)
+    assert told({}, evict=small) == (
+        "gives way to render, asleep at level 1 (8GiB of weights in host memory, 13GiB available)"
+    )
+    assert told({}) == (
+        "gives way to render, asleep at level 2 (weights dropped; 10GiB of weights and 4GiB for everybody else "
+        "do not fit in the 13GiB of host memory available)"
+    )
+    assert told({"duration": 4 * 3600.0}, evict=small) == (
+        "gives way to render, asleep at level 2 (weights dropped; host memory holds no weights for longer than 2h)"
+    )
+    assert told({"memory": None}) == (
+        "gives way to render; it stops: a whole GPU is asked for, and asleep it keeps 1.5GiB of it"
+    )
+    assert told({"memory": 78}) == (
+        "gives way to render; it stops: 78GiB is asked for, and asleep it keeps 1.5GiB of 79GiB"
+    )
+    assert told({}, evict=Evict("stop")) == "gives way to render"
+
+
+@pytest.mark.parametrize(
+    ("sleep_s", "wake_s", "level"),
+    [
+        ({}, {}, 1),
+        ({1: 30.0}, {1: 39.9}, 1),
+        ({1: 30.0}, {1: 41.0}, 2),
+        ({1: 30.0, 2: 30.0}, {1: 41.0, 2: 41.0}, None),
+    ],
+)
+def test_what_was_measured_decides_whether_sleeping_pays(
+    sleep_s: dict[int, float], wake_s: dict[int, float], level: int | None
+) -> None:
+    run = warm(sleeper())
+    run.ledger = replace(run.ledger, timings={"ask": Timings(60.0, 0.0, 10.0, sleep_s, wake_s)})
+    add(run, render())
+    decided = run.decide()
+    nap = decided.ledger.endpoints["ask"].nap
+    assert (nap.level if nap else None) == level
+    if level is None:
+        action = next(a for a in decided.actions if a.subject.name == "ask")
+        assert action.reason == (
+            "gives way to render; it stops: level 1 takes 1m11s there and back, a stop and a load 1m10s; "
+            "level 2 takes 1m11s there and back, a stop and a load 1m10s"
+        )
+    elif sleep_s:
+        calls = [a for a in decided.actions if a.op in ("sleep", "wake")]
+        assert [round(a.expected[1] - a.expected[0], 1) for a in calls][:1] == [sleep_s.get(level, 1.8)]
+
+
+def test_what_is_left_of_host_memory_for_everybody_else_is_a_set_point() -> None:
+    run = warm(sleeper(), plant=Plant(host_bytes=13 * GIB))
+    run.spec = replace(run.spec, node=replace(run.spec.node, host_reserve_bytes=3 * GIB))
+    base = run.spec.node
+    add(run, render())
+    run.spec = replace(run.spec, node=base)
+    nap = run.decide().ledger.endpoints["ask"].nap
+    assert nap is not None
+    assert nap.level == 1
 
 
 def test_two_that_would_park_more_than_host_memory_holds_do_not_both() -> None:

@@ -220,7 +220,7 @@ def test_a_profile_of_ones_own_says_how_it_sleeps_and_wakes() -> None:
         EngineCall("/warm"),
     )
     assert (parked.keeps_weights, dropped.keeps_weights) == (True, False)
-    assert (parked.waking_s(60.0), dropped.waking_s(60.0)) == (4.0, 24.0)
+    assert (parked.predicted_s(50.0), dropped.predicted_s(50.0)) == ((4.0, 4.0), (1.5, 20.0))
     assert profile.residual_bytes == RESIDUAL  # NVML would never show that it holds nothing
 
 
