@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from reconciler.act.account import Account
 from reconciler.errors import ActError
 from reconciler.spec.env_file import parse_env_file
-from reconciler.spec.texts import read_trusted
+from reconciler.spec.trust import UntrustedError, read_trusted
 
 INHERITED = frozenset({
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR",
@@ -64,6 +64,7 @@ def read_env_file(path: str) -> dict[str, str]:
     try:
         return parse_env_file(read_trusted(path))
     except OSError as error:
-        raise ActError(f"{path}: env_file cannot be read: {error.strerror}") from error
+        hint = error.hint if isinstance(error, UntrustedError) else None
+        raise ActError(f"{path}: env_file cannot be read: {error.strerror}", hint=hint) from error
     except ValueError as error:
         raise ActError(f"{path}: env_file {error}") from None

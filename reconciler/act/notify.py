@@ -23,7 +23,7 @@ from reconciler.health.incident import RANK
 from reconciler.health.notices import Notice
 from reconciler.plan.status import incident_data
 from reconciler.spec.spec import Notifier
-from reconciler.spec.texts import read_trusted
+from reconciler.spec.trust import read_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -28,6 +28,7 @@ from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
 from reconciler.plan.observed import Subject
+from reconciler.spec.secrecy import redacted
 from reconciler.spec.spec import Stop
 
 LOG_BYTES = 64 << 20
@@ -179,7 +180,7 @@ class ProcessActor:
             exclusive=launch.exclusive,
             port=launch.port,
             attempt=launch.attempt,
-            argv=launch.argv,
+            argv=redacted(launch.argv),
             log=str(incarnations.log_path(self._state, subject.kind, subject.name, launch.incarnation)),
             started=self._clock.now(),
             boot_id=self._boot_id,

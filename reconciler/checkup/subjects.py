@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reconciler.act.account import Account, find_account
@@ -18,14 +18,17 @@ from reconciler.spec.engines import launch
 from reconciler.spec.spec import Spec
 
 
-def check_files(files: Collection[Path], problems: Collection[Problem]) -> tuple[Check, ...]:
-    """The set points and the overlays: whether they mean anything."""
-    found = (Check("files", "error", str(_without_hint(p)), p.hint) for p in problems)
+def check_files(
+    files: Collection[Path], problems: Collection[Problem], cautions: Collection[Problem]
+) -> tuple[Check, ...]:
+    """The set points and the overlays: whether they mean anything, and what had better not stand in them."""
+    found = [Check("files", "error", _where_and_what(p), p.hint) for p in problems]
+    found += [Check("files", "warning", _where_and_what(p), p.hint) for p in cautions]
     return or_ok(found, "files", f"{len(files)} file{'s' * (len(files) != 1)} read, nothing wrong with them")
 
 
-def _without_hint(problem: Problem) -> Problem:
-    return Problem(problem.file, problem.line, problem.column, problem.message)
+def _where_and_what(problem: Problem) -> str:
+    return str(replace(problem, hint=None))
 
 
 @dataclass(frozen=True, slots=True)

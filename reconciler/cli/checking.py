@@ -1,9 +1,10 @@
-"""`validate`: which files are meant, and what is wrong with each of them."""
+"""`validate`: which files are meant, and what is wrong, or doubtful, with each of them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -11,61 +12,68 @@ import yaml
 from reconciler.cli import wiring
 from reconciler.cli.wiring import Options
 from reconciler.errors import Problem, SpecError
-from reconciler.spec.load import SourceText, read_texts, resolve_texts
+from reconciler.spec.cautions import cautions
+from reconciler.spec.load import read_texts, resolve_texts
+from reconciler.spec.texts import read_source
 
 _OVERLAY_KEYS = frozenset({"makespan", "workload", "requires", "allow_baseline_eviction", "set", "on_edit"})
 """Keys that only an overlay has at its top."""
 
 
-def check_files(options: Options, files: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Problem, ...]]:
-    """Check the named files, or else the set points with all their overlays.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check found, in file order."""
 
-    Returns:
-        The files that were checked, and everything that is wrong with them, in file order.
+    files: tuple[Path, ...]
+    problems: tuple[Problem, ...]
+    """What keeps a file from being accepted."""
+    cautions: tuple[Problem, ...] = ()
+    """What had better not stand there, and is accepted all the same."""
+
+
+def check_files(options: Options, files: tuple[Path, ...]) -> Checked:
+    """Check the named files, or else the set points with all their overlays.
 
     Raises:
         UsageError: no file is named and there are no set points.
     """
     if not files:
-        path = wiring.setpoints_path(options)
-        checked, problems = _check_setpoints(path)
-        return checked, problems
-    all_checked: dict[Path, None] = {}
-    all_problems: dict[Problem, None] = {}
-    for file in files:
-        checked, problems = _check_overlay(options, file) if _is_overlay(file) else _check_setpoints(file)
-        all_checked.update(dict.fromkeys(checked))
-        all_problems.update(dict.fromkeys(problems))
-    return tuple(all_checked), tuple(sorted(all_problems, key=lambda p: (p.file, p.line, p.column)))
+        return _check_setpoints(wiring.setpoints_path(options))
+    found = [_check_overlay(options, file) if _is_overlay(file) else _check_setpoints(file) for file in files]
+    return Checked(
+        tuple(dict.fromkeys(file for one in found for file in one.files)),
+        _in_file_order(problem for one in found for problem in one.problems),
+        _in_file_order(caution for one in found for caution in one.cautions),
+    )
 
 
-def _check_setpoints(path: Path) -> tuple[tuple[Path, ...], tuple[Problem, ...]]:
+def _in_file_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    return tuple(sorted(dict.fromkeys(problems), key=lambda p: (p.file, p.line, p.column)))
+
+
+def _check_setpoints(path: Path) -> Checked:
     try:
         texts = read_texts(path)
     except SpecError as error:
-        return (path,), error.problems
-    checked = (path, *(Path(overlay.path) for overlay in texts.overlays or ()))
+        return Checked((path,), error.problems)
+    overlays = texts.overlays or ()
     try:
-        problems = resolve_texts(texts.setpoints, texts.overlays or ()).problems
+        problems = resolve_texts(texts.setpoints, overlays).problems
     except SpecError as error:
         problems = error.problems
     unread = [problem for problem in texts.problems if problem not in problems]
-    return checked, (*problems, *unread)
+    doubtful = [caution for source in (texts.setpoints, *overlays) for caution in cautions(source)]
+    return Checked((path, *(Path(overlay.path) for overlay in overlays)), (*problems, *unread), tuple(doubtful))
 
 
-def _check_overlay(options: Options, file: Path) -> tuple[tuple[Path, ...], tuple[Problem, ...]]:
+def _check_overlay(options: Options, file: Path) -> Checked:
     """An overlay by itself, against its set points; what is wrong with those is told as well."""
     try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        return (file,), (Problem(str(file), 0, 0, error.strerror or "cannot be read"),)
-    except UnicodeDecodeError:
-        return (file,), (Problem(str(file), 0, 0, "is not UTF-8"),)
-    try:
+        overlay = read_source(file)
         setpoints = read_texts(_setpoints_of(options, file)).setpoints
-        return (file,), resolve_texts(setpoints, (SourceText(str(file), text),)).problems
+        return Checked((file,), resolve_texts(setpoints, (overlay,)).problems, cautions(overlay))
     except SpecError as error:
-        return (file,), error.problems
+        return Checked((file,), error.problems)
 
 
 def _setpoints_of(options: Options, file: Path) -> Path:

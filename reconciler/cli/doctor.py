@@ -97,8 +97,8 @@ def _files(options: Options) -> tuple[tuple[Check, ...], Spec | None]:
     from reconciler.cli import checking
 
     try:
-        files, problems = checking.check_files(options, ())
-        checks = check_files(files, problems)
+        found = checking.check_files(options, ())
+        checks = check_files(found.files, found.problems, found.cautions)
         return checks, wiring.in_force(options, last_good=True).spec
     except SpecError:
         return checks, None  # told already

@@ -23,7 +23,8 @@ from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import TERMINAL, OverlayRecord
 from reconciler.plan.observed import Subject
 from reconciler.plan.render import blocked_data
-from reconciler.spec.load import Texts, read_texts
+from reconciler.spec.cautions import cautions
+from reconciler.spec.load import SourceText, Texts, read_texts
 
 app = group()
 overlay = group("""Submit, list and cancel overlays.
@@ -89,7 +90,10 @@ def submit(
     )
     tail = Tail(wiring.state_dir(face.options), chosen, "workload")
     tail.skip()  # what runs before this one wrote; the new one may begin as soon as its file is there
-    path = write_overlay(texts, chosen, overlay_text(job))
+    text = overlay_text(job)
+    path = write_overlay(texts, chosen, text)
+    for caution in cautions(SourceText(str(path), text)):
+        face.note(f"warning: {caution.message}\n  hint: {caution.hint}")
     waits = _outlook(face, chosen)
     if not face.is_json and waits is not None:
         face.note("\n".join(_tell_wait(chosen, waits)))

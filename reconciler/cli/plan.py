@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -35,26 +36,35 @@ def validate(
 ) -> int:
     """Check set-point and overlay files; every error, not the first alone.
 
-    An overlay file is checked against the set points it belongs to. Exit 0 or 1.
+    An overlay file is checked against the set points it belongs to. Warns of secrets in command lines. Exit 0 or 1.
 
     Example: reconciler validate overlays/render.yaml
     """
     from reconciler.cli.checking import check_files
 
     face = Face.of(ctx)
-    checked, problems = check_files(face.options, tuple(files or ()))
+    found = check_files(face.options, tuple(files or ()))
+    problems, warnings = found.problems, found.cautions
     if face.is_json:
-        names = [str(path) for path in checked]
-        face.answer({"valid": not problems, "files": names, "problems": [problem_data(p) for p in problems]})
+        names = [str(path) for path in found.files]
+        listed = {"problems": [problem_data(p) for p in problems], "warnings": [problem_data(p) for p in warnings]}
+        face.answer({"valid": not problems, "files": names, **listed})
     else:
         for problem in problems:
             face.line(str(problem))
+        for warning in warnings:
+            face.line(str(replace(warning, message=f"warning: {warning.message}")))
         wrong = len({problem.file for problem in problems})
+        also = f", {_counted(len(warnings), 'warning')}" if warnings else ""
         if problems:
-            face.note(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {wrong} file{'s' * (wrong != 1)}")
+            face.note(f"{_counted(len(problems), 'problem')} in {_counted(wrong, 'file')}{also}")
         else:
-            face.note(f"{len(checked)} file{'s' * (len(checked) != 1)} checked, no problems")
+            face.note(f"{_counted(len(found.files), 'file')} checked, no problems{also}")
     return 1 if problems else 0
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 @app.command()

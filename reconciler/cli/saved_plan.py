@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reconciler.cli.whole_file import write_whole
 from reconciler.errors import ReconcilerError, StalePlanError
 from reconciler.plan.actions import Plan
 from reconciler.plan.observed import Observed
@@ -40,12 +40,9 @@ def save(path: Path, plan: Plan, observed: Observed) -> None:
         "observed_fingerprint": plan.observed_fingerprint,
         "data": plan_data(plan, observed),
     }
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(document, indent=1) + "\n", 0o600)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise ReconcilerError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from reconciler.cli.whole_file import write_whole
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 from reconciler.spec.load import SourceText, Texts, resolve_texts
 from reconciler.spec.values import NAME, NAME_HELP
@@ -91,15 +91,11 @@ def write_overlay(texts: Texts, name: str, text: str) -> Path:
     )
     if problems:
         raise SpecError(problems)
-    draft = folder / f".{name}.yaml.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # whatever the umask: what others may write is not read
         # a folder that others may read has a daemon of another user behind it, perhaps
         mode = 0o644 if folder.stat().st_mode & 0o004 else 0o600
-        draft.write_text(text, "utf-8")
-        draft.chmod(mode)
-        draft.rename(path)
+        write_whole(path, text, mode)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise ReconcilerError(f"{folder}: the overlay cannot be written: {error.strerror or error}") from error
     return path

@@ -1,7 +1,7 @@
 """Decisions as the journal keeps them: all that went into one, so that it can be made again.
 
 What no decision reads is left out before anything is written: the values that endpoints and workloads find in their
-environments, and the addresses that incidents are told to.
+environments, what looks like a secret in their command lines, and the addresses that incidents are told to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from reconciler.journal.codec import decode, encode
 from reconciler.plan.actions import WAITS, Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Observed
+from reconciler.spec.profiles import EngineProfile
+from reconciler.spec.secrecy import redacted
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
 
 DECISIONS_KEPT = 2_000
@@ -107,7 +109,26 @@ def unpacked(spec: bytes, observed: bytes, ledger: bytes, now: bytes) -> Inputs:
 
 
 def _bare(endpoint: EndpointSpec) -> EndpointSpec:
-    return replace(endpoint, env={})
+    own, command = endpoint.own_profile, endpoint.command
+    return replace(
+        endpoint,
+        env={},
+        args=redacted(endpoint.args),
+        command=None if command is None else redacted(command),
+        own_profile=None if own is None else _bare_profile(own),
+    )
+
+
+def _bare_profile(profile: EngineProfile) -> EngineProfile:
+    return replace(
+        profile,
+        env={},
+        base_args=redacted(profile.base_args),
+        model_args=redacted(profile.model_args),
+        many_gpus_args=redacted(profile.many_gpus_args),
+        fraction_args=redacted(profile.fraction_args),
+        drain_args=redacted(profile.drain_args),
+    )
 
 
 def _bare_overlay(overlay: OverlaySpec) -> OverlaySpec:
@@ -115,5 +136,5 @@ def _bare_overlay(overlay: OverlaySpec) -> OverlaySpec:
     return replace(
         overlay,
         endpoints={name: _bare(e) for name, e in overlay.endpoints.items()},
-        workload=None if work is None else replace(work, env={}),
+        workload=None if work is None else replace(work, env={}, command=redacted(work.command)),
     )

@@ -57,7 +57,7 @@ class Intent:
     port: int | None
     attempt: int
     argv: tuple[str, ...]
-    """For people; environment and secrets are never recorded."""
+    """For people, with what looks like a secret left out; the environment is never recorded."""
     log: str
     """Absolute path of the leader's output."""
     started: Instant

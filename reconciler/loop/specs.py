@@ -106,7 +106,7 @@ class SpecKeeper:
         overlays = texts.overlays
         if overlays is None:  # 2
             overlays = tuple(SourceText(p, t) for p, t in sorted(known.items()) if p != texts.setpoints.path)
-            if overlays:
+            if overlays and not texts.problems:
                 hint = "create it again (empty, to cancel them); the last good overlays stay in force"
                 problems.append(Problem(str(texts.overlays_folder), 0, 0, "the overlays folder is gone", hint))
         spec = resolve_texts(texts.setpoints, overlays)

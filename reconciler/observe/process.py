@@ -19,6 +19,7 @@ from reconciler.observe.incarnation import IncarnationReader
 from reconciler.observe.listeners import every_pid, holders, listening
 from reconciler.observe.watches import Identity, Watches
 from reconciler.plan.observed import Incarnation, PortHolder, Subject
+from reconciler.spec.secrecy import redacted
 
 _COMMAND_LENGTH = 200
 
@@ -234,7 +235,7 @@ class ProcessReader:
 
 
 def _name(pid: int) -> tuple[str | None, str | None]:
-    """User and command line of a process; None for what may not be seen."""
+    """User and command line of a process, secrets left out; None for what may not be seen."""
     import psutil
 
     user: str | None = None
@@ -243,7 +244,7 @@ def _name(pid: int) -> tuple[str | None, str | None]:
         process = psutil.Process(pid)
         command = process.name()
         user = process.username()
-        command = " ".join(process.cmdline())[:_COMMAND_LENGTH].strip() or command
+        command = " ".join(redacted(process.cmdline()))[:_COMMAND_LENGTH].strip() or command
     except psutil.Error:
         pass
     return user, command

@@ -17,8 +17,8 @@ import yaml
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.spec import Source
 from reconciler.spec.tree import Entry, Map, Node, Plain, Scalar, Sequence
+from reconciler.spec.trust import MAX_BYTES
 
-MAX_BYTES = 1 << 20  # a set-point file of a thousand endpoints is a third of this
 MAX_DEPTH = 64  # the language itself nests six deep
 MAX_COST = 4 << 20  # characters and nodes once aliases are expanded: linear files never reach it, bombs do at once
 _NODE_COST = 40  # so at most a hundred thousand nodes: under a second with libyaml

@@ -28,6 +28,7 @@ from reconciler.spec.spec import (
     WholeGpu,
 )
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate
+from reconciler.spec.trust import UntrustedError
 from reconciler.spec.values import variable_problem
 
 ReadEnvFile = Callable[[str], bytes]
@@ -99,7 +100,8 @@ class Context:
             try:
                 self.secrets[path] = digest(parse_env_file(self.read_env_file(path)))
             except OSError as error:
-                self.findings.add(at, f"env_file {path}: {error.strerror or 'cannot be read'}")
+                hint = error.hint if isinstance(error, UntrustedError) else None
+                self.findings.add(at, f"env_file {path}: {error.strerror or 'cannot be read'}", hint)
             except ValueError as error:
                 self.findings.add(at, f"env_file {path} {error}", "write KEY=VALUE lines")
         elif self.secrets[path] is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from reconciler.spec.trust import MAX_BYTES
 from reconciler.spec.values import variable_problem
-
-MAX_BYTES = 1 << 20
 
 
 def parse_env_file(content: bytes) -> dict[str, str]:

@@ -19,8 +19,9 @@ from reconciler.spec.overlays import Baseline, merge_live_edit, resolve_overlay,
 from reconciler.spec.own_engines import own_profiles
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Policy, Source, Spec
 from reconciler.spec.spec import Node as NodeSpec
-from reconciler.spec.texts import SourceText, Texts, read_texts, read_trusted
+from reconciler.spec.texts import SourceText, Texts, read_texts
 from reconciler.spec.tree import Entry, Map, Node, child, locate
+from reconciler.spec.trust import read_trusted
 
 __all__ = [
     "SourceText",

@@ -165,7 +165,7 @@ class EngineProfile:
     """Added when it claims less than the whole GPU; empty: the engine has no such bound."""
     drain_args: tuple[str, ...] = ()
     """Added when requests in flight may finish: the engine's own drain, for those that are left at the signal."""
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Variables it is always started with."""
     sleep_args: tuple[str, ...] = ()
     """Added when it is to be evicted by sleep."""

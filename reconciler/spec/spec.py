@@ -146,7 +146,7 @@ class EndpointSpec:
     args: tuple[str, ...]
     command: tuple[str, ...] | None
     """The whole command of `engine: custom`; {port} {model} {gpus} {memory} are filled in at start."""
-    env: Mapping[str, str]
+    env: Mapping[str, str] = field(repr=False)
     env_file: str | None
     """Absolute path; values never shown. Read by the shim's starter, not kept here."""
     cwd: str
@@ -194,7 +194,7 @@ class Workload:
     """A command run to completion."""
 
     command: tuple[str, ...]
-    env: Mapping[str, str]
+    env: Mapping[str, str] = field(repr=False)
     env_file: str | None
     cwd: str
     retries: int

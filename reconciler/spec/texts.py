@@ -1,18 +1,18 @@
-"""The files themselves: found, checked for who may write them, read, decoded. The one part of this room with I/O."""
+"""The files themselves: found, read, decoded. Who may have written them, `trust` says."""
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from reconciler.errors import Problem, SpecError
-from reconciler.spec.document import MAX_BYTES, decode, parse
+from reconciler.spec.document import decode, parse
 from reconciler.spec.endpoints import absolute
 from reconciler.spec.tree import Scalar, child
+from reconciler.spec.trust import UntrustedError, check_folder, read_trusted
 
 SUFFIXES = (".yaml", ".yml")
 DEFAULT_OVERLAYS = "overlays/"
@@ -37,10 +37,11 @@ class Texts:
 
     setpoints: SourceText
     overlays: tuple[SourceText, ...] | None
-    """Sorted by path. None: the folder is not there, or cannot be listed; which is not the same as empty."""
+    """Sorted by path. None: the folder is not there, cannot be listed, or others may write to it; which is not the same
+    as empty."""
     overlays_folder: Path
     problems: tuple[Problem, ...] = ()
-    """Overlay files that are there and cannot be read."""
+    """Overlay files that are there and cannot be read, or why their folder is not."""
 
 
 def read_texts(path: str | Path) -> Texts:
@@ -49,64 +50,49 @@ def read_texts(path: str | Path) -> Texts:
     Raises:
         SpecError: the set points cannot be read (what they say is not judged here).
     """
-    try:
-        content = read_trusted(str(path))
-    except OSError as error:
-        hint = "name the file with --setpoints" if error.errno == errno.ENOENT else _ACCESS_HINTS.get(error.errno or 0)
-        raise SpecError((Problem(str(path), 0, 0, _reason(error), hint),)) from None
-    setpoints = SourceText(str(path), decode(content, str(path)))
+    setpoints = read_source(path)
     folder = _overlays_folder(setpoints)
     problems: list[Problem] = []
     try:
+        check_folder(str(folder))
         names = sorted(entry.name for entry in os.scandir(folder) if _is_overlay(entry.name))
     except (FileNotFoundError, NotADirectoryError):
         return Texts(setpoints, None, folder)
     except OSError as error:
-        return Texts(setpoints, None, folder, (Problem(str(folder), 0, 0, _reason(error)),))
+        return Texts(setpoints, None, folder, (_unread(str(folder), error),))
     overlays: list[SourceText] = []
     for name in names:
         file = str(folder / name)
         try:
-            overlays.append(SourceText(file, decode(read_trusted(file), file)))
+            overlays.append(_read(file))
         except FileNotFoundError:
             continue  # gone between the listing and the reading, or a link to nowhere
         except OSError as error:
-            problems.append(Problem(file, 0, 0, _reason(error), _ACCESS_HINTS.get(error.errno or 0)))
+            problems.append(_unread(file, error))
         except SpecError as error:
             problems.extend(error.problems)
     return Texts(setpoints, tuple(overlays), folder, tuple(problems))
 
 
-def read_trusted(path: str) -> bytes:
-    """Content of a file that only its owner (this user or root) and their group can have written.
-
-    At most one byte more than a file may have is read, so that an endless one ends.
+def read_source(path: str | Path) -> SourceText:
+    """One file of set points, or one overlay.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or others may write it.
+        SpecError: it cannot be read, or is no text (what it says is not judged here).
     """
-    # O_NONBLOCK: a FIFO of that name must not hang the daemon; the descriptor is judged, not the path
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise OSError(errno.EISDIR, "is a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file")
-        if status.st_uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, f"belongs to another user (uid {status.st_uid})")
-        if status.st_mode & stat.S_IWOTH:
-            raise OSError(errno.EACCES, "can be written by everybody")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(MAX_BYTES + 1)
-    finally:
-        os.close(fd)
+        return _read(str(path))
+    except OSError as error:
+        raise SpecError((_unread(str(path), error),)) from None
 
 
-_ACCESS_HINTS = {
-    errno.EPERM: "it decides what is run here: let it belong to the user who runs reconciler, or to root",
-    errno.EACCES: "it decides what is run here: chmod o-w, and let this user read it",
-}
+def _read(path: str) -> SourceText:
+    return SourceText(path, decode(read_trusted(path), path))
+
+
+def _unread(path: str, error: OSError) -> Problem:
+    hint = error.hint if isinstance(error, UntrustedError) else _HINTS.get(error.errno or 0)
+    return Problem(path, 0, 0, _reason(error), hint)
 
 
 @lru_cache(maxsize=4)  # asked at every look of a daemon, and answered by parsing the whole file
@@ -121,6 +107,12 @@ def _overlays_folder(setpoints: SourceText) -> Path:
         name = node.value
         return Path(absolute(name, node.at)) if name.startswith("~") else Path(setpoints.path).parent / name
     return Path(setpoints.path).parent / name
+
+
+_HINTS = {
+    errno.ENOENT: "is that its name? set points are named with --setpoints",
+    errno.EACCES: "it decides what is run here: let this user read it",
+}
 
 
 def _is_overlay(name: str) -> bool:

@@ -69,3 +69,25 @@ def test_a_file_that_cannot_be_read_is_a_problem_and_no_crash(desk, capsys, name
     code, data = validate(desk, capsys, str(path))
     assert code == 1
     assert data["problems"][0]["file"] == str(path)
+
+
+def test_a_secret_in_a_command_line_is_warned_of_at_its_place_and_refuses_nothing(desk, capsys):
+    text = "version: 1\nendpoints:\n  a: {model: m, port: 1, args: [--api-key, hunter2]}\n"
+    desk.write("setpoints.yaml", text)
+    code, data = validate(desk, capsys)
+    assert (code, data["valid"], data["problems"]) == (0, True, [])
+    (warning,) = data["warnings"]
+    assert (warning["line"], warning["column"]) == (3, 44)
+    assert "env_file" in warning["hint"]
+    assert run(["--setpoints", str(desk.setpoints), "validate"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out.startswith(f"{desk.setpoints}:3:44: warning: what looks like a secret")
+    assert "1 warning" in streams.err
+    assert "hunter2" not in streams.out + str(data)
+
+
+def test_a_file_that_no_daemon_would_read_is_not_valid(desk, capsys):
+    path = desk.write("overlays/render.yaml", GOOD_OVERLAY)
+    path.chmod(0o666)
+    code, data = validate(desk, capsys, str(path))
+    assert (code, data["problems"][0]["message"]) == (1, "can be written by everybody")

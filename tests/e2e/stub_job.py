@@ -1,6 +1,6 @@
 """A job in miniature: holds memory on its GPUs, says that it runs, waits for a file to appear, ends with a code.
 
-usage: stub_job.py FOLDER [--gib N] [--exit-code N]
+usage: stub_job.py FOLDER [--gib N] [--exit-code N] [--api-key K]
 It writes FOLDER/began (its pid, a line a start) and goes on until FOLDER/finish exists.
 """
 
@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--exit-code", type=int, default=0)
+    parser.add_argument("--api-key")
     options = parser.parse_args()
     hold(options.gib)
     with (options.folder / "began").open("a") as file:

@@ -1,7 +1,8 @@
 """A model server in miniature: holds memory on its GPUs, answers /health, leaves what its arguments say behind.
 
 usage: stub_server.py PORT [--gib N] [--ready-after S] [--not-while F] [--stray-file F] [--exit-code N]
-With --not-while it loads for as long as that file exists.
+                      [--api-key K] [--header H]
+With --not-while it loads for as long as that file exists; the last two mean nothing to it.
 """
 
 import argparse
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--not-while", type=Path)
     parser.add_argument("--stray-file")
     parser.add_argument("--exit-code", type=int, default=0)
+    parser.add_argument("--api-key")
+    parser.add_argument("--header")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(options.exit_code))
     hold(options.gib)
