@@ -1,7 +1,8 @@
 """Who belongs to one incarnation: its verified living processes. Linux only, standard library only.
 
-While the shim lives it is the subreaper, and descent from it is the proof: it covers double-forked and setsid ones.
-Only when the shim is dead is all of /proc swept, and a process counts as a member by one of these proofs:
+Where it has a control group of its own, whoever is in that is a member, whatever else was lost. Besides: while the shim
+lives it is the subreaper, and descent from it is the proof: it covers double-forked and setsid ones. Only when the shim
+is dead is all of /proc swept, and a process counts as a member by one of these proofs:
 
 1. its environment carries the incarnation's marker;
 2. it is in the leader's session, and that session is still the same one: the leader is there (a zombie holds its number
@@ -14,9 +15,10 @@ A process in a session of that number without any of these is not ours: better l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from reconciler import cgroup
 from reconciler.identity import ProcStat, descendants, is_alive, read_marker, read_stat
 
 MARKER = "RECONCILER_INCARNATION"
@@ -28,7 +30,14 @@ the shim after its listing was read: a walk counts once a second one agrees. A t
 
 
 def members(
-    *, incarnation: str, pid: int, start_ticks: int, session_id: int, shim_pid: int, shim_start_ticks: int
+    *,
+    incarnation: str,
+    pid: int,
+    start_ticks: int,
+    session_id: int,
+    shim_pid: int,
+    shim_start_ticks: int,
+    group: str | None = None,
 ) -> tuple[ProcStat, ...]:
     """Living, verified members of one incarnation of this boot, the leader included; zombies are left out.
 
@@ -39,6 +48,7 @@ def members(
         session_id: the session the leader was started in.
         shim_pid: the shim's pid.
         shim_start_ticks: the shim's start, clock ticks after boot.
+        group: path of its control group, from the intent; None: it was started without.
 
     Returns:
         Members by pid. Empty: nothing of it lives (only a shim that is about to end may).
@@ -46,6 +56,27 @@ def members(
     Raises:
         OSError: /proc could not be read; who lives is unknown.
     """
+    found = _related(incarnation, pid, start_ticks, session_id, shim_pid, shim_start_ticks)
+    if group is None:
+        return found
+    everyone = {stat.pid: stat for stat in (*_grouped(group, incarnation), *found)}
+    return tuple(everyone[member] for member in sorted(everyone))
+
+
+def _grouped(group: str, incarnation: str) -> Iterator[ProcStat]:
+    """Living members of the control group."""
+    for pid in cgroup.pids(group, incarnation) - {os.getpid()}:
+        stat = read_stat(pid)
+        # in this order: what was listed may have ended, and its number be a stranger's
+        where = cgroup.of_process(pid)
+        if stat is not None and not stat.gone and where is not None and f"{where}/".startswith(f"{group}/"):
+            yield stat
+
+
+def _related(
+    incarnation: str, pid: int, start_ticks: int, session_id: int, shim_pid: int, shim_start_ticks: int
+) -> tuple[ProcStat, ...]:
+    """Living members by descent and marks."""
     if is_alive(shim_pid, shim_start_ticks):
         found = _walk(shim_pid)
         if is_alive(shim_pid, shim_start_ticks):

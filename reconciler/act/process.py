@@ -15,8 +15,9 @@ import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from reconciler import census
+from reconciler import census, cgroup
 from reconciler.act import ports
 from reconciler.act.account import Account
 from reconciler.act.forkserver import ForkServer
@@ -70,8 +71,12 @@ class Launch:
 class ProcessActor:
     """Starts and ends the incarnations recorded in one state directory."""
 
-    def __init__(self, state: StateDir, clock: Clock, boot_id: str, *, log_bytes: int = LOG_BYTES) -> None:
+    def __init__(
+        self, state: StateDir, clock: Clock, boot_id: str, *, log_bytes: int = LOG_BYTES, groups_in: str | None = None
+    ) -> None:
+        """With `groups_in`, the control group in which each incarnation gets one of its own; None: none can be had."""
         self._state = state
+        self._groups_in = groups_in
         self._log_bytes = log_bytes
         self._clock = clock
         self._boot_id = boot_id
@@ -95,7 +100,8 @@ class ProcessActor:
         """
         if (self._state.ended / launch.incarnation).exists():  # 1
             return
-        order = _encode_order(launch, self._state, self._boot_id, self._log_bytes)
+        group = cgroup.path_in(self._groups_in, launch.incarnation) if self._groups_in is not None else None
+        order = _encode_order(launch, self._state, self._boot_id, self._log_bytes, group)
         deadline = self._clock.now().plus(_LOCK_S)
         while True:
             if (self._state.run / launch.incarnation).exists():  # looked for before each try: a twin call may be first
@@ -110,7 +116,7 @@ class ProcessActor:
                     hint=f"reconciler explain {launch.subject}",
                 )
             await self._clock.sleep(_LOOK_S)
-        ready = self._spawn(launch, order, lock)
+        ready = self._spawn(launch, group, order, lock)
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
         start.add_done_callback(lambda done: self._forget_start(launch.incarnation, done))
@@ -148,16 +154,19 @@ class ProcessActor:
         except OSError as error:
             raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
 
-    def _spawn(self, launch: Launch, order: bytes, lock: int) -> int:
-        """Port, intent, shim, in this order, under the lock; the pipe that the shim will close."""
+    def _spawn(self, launch: Launch, group: str | None, order: bytes, lock: int) -> int:
+        """Port, intent, control group, shim, in this order, under the lock; the pipe that the shim will close."""
         subject = launch.subject
         try:
             if launch.port is not None:
                 ports.prove_free(launch.port)
             try:
-                incarnations.write_intent(self._state, self._intent(launch))
+                incarnations.write_intent(self._state, self._intent(launch, group))
             except OSError as error:
                 raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
+            if group is not None:
+                with suppress(OSError):  # the shim cannot join it then, says so in the log and goes on without
+                    Path(group).mkdir(0o755)
             try:
                 return self._spawn_shim(lock, order)
             except OSError as error:
@@ -168,7 +177,7 @@ class ProcessActor:
         finally:
             os.close(lock)  # the shim has its own copy
 
-    def _intent(self, launch: Launch) -> Intent:
+    def _intent(self, launch: Launch, group: str | None) -> Intent:
         subject = launch.subject
         return Intent(
             id=launch.incarnation,
@@ -184,6 +193,7 @@ class ProcessActor:
             log=str(incarnations.log_path(self._state, subject.kind, subject.name, launch.incarnation)),
             started=self._clock.now(),
             boot_id=self._boot_id,
+            group=group,
         )
 
     def _spawn_shim(self, lock: int, order: bytes) -> int:
@@ -329,7 +339,7 @@ def _identity(account: Account | None) -> str:
     return " ".join(str(number) for number in (account.uid, account.gid, *account.groups))
 
 
-def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int) -> bytes:
+def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int, group: str | None) -> bytes:
     """What the shim reads on stdin; the markers that prove membership are added here."""
     subject = launch.subject
     log = incarnations.log_path(state, subject.kind, subject.name, launch.incarnation)
@@ -340,7 +350,7 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int)
         "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
     }
     fields = [
-        *(str(state.run / launch.incarnation), boot_id, str(log), str(log_bytes), launch.cwd),
+        *(str(state.run / launch.incarnation), boot_id, str(log), str(log_bytes), group or "", launch.cwd),
         _identity(launch.account),
         str(len(launch.argv)),
         *launch.argv,

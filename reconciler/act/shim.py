@@ -8,9 +8,9 @@ does not change with all others; hence no json, enum, pathlib or subprocess, whi
 
 A message brings three descriptors:
 
-order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, working directory, whom to
-            run as (uid, gid and groups; empty: as this process), number of arguments, the arguments, then the
-            environment as NAME=VALUE. Memory without a name: secrets touch no disk.
+order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, control group to join
+            (empty: none), working directory, whom to run as (uid, gid and groups; empty: as this process), number of
+            arguments, the arguments, then the environment as NAME=VALUE. Memory without a name: secrets touch no disk.
 lock        an flock of the subject, held by being open here until the last descendant ended.
 ready       closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 
@@ -114,7 +114,7 @@ def supervise(ready: int) -> int:
 def start() -> tuple[int, int, int]:
     """Carry out the order (stdin); the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
     with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
-        folder, boot_id, log, log_bytes, cwd, user, count, *rest = stdin.read().split(b"\0")
+        folder, boot_id, log, log_bytes, group, cwd, user, count, *rest = stdin.read().split(b"\0")
     argv, environment = rest[: int(count)], rest[int(count) :]
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -126,7 +126,7 @@ def start() -> tuple[int, int, int]:
     leader = os.fork()
     if leader == 0:
         os.close(gate_in)
-        become_leader(gate_out, failure_in, log_fd, cwd, user, argv, environment)
+        become_leader(gate_out, failure_in, log_fd, group, cwd, user, argv, environment)
     os.close(gate_out)
     os.close(failure_in)
     own = os.getpid()
@@ -179,9 +179,16 @@ def name_process(name: str) -> None:
 
 
 def become_leader(
-    gate: int, failure: int, log_fd: int, cwd: bytes, user: bytes, argv: list[bytes], environment: list[bytes]
+    gate: int,
+    failure: int,
+    log_fd: int,
+    group: bytes,
+    cwd: bytes,
+    user: bytes,
+    argv: list[bytes],
+    environment: list[bytes],
 ) -> None:
-    """In the child: own session, default signals, then wait for the gate and become the program. Never returns."""
+    """In the child: own session and group, default signals, wait for the gate, become the program. Never returns."""
     code, error = _NOT_EXECUTABLE, ""
     try:
         os.setsid()
@@ -190,6 +197,7 @@ def become_leader(
             if number not in (_signal.SIGKILL, _signal.SIGSTOP):
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+        join_group(group)  # before the gate: it may take some ms, and the record is written meanwhile
         if os.read(gate, 1) == b"1":
             become_user(user)
             os.chdir(cwd)  # as that user: it need not reach what root may
@@ -204,6 +212,18 @@ def become_leader(
         if error:
             os.write(failure, f"{code} {error}".encode(errors="replace"))
         os._exit(code)
+
+
+def join_group(group: bytes) -> None:
+    """Enter the control group made for this incarnation. Without one it runs as well, and is followed less surely."""
+    if not group:
+        return
+    try:
+        fd = os.open(group + b"/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.write(fd, b"0")  # the writer itself
+        os.close(fd)
+    except OSError as problem:
+        os.write(_LOG, f"reconciler: it has no control group of its own: {problem}\n".encode(errors="replace"))
 
 
 def become_user(user: bytes) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from reconciler import census, identity
+from reconciler import census, cgroup, identity
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
 from reconciler.journal import incarnations
-from reconciler.journal.incarnations import Run, StopRecord, Unreadable
+from reconciler.journal.incarnations import Run, StopRecord, Undying, Unreadable
 from reconciler.journal.layout import StateDir, is_locked
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.25
 """Between two rounds of killing, doubling: a killed process takes a moment, one in a driver call takes long."""
+_UNDYING_S = 1.0
+"""A process dies of SIGKILL within ms, a large one within some hundred; one that lives longer is recorded."""
 _SHIM_END_S = 5.0
 """How long a shim without descendants may take to record the exit and go."""
 _PROCESS_GROUP = 1 << 2
@@ -31,6 +34,9 @@ class Target:
     id: str
     run: Run
     stop: StopRecord | Unreadable | None
+    group: str | None
+    """Path of its control group; None: it has none."""
+    state: StateDir
 
     def open_leader(self) -> int | None:
         """A pidfd of exactly the recorded leader; None when it is gone. The caller closes it.
@@ -58,6 +64,7 @@ class Target:
                 session_id=run.session_id,
                 shim_pid=run.shim_pid,
                 shim_start_ticks=run.shim_start_ticks,
+                group=self.group,
             )
         except OSError as error:
             raise NotOurs(f"{self.id}: its processes cannot be told: {error}") from error
@@ -74,6 +81,8 @@ class Target:
     async def kill(self, leader: int | None, clock: Clock) -> None:
         """SIGKILL every member, again and again until none lives (a forking tree races; stopped ones die too).
 
+        Who lives on for long is recorded as undying: it may be so for hours, and others must not wait for it.
+
         Args:
             leader: its pidfd, if it lived when the caller began: its group is then killed in one call, forks included.
             clock: for the pauses between rounds.
@@ -82,25 +91,39 @@ class Target:
             NotOurs: who lives could not be told.
             ActError: a member may not be signalled (it changed its user).
         """
-        pause = _FIRST_PAUSE_S
+        pause, began, recorded = _FIRST_PAUSE_S, clock.now(), False
         shim = self._open_shim()
         try:
             while members := self.members():
+                told = self._kill_cgroup()
                 if leader is not None:
                     _kill_group(leader)
-                _kill_each(members)
+                _kill_each(tuple(member for member in members if member.pid not in told))
                 if shim is None:
                     await clock.sleep(pause)
                 elif await readable_within(shim, pause, clock):
                     os.close(shim)
                     shim = None
                 pause = min(pause * 2, _LAST_PAUSE_S)
+                if not recorded and clock.now().since(began) >= _UNDYING_S:
+                    with suppress(OSError):  # in the next round, then
+                        incarnations.write_undying(self.state, self.id, Undying(began))
+                        recorded = True
             if shim is not None:
                 # it has yet to record the leader's end and to let go of the lock; a stopped shim is not waited for
                 await readable_within(shim, _SHIM_END_S, clock)
         finally:
             if shim is not None:
                 os.close(shim)
+
+    def _kill_cgroup(self) -> frozenset[int]:
+        """SIGKILL its control group in one call, where it has one and the kernel can; whom that was said to."""
+        if self.group is None:
+            return frozenset()
+        try:
+            return cgroup.kill(self.group, self.id)
+        except OSError as error:
+            raise NotOurs(f"{self.id}: its control group cannot be told: {error}") from error
 
     def _open_shim(self) -> int | None:
         try:
@@ -140,7 +163,7 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
         if held:
             raise NotOurs(f"{intent.name}: it runs in another pid namespace; nothing was signalled")
         return None
-    return Target(incarnation, run, records.stop)  # 6
+    return Target(incarnation, run, records.stop, intent.group, state)  # 6
 
 
 def _is_held(lock: Path) -> bool:

@@ -99,7 +99,7 @@ def _wrong(unit: Unit) -> Iterator[Check]:
     2. PrivateTmp=: endpoints outlive the unit, their /tmp would not.
     3. OOMPolicy=: the OOM killer's victim may be a job.
     4. Type=notify: else the unit counts as up before the box was looked at, and no watchdog works. 5. WatchdogSec=.
-    6. ExecReload=. 7. Restart=.
+    6. ExecReload=. 7. Restart=. 8. Delegate=: else no start gets a control group of its own.
     """
     one, name = unit.settings, unit.path
 
@@ -122,3 +122,6 @@ def _wrong(unit: Unit) -> Iterator[Check]:
         yield check("warning", "cannot be reloaded", "ExecReload=/bin/kill -HUP $MAINPID")
     if one.get("Restart", "") not in ("always", "on-failure", "on-abnormal"):  # 7
         yield check("warning", "is not started again when it ends", "Restart=always")
+    if one.get("Delegate", "").lower() in {"", "no", "false", "0", "off"}:  # 8
+        message = "no start gets a control group, so what leaves a tree whose shim was killed can be lost"
+        yield check("warning", message, "Delegate=yes")

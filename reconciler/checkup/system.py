@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from reconciler.cgroup import find_home
 from reconciler.checkup.check import Check, or_ok
 
 _PYTHON = (3, 11)
@@ -99,6 +100,15 @@ def _kernel(release: str, *, gangs: bool) -> Iterator[Check]:
     if _orphans_stay_zombies():
         hint = "docker run --init, or tini as the container's first process"
         yield Check("kernel", "warning", "process 1 collects nobody: ended processes stay as zombies", hint)
+
+
+def check_groups(daemon: int | None) -> Check:
+    """Whether each start gets a control group of its own; `daemon`: the pid of one that runs; None: run from here."""
+    home = find_home(daemon)
+    if home.path is not None:
+        return Check("kernel", "ok", f"each start gets a control group of its own, in {home.path}")
+    message = f"no control groups can be had ({home.reason}): trees are followed by descent, session and a mark"
+    return Check("kernel", "ok", message, "run it as a systemd service with Delegate=yes")
 
 
 def parse_release(release: str) -> tuple[int, int] | None:

@@ -15,7 +15,8 @@ from reconciler.cli.eyes import prepare_node
 from reconciler.cli.face import Face
 from reconciler.cli.wiring import Options
 from reconciler.clock import SystemClock
-from reconciler.errors import ReconcilerError, SpecError
+from reconciler.errors import ReconcilerError, SpecError, StateError
+from reconciler.journal.layout import StateDir, writer
 
 if TYPE_CHECKING:
     from reconciler.checkup.check import Check, Level
@@ -61,7 +62,7 @@ def examine(options: Options) -> tuple[Check, ...]:
     from reconciler.checkup.service import check_service
     from reconciler.checkup.state import check_state
     from reconciler.checkup.subjects import check_leftovers, check_ports, check_programs, has_gangs
-    from reconciler.checkup.system import check_kernel, check_versions
+    from reconciler.checkup.system import check_groups, check_kernel, check_versions
     from reconciler.observe.gpus import NvmlReader
 
     state = wiring.state_dir(options)
@@ -74,7 +75,8 @@ def examine(options: Options) -> tuple[Check, ...]:
         nvml.close()
     files, spec = _files(options)
     seen = _look(options) if spec is not None and driver.level == "ok" else None
-    found: list[Check] = [*check_versions(), *check_kernel(gangs=spec is not None and has_gangs(spec)), driver]
+    found: list[Check] = [*check_versions(), *check_kernel(gangs=spec is not None and has_gangs(spec))]
+    found += [check_groups(_daemon(state)), driver]
     if isinstance(seen, wiring.Look):
         found += check_gpus(seen.observed, seen.ledger)
     elif seen is not None:
@@ -88,6 +90,15 @@ def examine(options: Options) -> tuple[Check, ...]:
     if isinstance(seen, wiring.Look):
         found += check_leftovers(seen.spec, seen.observed)
     return (*found, *check_service(os.environ, Path.home()))
+
+
+def _daemon(state: StateDir) -> int | None:
+    """Pid of the daemon that runs on this state directory, as far as can be told."""
+    try:
+        held = writer(state) if state.path.is_dir() else None
+    except StateError:
+        return None
+    return held.pid if held is not None else None
 
 
 def _files(options: Options) -> tuple[tuple[Check, ...], Spec | None]:

@@ -213,6 +213,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
 
     from reconciler.act.engine import EngineActor
     from reconciler.act.process import ProcessActor
+    from reconciler.cgroup import find_home
     from reconciler.cli.service import ServiceManager, watchdog_s
     from reconciler.identity import boot_id
     from reconciler.journal.journal import Journal
@@ -225,7 +226,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     with acquire_writer(state):
         simulated = prepare_node(simulated_node(options), state)
         journal = Journal.open(state.journal, clock)
-        actor = ProcessActor(state, clock, boot_id())
+        actor = ProcessActor(state, clock, boot_id(), groups_in=find_home().path)
         try:
             remembered = journal.texts()
             yield Daemon(

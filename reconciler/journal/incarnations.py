@@ -4,6 +4,7 @@
     run/<id>/run.json      by the shim, durable before the leader's program runs
     run/<id>/exit.json     by the shim, when the leader ends
     run/<id>/stop.json     by the daemon, durable before the signal; the only one ever written again
+    run/<id>/undying.json  by the daemon, when SIGKILL has not ended all of it at once
 
 Each is replaced whole (temporary file, fsync, rename, fsync of the folder). So intent without run and with the lock
 free means *never started*, exactly. The shim (`act/shim.py`) writes its two without importing this module.
@@ -21,15 +22,16 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+from reconciler import cgroup
 from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject, SubjectKind
 
 __all__ = [
-    "Exit", "Intent", "Records", "Run", "StopRecord", "Unreadable",
+    "Exit", "Intent", "Records", "Run", "StopRecord", "Undying", "Unreadable",
     "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "write_exit", "write_intent",
-    "write_stop",
+    "write_stop", "write_undying",
 ]  # fmt: skip
 
 KEPT_PER_SUBJECT = 20
@@ -62,6 +64,9 @@ class Intent:
     """Absolute path of the leader's output."""
     started: Instant
     boot_id: str
+    group: str | None = None
+    """Absolute path of its control group, which is made after this record and joined before its program runs; None:
+    none could be had. That it is there says nothing, nor that it is not."""
 
     @property
     def subject(self) -> Subject:
@@ -105,6 +110,14 @@ class StopRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Undying:
+    """It was killed and goes on living, as a process does that the kernel waits for (state D)."""
+
+    since: Instant
+    """When SIGKILL was first sent to all of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A record that is there, but torn, alien or not readable: unknown, never absent."""
 
@@ -121,6 +134,8 @@ class Records:
     run: Run | Unreadable | None
     exit: Exit | Unreadable | None
     stop: StopRecord | Unreadable | None
+    undying: Undying | None
+    """None also if it cannot be read: it says nothing that the process table does not."""
 
     @property
     def unreadable(self) -> tuple[str, ...]:
@@ -211,6 +226,16 @@ def write_stop(state: StateDir, incarnation: str, record: StopRecord) -> None:
     _write(state.run / incarnation, "stop.json", encode(record))
 
 
+def write_undying(state: StateDir, incarnation: str, record: Undying) -> None:
+    """Record that SIGKILL has not ended it; the first such record stands.
+
+    Raises:
+        OSError: it is not durable.
+    """
+    if not (state.run / incarnation / "undying.json").exists():
+        _write(state.run / incarnation, "undying.json", encode(record))
+
+
 def write_exit(state: StateDir, incarnation: str, record: Exit) -> None:
     """Record an end that no shim can record, because there was none.
 
@@ -257,6 +282,7 @@ def read(path: Path) -> Records:
         run=_read_run(path),
         exit=_read(path / "exit.json", Exit),
         stop=_read(path / "stop.json", StopRecord),
+        undying=undying if isinstance(undying := _read(path / "undying.json", Undying), Undying) else None,
     )
 
 
@@ -304,11 +330,15 @@ def _read_own(path: Path) -> bytes:
 def archive(state: StateDir, incarnation: str, *, keep: int = KEPT_PER_SUBJECT) -> None:
     """Move an ended incarnation's records to `ended/`; of its subject's past ones, only the last `keep` stay.
 
-    The logs of those that go, go with them. Doing it twice does no harm.
+    The logs of those that go, go with them. Doing it twice does no harm. One whose control group still has a member
+    stays where it is: somebody lives there that nobody has seen yet.
 
     Raises:
         OSError: it could not be moved.
     """
+    ending = _read_intent(state.run / incarnation)
+    if isinstance(ending, Intent) and ending.group is not None and not cgroup.remove(ending.group, incarnation):
+        return
     with suppress(FileNotFoundError):
         (state.run / incarnation).rename(state.ended / incarnation)
         _sync(state.ended)

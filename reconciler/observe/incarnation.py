@@ -148,9 +148,9 @@ class IncarnationReader:
 
         1. Nobody to look for: never started, of another boot, or seen to be over → none of them.
         2. It cannot be told: an unreadable record, alien pids, an unreadable /proc → None.
-        3. The shim lives → its descendants.
-        4. It is dead → a sweep of /proc, at most every `SWEEP_EVERY_S`; between two, those of the last that still live.
-           That nobody is left is only ever said right after a sweep.
+        3. The shim lives → its descendants, and who is in its control group.
+        4. It is dead → that group and a sweep of /proc, at most every `SWEEP_EVERY_S`; between two, those of the last
+           that still live. That nobody is left is only ever said right after a sweep.
         """
         run = records.run
         if phase in ("intent", "running") or memory.over or memory.never_started:  # 1
@@ -174,6 +174,7 @@ class IncarnationReader:
                 session_id=run.session_id,
                 shim_pid=run.shim_pid,
                 shim_start_ticks=run.shim_start_ticks,
+                group=records.intent.group if isinstance(records.intent, Intent) else None,
             )
         except OSError:  # 2
             return None
@@ -208,6 +209,7 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         exited=ended.at if isinstance(ended, Exit) else None,
         stop=StopProgress(stop.requested, stop.drained, stop.signalled) if isinstance(stop, StopRecord) else None,
         attempt=intent.attempt,
+        undying_since=records.undying.since if records.undying is not None else None,
     )
 
 

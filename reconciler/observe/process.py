@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from reconciler import cgroup
 from reconciler.census import MARKER
 from reconciler.clock import Clock
 from reconciler.identity import ProcStat, boot_id, descendants, is_alive, read_marker, read_stat
-from reconciler.journal.incarnations import Run, log_path
+from reconciler.journal.incarnations import Intent, Records, Run, log_path
 from reconciler.journal.layout import StateDir
 from reconciler.observe.incarnation import IncarnationReader
 from reconciler.observe.listeners import every_pid, holders, listening
@@ -49,6 +50,8 @@ class _Known:
     strays: Mapping[int, str]
     sessions: Mapping[int, str]
     """Sessions whose leader is verified to be alive, so that their number is still theirs."""
+    groups: Mapping[str, str]
+    """Control groups: path → incarnation id."""
 
 
 class ProcessReader:
@@ -58,7 +61,7 @@ class ProcessReader:
         self._state = state
         self._reader = IncarnationReader(state, clock)
         self._watches = Watches()
-        self._known = _Known({}, {}, {}, {}, {})
+        self._known = _Known({}, {}, {}, {}, {}, {})
         self._last_owner: dict[int, Subject] = {}
         self._owners: dict[Identity, str | None] = {}
         self._names: dict[Identity, tuple[str | None, str | None]] = {}
@@ -87,6 +90,7 @@ class ProcessReader:
             identities=identities,
             strays={pid: i.id for i in incarnations.values() for pid in i.strays or ()},
             sessions={run.session_id: i for i, run in runs.items() if incarnations[i].phase == "running"},
+            groups={g: i.id for i, r in pairs if i.id in runs and (g := _group_of(r)) is not None},
         )
         return tuple(incarnations.values())
 
@@ -120,7 +124,8 @@ class ProcessReader:
         """Whose process it is; None: foreign, or not to be told.
 
         1. A leader or shim of ours, or a known stray. 2. In the session of a living leader of ours. 3. Below one of
-        those in the process tree. 4. Started with our marker in its environment, naming a known incarnation.
+        those in the process tree. 4. In the control group of an incarnation of ours. 5. Started with our marker in its
+        environment, naming a known incarnation.
         """
         try:
             stat = read_stat(pid)
@@ -177,7 +182,12 @@ class ProcessReader:
                 ancestor = read_stat(ancestor.parent_pid)  # 3
             except OSError:
                 break
-        marker = read_marker(stat.pid, MARKER)  # 4
+        group = cgroup.of_process(stat.pid) if known.groups else None
+        while group:  # 4
+            if group in known.groups:
+                return known.groups[group]
+            group = group.rpartition("/")[0]
+        marker = read_marker(stat.pid, MARKER)  # 5
         return marker if marker in known.incarnations else None
 
     # ------------------------------------------------------------ ports
@@ -229,9 +239,18 @@ class ProcessReader:
             if any(True for _ in holders(inodes, (run.pid,))):
                 return True  # nearly always the leader itself
             root = run.shim_pid if is_alive(run.shim_pid, run.shim_start_ticks) else run.pid
-            return any(True for _ in holders(inodes, (stat.pid for stat in descendants(root))))
+            if any(True for _ in holders(inodes, (stat.pid for stat in descendants(root)))):
+                return True
+            group = next((path for path, i in self._known.groups.items() if i == incarnation), None)
+            return group is not None and any(True for _ in holders(inodes, cgroup.pids(group, incarnation)))
         except OSError:
             return None
+
+
+def _group_of(records: Records) -> str | None:
+    """The control group that is named by this incarnation and recorded as its own."""
+    group = records.intent.group if isinstance(records.intent, Intent) else None
+    return group if group is not None and cgroup.names(group, records.id) else None
 
 
 def _name(pid: int) -> tuple[str | None, str | None]:

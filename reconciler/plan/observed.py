@@ -112,6 +112,8 @@ class Incarnation:
     """Workloads: 0 for the first try, 1 for the first retry…"""
     failure: str | None = None
     """Endpoints that ended: the class of failure and a hint, as the end of the log tells; None: it does not."""
+    undying_since: Instant | None = None
+    """When SIGKILL was sent that did not end it; None: it was not, or it ended at once."""
 
     @property
     def alive(self) -> bool:

@@ -44,23 +44,32 @@ def _lingers(draft: Draft, incarnation: Incarnation) -> bool:
 
 
 def quarantine_overdue(draft: Draft) -> None:
-    """Quarantine every GPU whose memory an ended process of ours has kept for too long."""
+    """Quarantine every GPU that a process of ours has kept for too long.
+
+    1. Its process ended, and its memory is not back. 2. It was killed, and does not end: the kernel waits for a driver.
+    """
     situation = draft.situation
     for incarnation in situation.observed.incarnations:
-        ended = _ended(draft, incarnation)
-        if incarnation.alive or ended is None or situation.memory_returned(incarnation):
+        undying = incarnation.undying_since if incarnation.alive else None
+        since = undying or _ended(draft, incarnation)
+        if since is None or (undying is None and (incarnation.alive or situation.memory_returned(incarnation))):
             continue
-        due = ended.plus(MEMORY_TIMEOUT_S)
+        due = since.plus(MEMORY_TIMEOUT_S)
         if draft.now.mono < due.mono:
             draft.wakes.append(due)
             continue
         for uuid in incarnation.gpus:
             room = situation.rooms.get(uuid)
-            held = room is not None and room.unusable is None and room.lingering_bytes > situation.tolerance_bytes
-            if held and uuid not in draft.quarantines:
+            if room is None or room.unusable is not None or uuid in draft.quarantines:
+                continue
+            if undying is not None:  # 2
+                reason = f"{incarnation.subject} does not end, {MEMORY_TIMEOUT_S:g} s after it was killed"
+            elif room.lingering_bytes > situation.tolerance_bytes:  # 1
                 reason = f"memory of {incarnation.subject} not returned {MEMORY_TIMEOUT_S:g} s after it ended"
-                draft.quarantines[uuid] = Quarantine(uuid, draft.now, reason)
-                draft.say("quarantined", uuid, reason, Cause("drift"))
+            else:
+                continue
+            draft.quarantines[uuid] = Quarantine(uuid, draft.now, reason)
+            draft.say("quarantined", uuid, reason, Cause("drift"))
 
 
 def _ended(draft: Draft, incarnation: Incarnation) -> Instant | None:

@@ -17,14 +17,30 @@ from nursery import (
     until,
 )
 
+from reconciler.cgroup import find_home
 from reconciler.journal.layout import StateDir
 
 
 @pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
+def groups_in() -> str | None:
+    """Where incarnations get control groups of their own; None: they run without."""
+    return None
+
+
+@pytest.fixture
+def control_groups() -> str:
+    """The control group that this test may make others in."""
+    home = find_home()
+    if home.path is None:
+        pytest.skip(f"no control groups can be had: {home.reason}")
+    return home.path
+
+
+@pytest.fixture
+def nursery(tmp_path: Path, groups_in: str | None) -> Iterator[Nursery]:
     state = StateDir(tmp_path / "state")
     state.ensure()
-    made = Nursery(state)
+    made = Nursery(state, groups_in)
     yield made
     made.close()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reconciler import cgroup
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.census import MARKER, members
 from reconciler.clock import SystemClock
@@ -101,12 +102,14 @@ class Nursery:
     """A state directory and what lives by it."""
 
     state: StateDir
+    groups_in: str | None = None
+    """The control group that each incarnation gets its own in; None: they run without."""
     ids: list[str] = field(default_factory=list)
     actors: list[ProcessActor] = field(default_factory=list)
 
     def actor(self) -> ProcessActor:
         """A new one, as after a restart of the daemon."""
-        made = ProcessActor(self.state, SystemClock(), boot_id())
+        made = ProcessActor(self.state, SystemClock(), boot_id(), groups_in=self.groups_in)
         self.actors.append(made)
         return made
 
@@ -150,6 +153,11 @@ class Nursery:
         assert isinstance(found, Run), found
         return found
 
+    def group(self, incarnation: str) -> str | None:
+        """Its recorded control group."""
+        intent = self.records(incarnation).intent
+        return intent.group if isinstance(intent, Intent) else None
+
     def exit_code(self, incarnation: str) -> int:
         """Once it is recorded."""
         until(lambda: self.records(incarnation).exit is not None, "an exit record")
@@ -168,7 +176,7 @@ class Nursery:
     def members_of(self, incarnation: str, run: Run) -> set[int]:
         found = members(
             incarnation=incarnation, pid=run.pid, start_ticks=run.start_ticks, session_id=run.session_id,
-            shim_pid=run.shim_pid, shim_start_ticks=run.shim_start_ticks,
+            shim_pid=run.shim_pid, shim_start_ticks=run.shim_start_ticks, group=self.group(incarnation),
         )  # fmt: skip
         return {stat.pid for stat in found}
 
@@ -180,6 +188,20 @@ class Nursery:
         until(lambda: not any(self._kill_marked(i) for i in self.ids), "everything to be gone")
         for actor in self.actors:
             actor.close()
+        for group in [cgroup.path_in(self.groups_in, i) for i in self.ids] if self.groups_in is not None else []:
+            until(lambda g=group: self._is_emptied(g), f"{group} to be empty")
+
+    @staticmethod
+    def _is_emptied(group: str) -> bool:
+        """Kill whoever is in it, found without the code under test, and take it away."""
+        path = Path(group)
+        if path.exists():
+            with suppress(OSError):
+                (path / "cgroup.freeze").write_text("0")
+                (path / "cgroup.kill").write_text("1")
+            with suppress(OSError):
+                path.rmdir()
+        return not path.exists()
 
     def _kill_marked(self, incarnation: str) -> set[int]:
         found = self.marked(incarnation)

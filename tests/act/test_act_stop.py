@@ -15,6 +15,7 @@ import pytest
 from nursery import (
     BRIEF,
     COUNTING_SIGTERMS,
+    IGNORING_SIGTERM,
     LEAVING_A_DOUBLE_FORKED_DAEMON,
     OBEDIENT,
     PATIENT,
@@ -40,7 +41,17 @@ from reconciler.journal.incarnations import (
     write_stop,
 )
 from reconciler.journal.layout import is_locked, take_lock
+from reconciler.observe.process import ProcessReader
+from reconciler.plan.observed import Incarnation
 from reconciler.spec.spec import Stop
+
+# ---------------------------------------------------------------- with control groups, and where none can be had
+
+
+@pytest.fixture(params=["with a control group", "without one"])
+def groups_in(request: pytest.FixtureRequest) -> str | None:
+    return request.getfixturevalue("control_groups") if request.param == "with a control group" else None
+
 
 # ---------------------------------------------------------------- who is asked to end, ends
 
@@ -265,6 +276,75 @@ def test_an_abandoned_stop_leaves_no_descriptor_behind(nursery: Nursery, process
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
     nursery.run(begin_and_abandon())
+
+
+# ---------------------------------------------------------------- who does not die
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+"""Of version 1: who is frozen there dies only once thawed, as one that the kernel waits for (state D)."""
+
+
+@pytest.fixture
+def undying_process(nursery: Nursery) -> Iterator[tuple[str, Callable[[], None]]]:
+    """An incarnation that SIGKILL does not end, and what lets it die."""
+    folder = FREEZER / f"undying-{os.getpid()}"
+    if not os.access(FREEZER / "cgroup.procs", os.W_OK):
+        pytest.skip("no freezer of cgroup version 1 is mounted writable: nothing else makes a process that cannot die")
+    folder.mkdir()
+    incarnation = nursery.started(IGNORING_SIGTERM)
+    (folder / "cgroup.procs").write_text(str(nursery.run_record(incarnation).pid))
+    (folder / "freezer.state").write_text("FROZEN")
+    until(lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
+
+    def thaw() -> None:
+        (folder / "freezer.state").write_text("THAWED")
+
+    yield incarnation, thaw
+    thaw()
+    nursery.run(nursery.actor().ensure_killed(incarnation))
+    until(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+def test_one_that_sigkill_does_not_end_is_recorded_waited_for_and_ends_once_it_can(
+    nursery: Nursery, undying_process: tuple[str, Callable[[], None]]
+) -> None:
+    incarnation, thaw = undying_process
+    other = nursery.started(OBEDIENT, name="another")
+    reader = ProcessReader(nursery.state, SystemClock())
+
+    def seen() -> Incarnation:
+        return next(i for i in reader.read() if i.id == incarnation)
+
+    async def kill() -> None:
+        stop = asyncio.ensure_future(nursery.actor().ensure_killed(incarnation))
+        while nursery.records(incarnation).undying is None:
+            await asyncio.sleep(0.01)
+        assert not stop.done()
+        assert seen().alive
+        await nursery.actor().ensure_stopped(other, PATIENT)  # nobody else is held up
+        twin = nursery.launch(OBEDIENT)
+        with pytest.raises(ActError, match="still ending"):
+            await nursery.actor().ensure_started(twin)
+        stop.cancel()  # as by a daemon that ends
+        await asyncio.wait({stop})
+        first = nursery.records(incarnation).undying
+        again = asyncio.ensure_future(nursery.actor().ensure_killed(incarnation))
+        await asyncio.sleep(1.2)
+        assert nursery.records(incarnation).undying == first, "the first moment stands"
+        assert first is not None
+        assert seen().undying_since == first.since
+        thaw()
+        await again
+
+    nursery.run(kill())
+    assert nursery.exit_code(incarnation) == -signal.SIGKILL
+    assert not seen().alive
+
+
+def test_who_ends_at_once_is_not_recorded_as_undying(nursery: Nursery, tree_with_setsid_grandchild: str) -> None:
+    nursery.run(nursery.actor().ensure_killed(tree_with_setsid_grandchild))
+    assert nursery.records(tree_with_setsid_grandchild).undying is None
 
 
 # ---------------------------------------------------------------- without a shim

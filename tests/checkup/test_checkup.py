@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from reconciler.cgroup import Home
 from reconciler.checkup.check import Check
 from reconciler.checkup.gpus import check_gpus
 from reconciler.checkup.service import check_service, runs_the_daemon
 from reconciler.checkup.state import check_state, file_system
 from reconciler.checkup.subjects import check_leftovers, check_ports, check_programs
-from reconciler.checkup.system import check_kernel, check_versions, parse_release
+from reconciler.checkup.system import check_groups, check_kernel, check_versions, parse_release
 from reconciler.clock import Instant, SystemClock
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
@@ -56,6 +57,18 @@ def test_the_packages_that_are_there_are_named_with_their_versions() -> None:
     checks = check_versions()
     assert not wrong(checks)
     assert "pydantic 2." in checks[-1].message
+
+
+@pytest.mark.parametrize(
+    ("home", "message"),
+    [
+        (Home("/sys/fs/cgroup/x"), "each start gets a control group of its own, in /sys/fs/cgroup/x"),
+        (Home(None, "it is not writable"), "no control groups can be had (it is not writable): trees are followed by"),
+    ],
+)
+def test_it_says_whether_control_groups_can_be_had(home: Home, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reconciler.checkup.system.find_home", {7: home}.__getitem__)
+    assert check_groups(7).message.startswith(message)
 
 
 def test_a_box_that_runs_this_test_has_what_is_asked_of_the_kernel() -> None:
@@ -253,6 +266,7 @@ def test_the_unit_that_is_shipped_has_nothing_wrong(tmp_path: Path) -> None:
         ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=", "warning", "cannot be reloaded"),
         ("Restart=always", "Restart=no", "warning", "not started again"),
         ("KillMode=process", "KillMode=process\nPrivateTmp=yes", "warning", "takes /tmp"),
+        ("Delegate=yes", "Delegate=no", "warning", "no start gets a control group"),
     ],
 )
 def test_each_thing_that_the_unit_lacks_is_told(

@@ -58,7 +58,7 @@ class Cradle:
         environment = {"PATH": os.environ["PATH"], **(env or {}), MARKER: intent.id, "SPT_NOENV": "1"}
         order = [
             str(self.state.run / intent.id), boot_id(), str(self.state.logs / f"{intent.id}.log"), str(1 << 20),
-            "/", "", str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
+            intent.group or "", "/", "", str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
         ]  # fmt: skip
         memory = os.memfd_create("order")
         os.write(memory, "\0".join(order).encode())

@@ -11,7 +11,7 @@ from plant import Behaviour, Plant, Run, overlay_state
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Subject
-from reconciler.plan.requests import clean_start
+from reconciler.plan.requests import clean_start, reset
 from reconciler.spec.spec import Restart, Stop
 from reconciler.units import GIB
 
@@ -157,6 +157,33 @@ def test_memory_that_a_vanished_process_keeps_quarantines_its_gpu():
     assert list(run.ledger.quarantines) == [uuid(0)]
     run.settle(until=lambda _: run.plant.is_ready("a"))
     assert run.plant.current("a").gpus == (uuid(1),)
+
+
+def test_a_killed_process_that_lives_on_quarantines_its_gpu_and_holds_up_nobody_else():
+    run = settled(endpoint("a", [0]), plant=Plant(totals=[80 * GIB] * 2))
+    run.plant.behaviour = replace(run.plant.behaviour, stop_s=1e6)
+    run.spec = spec(endpoint("a", [0], state="stopped"), endpoint("b", [1]), endpoint("c", [0]))
+    run.settle(until=lambda _: run.plant.is_ready("b"))
+    run.plant._change("a-1", lambda i: replace(i, undying_since=run.plant.now))
+    assert not run.decide().ledger.quarantines, "most who take a while end within the minute"
+    run.plant.advance(59)
+    assert not run.decide().ledger.quarantines
+    run.plant.advance(1)
+    decided, _ = run.step()
+    assert list(decided.ledger.quarantines) == [uuid(0)]
+    assert decided.ledger.quarantines[uuid(0)].reason == "a does not end, 60 s after it was killed"
+    assert run.plant.is_ready("b")
+    blocked = {b.subject.name: b.reason for b in run.decide().blocked}
+    assert blocked["c"] == "Quarantined"
+    run.ledger, _ = reset(run.ledger, uuid(0), {uuid(0): uuid(0)})
+    assert list(run.step()[0].ledger.quarantines) == [uuid(0)], "a reset changes nothing while it lives"
+    run.plant.end("a-1", -9)
+    run.settle()
+    assert run.plant.current("c") is None
+    run.ledger, _ = reset(run.ledger, uuid(0), {uuid(0): uuid(0)})
+    run.settle()
+    assert run.plant.is_ready("c")
+    assert run.plant.current("c").gpus == (uuid(0),)
 
 
 def test_ready_for_long_enough_ends_a_row_of_failures():
