@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 import reconciler
+from reconciler.loop.control import ask
 
 STUB = Path(__file__).resolve().with_name("stub.py")
 PROGRAM = (sys.executable, "-m", "reconciler")
@@ -102,8 +103,12 @@ class Box:
             raise SystemExit(f"{words}: {done.stderr}")
         return json.loads(done.stdout)
 
+    def ask(self, op: str, **arguments: object) -> Any:
+        """Put a request to the daemon, as the command line does; None: it does not listen yet."""
+        return ask(self.root / "state" / "control.sock", op, **arguments)
+
     def endpoints(self) -> dict[str, dict[str, Any]]:
-        return {e["name"]: e for e in self.json("status").get("data", {}).get("endpoints", [])}
+        return {e["name"]: e for e in (self.ask("status") or {}).get("endpoints", [])}
 
     def start(self) -> subprocess.Popen[bytes]:
         with (self.root / "daemon.log").open("ab") as log:
@@ -119,8 +124,16 @@ class Box:
             seen.update(self.endpoints())
             return all(seen.get(name, {}).get("state") == "healthy" for name in self.spec["endpoints"])
 
-        wait_for(look, f"healthy; {self.root / 'daemon.log'}", poll_s=0.1)
+        wait_for(look, f"healthy; {self.root / 'daemon.log'}", poll_s=0.02)
         return seen
+
+    def replace_daemon(self) -> None:
+        """Kill the daemon with -9 and have another adopt what runs."""
+        assert self.daemon is not None
+        self.daemon.kill()
+        self.daemon.wait()
+        self.start()
+        self.wait_healthy()
 
     def noted(self, name: str, what: str, after_ns: int) -> int | None:
         """When the stub first noted `what` after that moment."""
@@ -128,9 +141,9 @@ class Box:
         lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return next((int(ns) for kind, _, ns in lines if kind == what and int(ns) > after_ns), None)
 
-    def wait_noted(self, name: str, what: str, after_ns: int) -> float:
+    def wait_noted(self, name: str, what: str, after_ns: int, poll_s: float = 0.002) -> float:
         """Milliseconds from that moment to the stub's first note of `what`."""
-        wait_for(lambda: self.noted(name, what, after_ns), f"{name} notes {what!r}")
+        wait_for(lambda: self.noted(name, what, after_ns), f"{name} notes {what!r}", poll_s)
         noted = self.noted(name, what, after_ns)
         assert noted is not None
         return (noted - after_ns) / 1e6

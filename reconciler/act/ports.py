@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from pathlib import Path
 
 from reconciler.errors import ActError, PortInUse
+from reconciler.sockets import BOUND, CONNECTED, sockets
 
 _WAYS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))  # noqa: S104 - proof, not service
-_LISTEN = "0A"
 
 
 def prove_free(port: int) -> None:
@@ -18,21 +17,19 @@ def prove_free(port: int) -> None:
     Outcomes, for each address:
     1. A plain bind succeeds: free.
     2. It fails, and a bind with SO_REUSEADDR fails too: someone listens.
-    3. Only the bind with SO_REUSEADDR succeeds: free, if connections of an earlier server linger there (TIME_WAIT and
-       the like; engines bind with SO_REUSEADDR themselves). If there are none, someone bound the port and does not
-       listen yet, as vLLM does for all of its load: taken.
+    3. Only the bind with SO_REUSEADDR succeeds: someone bound the port and does not listen yet, as vLLM does for all of
+       its load: taken. Or connections of an earlier server linger there (TIME_WAIT and the like; engines bind with
+       SO_REUSEADDR themselves): free. Where the kernel does not tell of the former, they are taken for the reason.
 
     Raises:
         PortInUse: someone holds it.
-        ActError: it cannot be bound for another reason (a privileged port).
+        ActError: it cannot be bound for another reason (a privileged port), or the kernel cannot be asked for 3.
     """
-    for family, address in _WAYS:
-        if _binds(family, address, port, reuse=False):  # 1
-            continue
-        if not _binds(family, address, port, reuse=True):  # 2
-            raise _taken(port, "someone listens there")
-        if not _lingers(port):  # 3
-            raise _taken(port, "someone has bound it and does not listen yet")
+    refused = [way for way in _WAYS if not _binds(*way, port, reuse=False)]  # the rest: 1
+    if not all(_binds(*way, port, reuse=True) for way in refused):  # 2
+        raise _taken(port, "someone listens there")
+    if refused and _is_bound(port):  # 3
+        raise _taken(port, "someone has bound it and does not listen yet")
 
 
 def _taken(port: int, detail: str) -> PortInUse:
@@ -58,16 +55,10 @@ def _binds(family: socket.AddressFamily, address: str, port: int, *, reuse: bool
     return True
 
 
-def _lingers(port: int) -> bool:
-    """Whether connections of an earlier server remain on this local port (proc_net(5): state and local address)."""
-    wanted = f":{port:04X}"
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            lines = Path(table).read_text("ascii").splitlines()[1:]
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            fields = line.split()
-            if fields[1].endswith(wanted) and fields[3] != _LISTEN:
-                return True
-    return False
+def _is_bound(port: int) -> bool:
+    """Whether a socket that does not listen holds this port, and not merely connections of an earlier server."""
+    try:
+        bound = any(taken == port for taken, _ in sockets(BOUND))
+        return bound or not any(taken == port for taken, _ in sockets(CONNECTED))
+    except OSError as error:
+        raise ActError(f"port {port}: the kernel does not tell who holds it: {error.strerror or error}") from error

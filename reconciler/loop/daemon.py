@@ -207,11 +207,11 @@ class Daemon:
         record_durations(parts.journal, before, plan.ledger, observed, self._began)
         incidents = self._assess(in_force, observed, plan, now)
         self._notifying.offer(in_force.spec, incidents)
-        for incarnation in plan.archive:
-            archive(parts.state, incarnation)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
         self._last = Tick(in_force, observed, plan, incidents, idle=False)  # what the starts are launched with
         await self._executor.walk(plan)
+        for incarnation in plan.archive:  # nobody waits for it: successors first
+            archive(parts.state, incarnation)
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 
@@ -70,3 +71,19 @@ def test_proving_leaves_the_port_free(taken: socket.socket) -> None:
     prove_free(port)
     with socket.socket() as server:
         server.bind(("127.0.0.1", port))
+
+
+def test_a_server_that_still_loads_takes_the_port_also_where_connections_of_an_earlier_one_linger(
+    taken: socket.socket,
+) -> None:
+    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    if release < (6, 8):
+        pytest.skip("an older kernel does not tell the two apart")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        accepted.close()
+        assert client.recv(1) == b""
+        address = server.getsockname()
+    taken.bind(address)
+    with pytest.raises(PortInUse, match="does not listen yet"):
+        prove_free(address[1])

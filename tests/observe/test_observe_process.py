@@ -21,7 +21,6 @@ from reconciler.journal.incarnations import Exit as ExitRecord
 from reconciler.journal.incarnations import StopRecord, archive, lock_path, write_exit, write_stop
 from reconciler.journal.layout import StateDir, take_lock
 from reconciler.observe import incarnation as incarnation_module
-from reconciler.observe import listeners
 from reconciler.observe.process import ProcessReader
 from reconciler.plan.observed import Subject
 
@@ -421,30 +420,6 @@ def test_a_strangers_listener_is_named(reader, address):
         assert "python" in holder.command
         assert reader.foreign_listener(port) == holder
     assert reader.foreign_listener(port) is None
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_the_kernels_two_lists_of_listeners_agree(family):
-    """sock_diag is asked, /proc/net/tcp is what remains where there is none."""
-    try:
-        servers = [socket.create_server(("", 0), family=family) for _ in range(40)]
-    except OSError:
-        pytest.skip("no such family here")
-    ours = {(s.getsockname()[1], os.fstat(s.fileno()).st_ino) for s in servers}
-    table = "/proc/self/net/tcp" if family == socket.AF_INET else "/proc/self/net/tcp6"
-    assert ours <= set(listeners._ask_kernel(family))
-    assert ours <= set(listeners._read_table(table))
-    for server in servers:
-        server.close()
-
-
-def test_without_sock_diag_the_tables_are_read(reader, monkeypatch):
-    def missing(_family):
-        raise OSError(2, "No such file or directory")
-
-    monkeypatch.setattr(listeners, "_ask_kernel", missing)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert reader.foreign_listener(server.getsockname()[1]).pid == os.getpid()
 
 
 def test_a_bound_socket_that_does_not_listen_is_no_listener(reader, port):
