@@ -6,7 +6,6 @@ import compileall
 import json
 import os
 import platform
-import signal
 import socket
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +168,32 @@ def box(node: str = "4x80GiB") -> Iterator[Box]:
 
 
 def spawn_directly(one: Box, name: str) -> float:
-    """The floor: spawn → first instruction of the same stub, by a bare Popen, in milliseconds."""
-    command = one.stub(name, str(free_port()))
+    """The floor of a start: spawn → first instruction of the same stub, by a bare Popen, in milliseconds."""
     before = now_ns()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = _popen(one, name)
     taken = one.wait_noted(name, "first", before)
-    with suppress(ProcessLookupError):
-        os.kill(child.pid, signal.SIGKILL)
+    child.kill()
     child.wait()
     return taken
+
+
+def respawn_directly(one: Box, name: str) -> float:
+    """The floor of a restart: kill -9 → first instruction of the successor, by a bare wait and Popen, in ms."""
+    child = _popen(one, name)
+    wait_for(lambda: one.noted(name, "first", 0), f"{name} notes 'first'")
+    before = now_ns()
+    child.kill()
+    child.wait()
+    child = _popen(one, name)
+    taken = one.wait_noted(name, "first", before)
+    child.kill()
+    child.wait()
+    return taken
+
+
+def _popen(one: Box, name: str) -> subprocess.Popen[bytes]:
+    null = subprocess.DEVNULL
+    return subprocess.Popen(one.stub(name, str(free_port())), stdin=null, stdout=null, stderr=null)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -1,6 +1,7 @@
 """What supervision costs: restarts, edits, idling, coming up, flapping, each beside a floor measured in the same run.
 
-The floor of every start is the same stub spawned by a bare Popen, turn about. Parts, all of them or those named:
+The floor of every start is the same stub spawned by a bare Popen, turn about; of a restart, after a bare wait. Parts,
+all of them or those named:
 
 restart  kill -9 of an endpoint → first instruction of its successor: on a node without GPUs; on a simulated GPU whose
          memory is back at once; after 300 ms (nothing may start before it is seen free: no aim); adopted by a daemon
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from stage import Box, box, describe, now_ns, show, spawn_directly, wait_for
+from stage import Box, box, describe, now_ns, respawn_directly, show, spawn_directly, wait_for
 
 INTERVAL_S = 5.0
 """Between two probes of an endpoint: the default."""
@@ -83,7 +84,7 @@ def measure_restarts(runs: int) -> None:
             for _ in range(runs):
                 if adopted:
                     one.replace_daemon()
-                floors.append(spawn_directly(one, "floor"))
+                floors.append(respawn_directly(one, "floor"))
                 restarts.append(restart(one, "subject"))
         above = statistics.median(restarts) - statistics.median(floors)
         rows.append([title, *describe(floors), *describe(restarts), f"{above:.1f}", aim])

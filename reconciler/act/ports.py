@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 
 from reconciler.errors import ActError, PortInUse
@@ -25,11 +26,15 @@ def prove_free(port: int) -> None:
         PortInUse: someone holds it.
         ActError: it cannot be bound for another reason (a privileged port), or the kernel cannot be asked for 3.
     """
-    refused = [way for way in _WAYS if not _binds(*way, port, reuse=False)]  # the rest: 1
-    if not all(_binds(*way, port, reuse=True) for way in refused):  # 2
-        raise _taken(port, "someone listens there")
-    if refused and _is_bound(port):  # 3
-        raise _taken(port, "someone has bound it and does not listen yet")
+    refused = [way for way in _WAYS if not _binds(*way, port)]  # the rest: 1
+    for number, (family, address) in enumerate(refused):
+        try:
+            probe = _bind(family, address, port, reuse=True)
+        except OSError:
+            raise _taken(port, "someone listens there") from None  # 2
+        with probe:
+            if number == 0 and _has_bound_it(probe, port):  # 3; asked once: the answer is about all addresses
+                raise _taken(port, "someone has bound it and does not listen yet")
 
 
 def _taken(port: int, detail: str) -> PortInUse:
@@ -38,14 +43,9 @@ def _taken(port: int, detail: str) -> PortInUse:
     )
 
 
-def _binds(family: socket.AddressFamily, address: str, port: int, *, reuse: bool) -> bool:
+def _binds(family: socket.AddressFamily, address: str, port: int) -> bool:
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            if reuse:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            probe.bind((address, port))
+        _bind(family, address, port, reuse=False).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return False
@@ -55,10 +55,27 @@ def _binds(family: socket.AddressFamily, address: str, port: int, *, reuse: bool
     return True
 
 
-def _is_bound(port: int) -> bool:
-    """Whether a socket that does not listen holds this port, and not merely connections of an earlier server."""
+def _bind(family: socket.AddressFamily, address: str, port: int, *, reuse: bool) -> socket.socket:
+    """A socket bound there; to be closed by the caller."""
+    probe = socket.socket(family, socket.SOCK_STREAM)
     try:
-        bound = any(taken == port for taken, _ in sockets(BOUND))
-        return bound or not any(taken == port for taken, _ in sockets(CONNECTED))
+        if reuse:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.bind((address, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe
+
+
+def _has_bound_it(probe: socket.socket, port: int) -> bool:
+    """Whether a socket that does not listen holds the port of `probe`, too, and not merely connections of the past."""
+    try:
+        bound = {inode for taken, inode in sockets(BOUND) if taken == port}
+        if os.fstat(probe.fileno()).st_ino in bound:  # so this kernel tells of such sockets
+            return len(bound) > 1
+        return not any(taken == port for taken, _ in sockets(CONNECTED))
     except OSError as error:
         raise ActError(f"port {port}: the kernel does not tell who holds it: {error.strerror or error}") from error

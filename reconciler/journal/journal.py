@@ -56,6 +56,8 @@ class Journal(JournalReader):
         """The spec of the last decision that was kept, and its key."""
         self._deeds: object = None
         """What the last decision that was kept had done."""
+        self._unkept: tuple[int, Made] | None = None
+        """The last decision, with its number, until `keep` was called."""
         self.notice = notice
         """Set when the journal that was found had to be put aside; it also is an event of kind `JournalReplaced`."""
 
@@ -95,9 +97,9 @@ class Journal(JournalReader):
         """Make a decision durable: the ledger and the events that tell of it, together or not at all.
 
         Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` and
-        `ledger.runs` are left out: they are predicted from measurements, not decided. With `made`, what went into the
-        decision is kept as well, unless it changed nothing and has nothing done but what the last one had; its events
-        bear its number.
+        `ledger.runs` are left out: they are predicted from measurements, not decided. With `made`, the decision gets a
+        number, which its events bear, unless it changed nothing and has nothing done but what the last one had; what
+        went into it is written by `keep`, for which no act has to wait.
 
         Raises:
             StateError: it could not be written; the journal and `ledger()` are as before.
@@ -115,10 +117,25 @@ class Journal(JournalReader):
             connection.executemany("INSERT OR REPLACE INTO records (kind, name, body) VALUES (?, ?, ?)", rows)
             if ledger.boot_id != self._ledger.boot_id:
                 self._set_meta("boot_id", ledger.boot_id)
-            number, spec = (None, self._spec) if made is None else self._insert_decision(made)
+            number = None if made is None else self._next_decision()
             self._insert_events(events, now.wall, {} if number is None else {"decision": number})
-        self._ledger, self._spec = ledger, spec  # what is not committed is not there
+        self._ledger = ledger  # what is not committed is not there
         self._deeds = None if made is None else deeds(made.plan)
+        self._unkept = None if made is None or number is None else (number, made)
+
+    def keep(self) -> None:
+        """Write what went into the last decision, unless that was done: a killed writer loses it, and nothing else.
+
+        Raises:
+            StateError: it could not be written.
+        """
+        if self._unkept is None:
+            return
+        number, made = self._unkept
+        self._unkept = None
+        with database.transaction(self._connection, self.path):
+            spec = self._insert_decision(number, made)
+        self._spec = spec
 
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         """Record what was done or seen, apart from a decision; `data` (JSON values) goes with each of the events.
@@ -212,8 +229,18 @@ class Journal(JournalReader):
             self._connection.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (EVENTS_KEPT,))
             self._unpruned = 0
 
-    def _insert_decision(self, made: Made) -> tuple[int | None, tuple[Spec, str] | None]:
-        """Keep what went into a decision: its number, and its spec with the key. None: it has no text; that is told."""
+    def _next_decision(self) -> int:
+        """A number for a decision, never used before, also if what went into one was not kept."""
+        found = self._select(
+            "SELECT coalesce(max(number), 0) FROM (SELECT max(id) AS number FROM decisions UNION ALL"
+            " SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'decision')"
+        )
+        number = int(next(found)[0]) + 1
+        self._set_meta("decision", str(number))
+        return number
+
+    def _insert_decision(self, number: int, made: Made) -> tuple[Spec, str] | None:
+        """Keep what went into a decision: its spec with the key. One that has no text is told of instead."""
         inputs, wall = made.inputs, made.inputs.now.wall
         key = self._spec[1] if self._spec is not None and self._spec[0] is inputs.spec else None
         try:
@@ -221,20 +248,20 @@ class Journal(JournalReader):
             if key is None:
                 key, body = packed_spec(inputs.spec)
             rest, outcome = packed_rest(inputs), digest(made.plan)
-        except (TypeError, ValueError) as error:  # never a reason not to act
-            self._insert_events([Event("decision.unkept", "journal", str(error), "")], wall, {})
-            return None, self._spec
+        except (TypeError, ValueError) as error:
+            self._insert_events([Event("decision.unkept", "journal", str(error), "")], wall, {"decision": number})
+            return self._spec
         if body:
             self._connection.execute("INSERT OR IGNORE INTO specs (digest, body) VALUES (?, ?)", (key, body))
-        row = (wall, _version(), key, *rest, outcome)
-        number = self._connection.execute(
-            "INSERT INTO decisions (wall, version, spec, observed, ledger, now, outcome) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            row,
-        ).lastrowid
-        if number is not None and number % PRUNE_DECISIONS_EVERY == 0:
+        self._connection.execute(
+            "INSERT INTO decisions (id, wall, version, spec, observed, ledger, now, outcome)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (number, wall, _version(), key, *rest, outcome),
+        )
+        if number % PRUNE_DECISIONS_EVERY == 0:
             self._connection.execute("DELETE FROM decisions WHERE id <= ?", (number - DECISIONS_KEPT,))
             self._connection.execute("DELETE FROM specs WHERE digest NOT IN (SELECT spec FROM decisions)")
-        return number, (inputs.spec, key)
+        return inputs.spec, key
 
     def _set_meta(self, key: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))

@@ -50,6 +50,9 @@ OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
 
+Change = Callable[[Ledger, Instant], tuple[Ledger, tuple[Event, ...]]]
+"""What somebody requested of the ledger, with the events that tell of it."""
+
 
 class Eyes(Protocol):
     """Whoever looks at the box."""
@@ -135,7 +138,9 @@ class Daemon:
         self._eyes = parts.eyes(self._wakers.wake_threadsafe)
         self._began = parts.clock.now()
         self._control = ControlServer(parts.state.control_socket, self._answer)
-        self._requested: list[Callable[[Ledger, Instant], tuple[Ledger, tuple[Event, ...]]]] = []
+        self._requested: list[Change] = []
+        self._uncommitted: list[asyncio.Future[None]] = []
+        """Whoever waits until what they requested is durable."""
         self._problems: tuple[str, ...] = ()
         self._executor = Executor(
             parts.actor,
@@ -196,6 +201,7 @@ class Daemon:
         parts.actor.warm()
         in_force = self._load()
         ledger, asked = self._take_requests()
+        uncommitted, self._uncommitted = self._uncommitted, []
         options = self._look_options(ledger)
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
@@ -204,13 +210,17 @@ class Daemon:
         before = parts.journal.ledger()
         made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now, made)  # the record first, then the act
+        for request in uncommitted:
+            if not request.done():
+                request.set_result(None)
         record_durations(parts.journal, before, plan.ledger, observed, self._began)
         incidents = self._assess(in_force, observed, plan, now)
         self._notifying.offer(in_force.spec, incidents)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
         self._last = Tick(in_force, observed, plan, incidents, idle=False)  # what the starts are launched with
         await self._executor.walk(plan)
-        for incarnation in plan.archive:  # nobody waits for it: successors first
+        parts.journal.keep()  # nobody waits for what follows: starts come first
+        for incarnation in plan.archive:
             archive(parts.state, incarnation)
         if draining:
             self._eyes.probe_now(draining)
@@ -347,9 +357,12 @@ class Daemon:
                     "daemon": encode(self.info()),
                 }
             case "reset":
-                return {"message": self._reset(str(request["name"]), tick.observed)}
+                change, said = self._forgiving(str(request["name"]), tick.observed)
+                await self._durably(change)
+                return {"message": said}
             case "clean_start":
-                self.request_clean_start([str(n) for n in request["endpoints"]])
+                names = [str(n) for n in request["endpoints"]]
+                await self._durably(lambda ledger, now: clean_start(ledger, names, now))
                 return {"message": "begun"}
             case _:
                 raise StateError(f"the daemon does not know the request {op!r}")
@@ -363,16 +376,26 @@ class Daemon:
             generation=self._parts.journal.generation(),
         )
 
-    def _reset(self, name: str, observed: Observed) -> str:
+    async def _durably(self, change: Change) -> None:
+        """Have the next tick make this change; returns once it is committed: what was answered is not forgotten."""
+        committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._requested.append(change)
+        self._uncommitted.append(committed)
+        self._wakers.wake()
+        await committed
+
+    def _forgiving(self, name: str, observed: Observed) -> tuple[Change, str]:
+        """What to change so that `name` is tried again, and that in words."""
         known = {str(g.index): g.uuid for g in observed.gpus} | {g.uuid: g.uuid for g in observed.gpus}
         found = reset(self._parts.journal.ledger(), name, known)
         if found is None:
             raise unknown(self._parts.journal.ledger(), name, known)
-        self._requested.append(lambda ledger, _: reset(ledger, name, known) or (ledger, ()))
-        self._wakers.wake()
-        return f"{name} is reset" if found[1] else f"{name} had nothing to reset"
+        said = f"{name} is reset" if found[1] else f"{name} had nothing to reset"
+        return lambda ledger, _: reset(ledger, name, known) or (ledger, ()), said
 
     async def _close(self) -> None:
+        for request in self._uncommitted:
+            request.set_exception(StateError("the daemon ended before it did that", hint="ask again"))
         await self._control.close()
         await self._wakers.close()
         for face in self._parts.faces:

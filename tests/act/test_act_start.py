@@ -255,6 +255,7 @@ def test_a_spawner_killed_right_after_the_spawn_leaves_an_adoptable_leader(nurse
     assert spawner(nursery, launch, die=True).wait(30) == -9
     nursery.run(nursery.actor().ensure_started(launch))  # the next daemon: waits for the record, starts no twin
     run = nursery.run_record(launch.incarnation)
+    until(lambda: nursery.marked(launch.incarnation), "the leader is its program")  # the record comes before that
     assert nursery.marked(launch.incarnation) == {run.pid}
     (tmp_path / "end").touch()
     assert nursery.exit_code(launch.incarnation) == 7

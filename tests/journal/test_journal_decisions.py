@@ -39,6 +39,7 @@ def made(now: Instant = NOW, ledger: Ledger | None = None) -> Made:
 
 def commit(journal: Journal, of: Made) -> None:
     journal.commit(of.plan.ledger, of.plan.events, of.inputs.now, of)
+    journal.keep()
 
 
 def test_a_decision_read_back_is_made_again_byte_for_byte_and_its_events_bear_its_number(journal: Journal) -> None:
@@ -60,6 +61,22 @@ def test_a_decision_that_changes_nothing_and_does_nothing_else_is_not_kept_again
     idle = replace(first.plan, events=(), actions=())
     commit(journal, Made(first.inputs, idle))  # nothing in the ledger moved, but what is done now is something else
     assert journal.decision(2) is not None
+
+
+def test_a_writer_that_dies_before_it_kept_a_decision_loses_that_alone_and_its_number_is_not_used_again(
+    journal: Journal, tmp_path: Path
+) -> None:
+    first = made()
+    journal.commit(first.plan.ledger, first.plan.events, NOW, first)
+    journal.close()
+    with Journal.open(tmp_path / "journal.sqlite", SystemClock()) as again:
+        assert again.ledger().overlays.keys() == first.plan.ledger.overlays.keys()
+        assert again.decision() is None
+        commit(again, Made(first.inputs, replace(first.plan, actions=())))
+        assert [e.data["decision"] for e in again.events() if "decision" in e.data] == [1] * len(first.plan.events) + [
+            2
+        ] * len(first.plan.events)
+        assert again.decision(2) is not None
 
 
 def test_what_stands_in_environments_is_not_kept(journal: Journal) -> None:

@@ -69,6 +69,9 @@ class KillableJournal(Journal):
         self.previous = self.ledger()
         self._write("commit", lambda: super(KillableJournal, self).commit(ledger, events, now, made))
 
+    def keep(self) -> None:
+        self._write("keep", super().keep)
+
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         if events:
             self._write("append", lambda: super(KillableJournal, self).append(events, now, data=data))
@@ -383,7 +386,7 @@ class Box:
         if self.daemon is not None and not self.dead and self.daemon._last is not None:
             ledger = self.daemon._parts.journal.ledger()
             for name in [n for n, r in ledger.endpoints.items() if r.failed] + list(ledger.quarantines):
-                self.daemon._reset(name, self.daemon._last.observed)
+                self.daemon._requested.append(self.daemon._forgiving(name, self.daemon._last.observed)[0])
             self.wake(files=True)
 
     def _well(self) -> list[Incarnation]:
