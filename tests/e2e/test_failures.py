@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from box_driver import Box, free_ports, wait_for
 
+from reconciler.loop.control import ask
+
 
 @pytest.fixture
 def box(tmp_path: Path) -> Iterator[Box]:
@@ -41,3 +43,21 @@ def test_a_start_that_fails_is_named_with_a_hint_in_status_and_incident(
     seen = wait_for(lambda: (e := box.endpoints()["ask"])["state"] == "failed" and e, "it is given up")
     assert f"({kind}: " in seen["reason"]
     assert any(kind in i["message"] for i in box.status()["incidents"])
+
+
+def test_what_reset_was_answered_is_not_forgotten_by_a_daemon_that_is_killed_right_after(box: Box) -> None:
+    box.spec["endpoints"]["ask"] = {
+        "engine": "custom",
+        "command": ["false"],
+        "port": free_ports(1)[0],
+        "gpus": [0],
+        "restart": {"max_restarts": 0},
+    }
+    box.write()
+    box.start()
+    wait_for(lambda: box.endpoints()["ask"]["state"] == "failed", "it is given up")
+    socket = box.state / "control.sock"
+    assert ask(socket, "reset", name="ask") == {"message": "ask is reset"}
+    box.kill()
+    events = box.json("events", "-n", "50")["data"]["events"]
+    assert [e["kind"] for e in events if e["subject"] == "ask" and e["kind"] == "reset"] == ["reset"]
