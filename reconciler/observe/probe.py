@@ -19,7 +19,9 @@ PAGE_LIMIT_BYTES = 16 << 20
 """vLLM's page is some 100 KiB; a page that never ends must not fill the memory."""
 
 PROGRESS_PACE_S = 15.0
-"""Often enough for a hang to be told after 120 s, seldom enough for a page of 100 KiB to cost nothing."""
+"""The slowest: seldom enough for a page of 100 KiB to cost nothing."""
+PROGRESS_READINGS = 8
+"""So many readings in the time after which a frozen counter is a hang."""
 
 OwnsListener = Callable[[str, int], bool | None]
 """Whether the socket that listens on a port belongs to an incarnation's own processes; None: could not be seen."""
@@ -44,7 +46,9 @@ class ProbeTarget:
     """Count the requests in flight too (while draining)."""
     running_metrics: tuple[str, ...] = ()
     progress_metrics: tuple[str, ...] = ()
-    """With both, a page of metrics is read every `PROGRESS_PACE_S`: a hung engine still answers that it is healthy."""
+    """With both, a page of metrics is read now and then: a hung engine still answers that it is healthy."""
+    hung_s: float = 120.0
+    """For how long a frozen counter is none."""
     metrics_path: str = "/metrics"
     sleep_check: SleepCheck | None = None
     """How to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
@@ -106,7 +110,7 @@ class Connection:
         counts = target.busy and bool(target.busy_metrics)
         page = self._page(target, target.metrics_path) if counts or watched else None
         if watched and page is not None:
-            self._progress_due = self._clock.now().plus(PROGRESS_PACE_S)
+            self._progress_due = self._clock.now().plus(min(PROGRESS_PACE_S, target.hung_s / PROGRESS_READINGS))
         told = page if watched else None
         return Answer(  # 1
             ready=True,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Clock, Instant
 from reconciler.observe.probe import Answer, Connection, OwnsListener, ProbeTarget
+from reconciler.plan.endpoints import hung_for
 from reconciler.plan.observed import Probe
 
 LOG = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class Prober:
                 watch.again = False
                 self._schedule(target.incarnation, watch)
                 newly_counted = watch.target.busy and answer.counted and not had_counted
-                return newly_counted or is_material(before, after, target.failures)
+                return newly_counted or is_material(before, after, target)
         _disconnect(watch)
         return False
 
@@ -253,11 +254,16 @@ def _watch_progress(before: Probe, told: Probe, answer: Answer, asked: Instant) 
     return replace(told, progress=answer.progress, moved=since, progress_at=asked)
 
 
-def is_material(before: Probe | None, after: Probe, failures: int) -> bool:
-    """Whether somebody should look: a first answer, ready or asleep flipped, misses at the limit, nothing in flight."""
+def is_material(before: Probe | None, after: Probe, target: ProbeTarget) -> bool:
+    """Whether somebody should look.
+
+    A first answer, ready or asleep flipped, misses at the limit, nothing in flight any more, a hang begun or over.
+    """
     if before is None or before.ready != after.ready or before.sleeping != after.sleeping:
         return True
-    return after.misses == failures or (after.busy == 0 and before.busy != 0)
+    if (hung_for(before) >= target.hung_s) != (hung_for(after) >= target.hung_s):
+        return True
+    return after.misses == target.failures or (after.busy == 0 and before.busy != 0)
 
 
 def probe_once(

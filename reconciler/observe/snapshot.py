@@ -180,6 +180,7 @@ def probe_targets(
             or (stop is not None and not stop.drained and stop.signalled is None),
             running_metrics=profile.running_metrics,
             progress_metrics=profile.progress_metrics,
+            hung_s=endpoint.health.hung_s,
             metrics_path=profile.metrics_path or "/metrics",
             sleep_check=profile.sleep_check if endpoint.evict.method == "sleep" else None,
         )

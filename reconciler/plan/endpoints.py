@@ -13,9 +13,6 @@ from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
 
 KEPT_EXITS = 20
-HUNG_S = 120.0
-"""A token takes milliseconds, the longest prefill seconds: a counter frozen for this long with requests running is a
-hang (vllm#36451, #39863: `/health` stays green)."""
 EVICTION_WINDOW_S = 3600.0
 NO_JITTER_BELOW_S = 1.0
 JITTER = 0.1
@@ -87,7 +84,7 @@ def _judge(
     if not serves(record.nap, probe) and (probe is None or probe.misses < health.failures):
         return "sleeping", "", None, None  # 3
     if record.ready_incarnation == current.id:
-        if (frozen_s := hung_for(probe)) >= HUNG_S:
+        if (frozen_s := hung_for(probe)) >= health.hung_s:
             message = f"Hung: requests run and no token was made for {frozen_s:.0f} s, though it answers"
             return "unhealthy", message, None, None  # 6
         if probe is None or probe.misses < health.failures:

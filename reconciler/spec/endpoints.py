@@ -283,6 +283,7 @@ def _health(model: HealthModel) -> Health:
         failures=model.failures,
         startup_s=model.startup,
         unhealthy_for_s=model.unhealthy_for,
+        hung_s=model.hung,
     )
 
 

@@ -72,6 +72,8 @@ class HealthModel(Model):
     """Deadline for the first readiness; nothing is killed for being silent before it."""
     unhealthy_for: Duration = _HEALTH.unhealthy_for_s
     """Unhealthy for this long leads to a restart."""
+    hung: PositiveDuration = _HEALTH.hung_s
+    """No token made for this long, with requests running, is a hang: unhealthy. For engines that count them (vLLM)."""
 
 
 class StopModel(Model):

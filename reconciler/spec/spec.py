@@ -91,6 +91,9 @@ class Health:
     """Deadline for the first readiness; no liveness kill before it."""
     unhealthy_for_s: float = 60.0
     """Unhealthy for this long leads to a restart."""
+    hung_s: float = 120.0
+    """A counter of tokens frozen for this long with requests running is a hang. A token takes milliseconds, the longest
+    prefill seconds (vllm#36451, #39863: `/health` stays green)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -225,12 +226,18 @@ def test_who_slept_and_does_not_say_still_sleeps():
 
 def test_only_what_somebody_should_look_at_is_material():
     ready, miss = history(READY), history(READY, MISS)
-    assert is_material(None, ready, 3)
-    assert not is_material(ready, history(READY, READY), 3)
-    assert is_material(ready, miss, 3)
-    assert not is_material(miss, history(READY, MISS, MISS), 3)
-    assert is_material(history(READY, MISS, MISS), history(READY, MISS, MISS, MISS), 3)
-    assert is_material(replace(ready, busy=2), replace(ready, busy=0), 3)
-    assert not is_material(replace(ready, busy=0), replace(ready, busy=0), 3)
-    assert not is_material(replace(ready, busy=0), replace(ready, busy=5), 3)
-    assert is_material(ready, replace(ready, sleeping=True), 3)
+    asked = target(1, failures=3, hung_s=120.0)
+    assert is_material(None, ready, asked)
+    assert not is_material(ready, history(READY, READY), asked)
+    assert is_material(ready, miss, asked)
+    assert not is_material(miss, history(READY, MISS, MISS), asked)
+    assert is_material(history(READY, MISS, MISS), history(READY, MISS, MISS, MISS), asked)
+    assert is_material(replace(ready, busy=2), replace(ready, busy=0), asked)
+    assert not is_material(replace(ready, busy=0), replace(ready, busy=0), asked)
+    assert not is_material(replace(ready, busy=0), replace(ready, busy=5), asked)
+    assert is_material(ready, replace(ready, sleeping=True), asked)
+    frozen = [
+        replace(ready, moved=ready.at, progress_at=ready.at.plus(seconds)) for seconds in (60.0, 119.0, 120.0, 135.0)
+    ]
+    assert [is_material(*pair, asked) for pair in itertools.pairwise(frozen)] == [False, True, False]
+    assert is_material(frozen[3], replace(ready, moved=ready.at, progress_at=ready.at), asked), "it goes on"
