@@ -1,7 +1,7 @@
 """The records of each incarnation: small JSON files that outlive every daemon and every crash.
 
     run/<id>/intent.json   by the daemon, durable before anything is spawned
-    run/<id>/run.json      by the shim, durable before the leader's program runs
+    run/<id>/run.json      by the shim, durable before the leader's program runs; taken back if that never does
     run/<id>/exit.json     by the shim, when the leader ends
     run/<id>/stop.json     by the daemon, durable before the signal; the only one ever written again
     run/<id>/undying.json  by the daemon, when SIGKILL has not ended all of it at once
@@ -38,6 +38,7 @@ KEPT_PER_SUBJECT = 20
 """Past incarnations kept with their logs: enough to see a pattern of crashes, little enough to need no janitor."""
 
 T = TypeVar("T")
+_DRAFT = ".new"
 _LARGEST_RECORD = 1 << 20
 _LONGEST_NAME = 150
 """Bytes of a subject's name in a file name; the file systems' limit is 255."""
@@ -205,10 +206,10 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
     target = state.run / intent.id
     if target.exists():
         raise FileExistsError(f"{target} exists")
-    # the folder appears with its intent in it, or not at all
-    staging = state.run / f".{intent.id}.new"
-    if staging.exists():
-        shutil.rmtree(staging)
+    # the folder appears with its intent in it, or not at all; a daemon that died in between left a draft
+    for draft in state.run.glob(f".*{_DRAFT}"):
+        shutil.rmtree(draft)
+    staging = state.run / f".{intent.id}{_DRAFT}"
     staging.mkdir(mode=0o700)
     staging.chmod(0o700)
     _write(staging, "intent.json", encode(intent))

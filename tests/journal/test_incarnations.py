@@ -277,6 +277,13 @@ def test_a_crash_in_the_middle_of_an_intent_leaves_nothing_to_see(state: StateDi
     assert list_ids(state) == ("abc",)
 
 
+def test_the_draft_that_a_crash_left_is_cleared_away_by_the_next_intent(state: StateDir) -> None:
+    (state.run / ".older.new").mkdir()
+    (state.run / ".older.new" / ".intent.json.tmp").write_text("{")
+    write_intent(state, intent())
+    assert [p.name for p in state.run.iterdir()] == ["abc"]
+
+
 def test_nothing_recorded_is_absent(state: StateDir) -> None:
     records = read(state.run / "never")
     assert (records.intent, records.run, records.exit, records.stop) == (None, None, None, None)
