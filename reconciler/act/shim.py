@@ -16,7 +16,7 @@ ready       closed once the leader's program runs, or it is recorded that it can
 
 Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` becomes
 durable; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
-without having run anything.
+without having run anything, after it took `run.json` back.
 
 The log is bounded here, since this process lives exactly as long as anything that writes to it, with or without a
 daemon: the oldest part is given back to the disk (a hole is punched into the file), nothing is moved. What is kept is
@@ -126,7 +126,7 @@ def start() -> tuple[int, int, int]:
     leader = os.fork()
     if leader == 0:
         os.close(gate_in)
-        become_leader(gate_out, failure_in, log_fd, group, cwd, user, argv, environment)
+        become_leader(gate_out, failure_in, folder_fd, log_fd, group, cwd, user, argv, environment)
     os.close(gate_out)
     os.close(failure_in)
     own = os.getpid()
@@ -137,7 +137,10 @@ def start() -> tuple[int, int, int]:
         f'"session_id":{leader},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)},'
         f'"start_ticks":{start_ticks(leader)}}}',
     )
-    os.write(gate_in, b"1")
+    try:  # noqa: SIM105 - contextlib would be paid for by each shim
+        os.write(gate_in, b"1")
+    except BrokenPipeError:
+        pass  # it was killed at the gate: an end like any other, collected and recorded below
     os.close(gate_in)
     failure = b""
     while chunk := os.read(failure_out, 4096):  # ends when the program is executed: the other end is closed by that
@@ -181,6 +184,7 @@ def name_process(name: str) -> None:
 def become_leader(
     gate: int,
     failure: int,
+    folder_fd: int,
     log_fd: int,
     group: bytes,
     cwd: bytes,
@@ -188,7 +192,11 @@ def become_leader(
     argv: list[bytes],
     environment: list[bytes],
 ) -> None:
-    """In the child: own session and group, default signals, wait for the gate, become the program. Never returns."""
+    """In the child: own session and group, default signals, wait for the gate, become the program. Never returns.
+
+    A gate that closes means that the shim was killed. Its record of the run, if it came to that, is taken back while
+    the lock is still held here: what is left then says *never started*, as it was.
+    """
     code, error = _NOT_EXECUTABLE, ""
     try:
         os.setsid()
@@ -202,6 +210,8 @@ def become_leader(
             become_user(user)
             os.chdir(cwd)  # as that user: it need not reach what root may
             execute(argv, dict(entry.partition(b"=")[::2] for entry in environment))
+        elif "run.json" in os.listdir(folder_fd):
+            os.unlink("run.json", dir_fd=folder_fd)
     except FileNotFoundError as problem:
         code, error = _NOT_FOUND, f"{os.fsdecode(problem.filename)}: {problem.strerror}"
     except OSError as problem:

@@ -136,6 +136,8 @@ class IncarnationReader:
                 return "unknown", records
             if isinstance(records.exit, Exit):
                 return "exited", records
+            if records.run is None:  # taken back: the shim was killed before its leader ran anything
+                return self._phase(records, memory)
             if not shim_lives:
                 return "vanished", records
             if self._clock.now().mono >= wait_until.mono:

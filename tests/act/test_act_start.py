@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, is_running, program, until
 
-from reconciler.act import process
+from reconciler.act import process, shim
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.errors import ActError, PortInUse
 from reconciler.identity import boot_id, children, read_stat
-from reconciler.journal.incarnations import Exit, Intent, Run, lock_path
+from reconciler.journal.incarnations import Exit, Intent, Run, lock_path, write_intent
 from reconciler.journal.layout import is_locked
 from reconciler.plan.observed import Subject
 
@@ -321,6 +321,47 @@ def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery) -> N
 
     nursery.run(start_and_kill())
     assert nursery.marked(launch.incarnation) == set()
+
+
+def test_a_leader_whose_shim_dies_before_the_gate_opens_takes_the_record_of_its_run_back(tmp_path: Path) -> None:
+    """So that intent without run and a free lock say *never started*, whenever the shim was killed."""
+    (tmp_path / "run.json").write_text("{}")
+    folder, log = os.open(tmp_path, os.O_RDONLY), os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    (gate_out, gate_in), (failure_out, failure_in) = os.pipe(), os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.close(gate_in)
+        shim.become_leader(
+            gate_out, failure_in, folder, log, b"", b"/", b"", [b"touch", os.fsencode(tmp_path / "ran")], []
+        )
+    for fd in (gate_in, gate_out, failure_in, failure_out, folder, log):
+        os.close(fd)
+    os.waitpid(leader, 0)
+    assert {p.name for p in tmp_path.iterdir()} == {"log"}
+
+
+def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nursery) -> None:
+    launch = nursery.launch(OBEDIENT)
+    write_intent(nursery.state, nursery.actor()._intent(launch, None))
+    order = os.memfd_create("order")
+    os.write(order, process._encode_order(launch, nursery.state, boot_id(), 1 << 20, None))
+    os.lseek(order, 0, os.SEEK_SET)
+    record = shim.write_record
+
+    def kill_once_recorded(folder_fd: int, name: str, text: str) -> None:
+        record(folder_fd, name, text)
+        if name == "run.json":
+            os.kill(json.loads(text)["pid"], signal.SIGKILL)
+            until(lambda: not is_running(json.loads(text)["pid"]), "its end")
+
+    supervisor = os.fork()
+    if supervisor == 0:
+        shim.write_record = kill_once_recorded
+        os.dup2(order, 0)
+        os._exit(shim.supervise(os.open("/dev/null", os.O_WRONLY)))
+    os.close(order)
+    assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
+    assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL
 
 
 def test_a_cancelled_start_goes_on(nursery: Nursery) -> None:

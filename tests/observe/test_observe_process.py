@@ -142,6 +142,20 @@ def test_a_leader_that_ended_without_shim_is_vanished(cradle, reader, wait_until
     assert not only(reader).alive
 
 
+def test_a_leader_that_took_the_record_of_its_run_back_never_started(cradle, reader, state, wait_until):
+    """As one does whose shim was killed before it ran anything; the record was seen before."""
+    incarnation = cradle.start("sleep", "1000")
+    run = cradle.run_record(incarnation)
+    os.kill(run.shim_pid, signal.SIGKILL)
+    (seen,) = reader.read()
+    assert (seen.phase, seen.pid) == ("running", run.pid)
+    (state.run / incarnation / "run.json").unlink()
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.pid, run.start_ticks), "its end")
+    (seen,) = reader.read()
+    assert (seen.phase, seen.pid, seen.strays) == ("vanished", None, ())
+
+
 def test_an_intent_whose_lock_is_held_is_an_intent_and_never_started_once_it_is_free(cradle, reader, state):
     cradle.intend()
     lock = take_lock(lock_path(state, "endpoint", "thinking"))
