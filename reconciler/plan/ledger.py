@@ -76,6 +76,9 @@ class OverlayRecord:
     """Lower overlays it displaced."""
     active_since: Instant | None = None
     attempt: int = 0
+    """The number of its present start: 0 for the first."""
+    unstarted: int = 0
+    """Starts that somebody's death cut short before anything ran; they are no tries."""
     exit_code: int | None = None
     outcome: Literal["done", "failed", "cancelled", "expired"] | None = None
     """What it will be once the baseline is back; set on entering `completing`."""
@@ -86,6 +89,11 @@ class OverlayRecord:
     """The parts of this run so far, in order."""
     last_run: tuple[Span, ...] = ()
     """The parts of the run before this one."""
+
+    @property
+    def failures(self) -> int:
+        """Tries that ran and failed."""
+        return self.attempt - self.unstarted
 
 
 @dataclass(frozen=True, slots=True)

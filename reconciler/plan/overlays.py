@@ -17,6 +17,8 @@ MEMORY_TIMEOUT_S = 60.0
 """Memory usually comes back within 1.5 s of the last process's end; what is still held after a minute is not coming."""
 MEMORY_RETURN_S = 1.5
 """Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
+MOST_UNSTARTED = 3
+"""Starts of one run's work that may come to nothing: somebody is killed now and then, more is a box that cannot."""
 RECORD_KEPT_S = 86400.0
 """How long the outcome of an overlay stays in view after its file is gone."""
 
@@ -213,14 +215,17 @@ def _ran(record: OverlayRecord, spec: OverlaySpec, workload: Incarnation | None,
         return replace(enter(record, "active", now), active_since=workload.started)
     if workload.phase not in ("exited", "vanished") or workload.strays is None:
         return record
+    if workload.phase == "vanished" and workload.pid is None and record.unstarted < MOST_UNSTARTED:
+        again = replace(record, attempt=record.attempt + 1, unstarted=record.unstarted + 1, active_since=None)
+        return enter(again, "starting", now, "its start was cut short before anything ran; it is made again")
     # Its leader ended. What it left running belongs to the job and is ended with it, in `completing`.
     record = replace(record, exit_code=workload.exit_code, active_since=record.active_since or workload.started)
     if workload.exit_code == 0:
         return finish(record, "done", now, "")
     how = "its exit code is unknown" if workload.exit_code is None else f"exit code {workload.exit_code}"
-    if record.attempt < spec.workload.retries:
+    if record.failures < spec.workload.retries:
         again = replace(record, attempt=record.attempt + 1, active_since=None, exit_code=None)
-        return enter(again, "starting", now, f"attempt {record.attempt + 1} failed ({how})")
+        return enter(again, "starting", now, f"attempt {record.failures + 1} failed ({how})")
     return finish(record, "failed", now, f"the workload failed: {how}")
 
 

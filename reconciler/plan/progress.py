@@ -140,7 +140,7 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
     if gone:  # another place may be found for what never began; what did has used up its tries elsewhere
         why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
-        draft.move(name, finish(step.record, "failed" if step.record.attempt else None, now, why))
+        draft.move(name, finish(step.record, "failed" if step.record.failures else None, now, why))
         return False
     short = [x for x in leases if not _has_room(draft, x)]
     if not short:

@@ -28,7 +28,7 @@ def account(
     """
     record, spans = step.record, step.record.spans
     part = PARTS.get(record.state)
-    if record.attempt and part == "evict":
+    if record.failures and part == "evict":
         part = "run"  # another attempt at the same work
     last = spans[-1] if spans else None
     if part is not None and last is not None and last.part == part and last.actual_s is None:

@@ -38,6 +38,8 @@ class Behaviour:
     default_run_s: float = 300.0
     exit_codes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By overlay, one for each attempt; the last one repeats. Default: 0."""
+    unstarted: dict[str, int] = field(default_factory=dict)
+    """By overlay: so many starts are cut short before anything runs."""
     crashes: frozenset[str] = frozenset()
     """Endpoints that end with exit code 1 where they would have become ready."""
 
@@ -174,6 +176,9 @@ class Plant:
         )  # fmt: skip
         behaviour = self.behaviour
         if action.op == "start_workload":
+            if behaviour.unstarted.get(action.subject.name, 0) > action.attempt:
+                self._change(name, lambda i: replace(i, phase="vanished", pid=None))
+                return True
             self.begun.append(self.now.wall)
             codes = behaviour.exit_codes.get(action.subject.name, (0,))
             code = codes[min(action.attempt, len(codes) - 1)]

@@ -248,6 +248,26 @@ def test_work_that_failed_is_tried_again_as_often_as_it_may_be():
     assert last.ledger.overlays["render"].state == "done"
 
 
+def test_a_start_that_was_cut_short_is_made_again_and_is_no_try():
+    run = settled(plant=Plant(totals=[80 * GIB]))
+    run.plant.behaviour = Behaviour(exit_codes={"render": (1, 1, 1, 0)}, unstarted={"render": 2})
+    with_overlays(run, overlay("render", retries=1))
+    last = run.settle()
+    assert run.starts() == ["render"] * 4  # two that came to nothing, one that failed, one that went well
+    assert len(run.plant.begun) == 2
+    assert last.ledger.overlays["render"].state == "done"
+
+
+def test_work_whose_every_start_is_cut_short_is_given_up_and_its_victim_comes_back():
+    run = settled(endpoint("a", 1, priority=1), plant=Plant(totals=[80 * GIB]))
+    run.plant.behaviour = Behaviour(unstarted={"render": 1000})
+    with_overlays(run, overlay("render"))
+    last = run.settle()
+    assert run.starts() == ["a", *["render"] * 4, "a"]
+    assert last.ledger.overlays["render"].state == "failed"
+    assert run.plant.is_ready("a")
+
+
 def test_a_removed_file_ends_the_work_and_brings_the_victim_back():
     run = settled(endpoint("a", 1, priority=1), plant=Plant(totals=[80 * GIB]))
     with_overlays(run, overlay("render"))
