@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reconciler import census, cgroup, identity
+from reconciler.act.claims import contradiction
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
@@ -140,10 +141,11 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
     3. They are of another boot: nothing lives.
     4. No process is recorded, and its lock is free: it was never started. With the lock held, it is about to be.
     5. Recorded in another pid namespace: its pids mean nothing here. With the lock free its container went down.
-    6. Otherwise its pids can be compared with what runs.
+    6. What lives under its pids contradicts it: not ours to signal.
+    7. Otherwise its pids can be compared with what runs.
 
     Raises:
-        NotOurs: 2, and 5 while the lock is held.
+        NotOurs: 2, 6, and 5 while the lock is held.
         ActError: 4 while the lock is held.
     """
     records = incarnations.read(state.run / incarnation)
@@ -163,7 +165,13 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
         if held:
             raise NotOurs(f"{intent.name}: it runs in another pid namespace; nothing was signalled")
         return None
-    return Target(incarnation, run, records.stop, intent.group, state)  # 6
+    try:
+        doubt = contradiction(state, incarnation, run)
+    except OSError as error:
+        raise NotOurs(f"{intent.name}: its processes cannot be told: {error}; nothing was signalled") from error
+    if doubt is not None:  # 6
+        raise NotOurs(f"{intent.name}: {doubt}; nothing was signalled", hint=f"see {records.path}")
+    return Target(incarnation, run, records.stop, intent.group, state)  # 7
 
 
 def _is_held(lock: Path) -> bool:

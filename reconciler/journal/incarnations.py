@@ -40,6 +40,8 @@ KEPT_PER_SUBJECT = 20
 T = TypeVar("T")
 _DRAFT = ".new"
 _LARGEST_RECORD = 1 << 20
+_LARGEST_PID = 1 << 22
+"""PID_MAX_LIMIT of 64-bit kernels (proc_sys_kernel(5))."""
 _LONGEST_NAME = 150
 """Bytes of a subject's name in a file name; the file systems' limit is 255."""
 
@@ -288,10 +290,15 @@ def read(path: Path) -> Records:
 
 
 def _read_run(folder: Path) -> Run | Unreadable | None:
-    """The run record, if its numbers can be pids (0 and -1 would mean whole groups to kill(2))."""
+    """The run record, if its numbers can be pids (0 and -1 would mean whole groups to kill(2)).
+
+    A leader begins as the leader of its session, and can never leave that.
+    """
     run = _read(folder / "run.json", Run)
-    if isinstance(run, Run) and min(run.pid, run.shim_pid, run.session_id) <= 1:
-        return Unreadable(f"{folder / 'run.json'}: pid {run.pid}, shim {run.shim_pid}, session {run.session_id}")
+    if isinstance(run, Run):
+        numbers = (run.pid, run.shim_pid, run.session_id)
+        if not all(1 < number <= _LARGEST_PID for number in numbers) or run.session_id != run.pid:
+            return Unreadable(f"{folder / 'run.json'}: pid {run.pid}, shim {run.shim_pid}, session {run.session_id}")
     return run
 
 

@@ -189,7 +189,8 @@ def test_a_pid_that_became_another_process_is_not_the_leader(cradle, reader, sta
     wait_until(lambda: not is_alive(run.pid, run.start_ticks), "the leader is gone")
     path = state.run / cradle.ids[0] / "run.json"
     # the same record, as if the kernel had handed the pid to this test
-    path.write_text(path.read_text().replace(f'"pid":{run.pid},', f'"pid":{os.getpid()},'))
+    text = path.read_text().replace(f'"pid":{run.pid},', f'"pid":{os.getpid()},')
+    path.write_text(text.replace(f'"session_id":{run.pid},', f'"session_id":{os.getpid()},'))
     seen = only(reader)
     assert seen.phase == "vanished"
     assert seen.strays == ()

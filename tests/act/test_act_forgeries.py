@@ -1,0 +1,274 @@
+"""Records that lie: forged, stale, torn, or another's. Nobody is signalled who is not proven ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, until
+
+from reconciler.clock import SystemClock
+from reconciler.errors import NotOurs
+from reconciler.identity import boot_id, read_stat
+from reconciler.journal.codec import encode
+from reconciler.journal.incarnations import Intent, Run, Unreadable, log_path, write_intent
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this")
+
+
+def own_record(pid: int, /, **changes: object) -> Run:
+    """What a shim would have recorded of a living leader; its own shim is long gone."""
+    stat = read_stat(pid)
+    assert stat is not None
+    truth = Run(
+        pid=pid, start_ticks=stat.start_ticks, boot_id=boot_id(), session_id=pid, shim_pid=4_000_000,
+        shim_start_ticks=1, pid_namespace=Path("/proc/self/ns/pid").stat().st_ino, at=SystemClock().now(),
+    )  # fmt: skip
+    return dataclasses.replace(truth, **changes)  # type: ignore[arg-type]
+
+
+def forged(nursery: Nursery, run: Run | str | bytes) -> str:
+    """An incarnation with a sound intent and this run record."""
+    launch = nursery.launch(OBEDIENT, name="forged")
+    subject = launch.subject
+    write_intent(
+        nursery.state,
+        Intent(
+            id=launch.incarnation, kind=subject.kind, name=subject.name, process_hash="hash", gpus=(), memory_bytes=(),
+            exclusive=True, port=None, attempt=0, argv=OBEDIENT, started=SystemClock().now(), boot_id=boot_id(),
+            log=str(log_path(nursery.state, subject.kind, subject.name, launch.incarnation)),
+        ),
+    )  # fmt: skip
+    content = encode(run) if isinstance(run, Run) else run
+    path = nursery.state.run / launch.incarnation / "run.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return launch.incarnation
+
+
+def end(nursery: Nursery, incarnation: str, *, refused: bool) -> None:
+    """Both ways of ending, each refused or finding nothing that lives."""
+    for ending in (nursery.actor().ensure_killed, lambda i: nursery.actor().ensure_stopped(i, BRIEF)):
+        if refused:
+            with pytest.raises(NotOurs):
+                nursery.run(ending(incarnation))
+        else:
+            nursery.run(ending(incarnation))
+    assert nursery.records(incarnation).stop is None, "a stop was recorded, which a signal would have followed"
+
+
+# ---------------------------------------------------------------- numbers that are no process of ours
+
+
+@pytest.mark.parametrize("pid", [1, 0, -1, -2, 2**22 + 1, 2**31 - 1, 2**31, 2**63, 2**200])
+@pytest.mark.parametrize("field", ["pid", "shim_pid", "session_id"])
+def test_a_number_that_no_process_of_ours_can_have_is_an_unreadable_record(
+    nursery: Nursery, field: str, pid: int
+) -> None:
+    run = own_record(os.getpid(), pid=4_000_001, session_id=4_000_001)
+    incarnation = forged(nursery, encode(dataclasses.replace(run, **{field: pid})))
+    assert isinstance(nursery.records(incarnation).run, Unreadable)
+    end(nursery, incarnation, refused=True)
+
+
+def test_a_record_that_names_the_daemon_itself_is_refused(nursery: Nursery) -> None:
+    """In a child that stands for the daemon: it would be the one to be killed."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            os.setsid()
+            for run in (own_record(os.getpid()), _with_shim(os.getpid())):
+                end(nursery, forged(nursery, run), refused=True)
+            os.write(tell, b"alive")
+        os._exit(0)
+    os.close(tell)
+    with os.fdopen(told, "rb") as answer:
+        assert answer.read() == b"alive"
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _with_shim(pid: int) -> Run:
+    stat = read_stat(pid)
+    assert stat is not None
+    return own_record(
+        pid, pid=4_000_001, session_id=4_000_001, start_ticks=1, shim_pid=pid, shim_start_ticks=stat.start_ticks
+    )
+
+
+# ---------------------------------------------------------------- processes of others
+
+
+@pytest.fixture
+def another(nursery: Nursery) -> Iterator[Run]:
+    """An incarnation of ours that has nothing to do with the forged one; it lives on."""
+    run = nursery.run_record(nursery.started(IGNORING_SIGTERM, name="another"))
+    yield run
+    assert is_running(run.pid)
+    assert is_running(run.shim_pid)
+
+
+def test_a_record_that_names_the_shim_of_another_as_its_leader_is_refused(nursery: Nursery, another: Run) -> None:
+    end(nursery, forged(nursery, own_record(another.shim_pid)), refused=True)
+
+
+def test_a_record_that_names_the_shim_of_another_as_its_shim_is_refused(nursery: Nursery, another: Run) -> None:
+    """Everything below a shim is taken for its incarnation's."""
+    end(nursery, forged(nursery, _with_shim(another.shim_pid)), refused=True)
+
+
+def test_a_record_that_names_the_leader_of_another_is_refused(nursery: Nursery, another: Run) -> None:
+    end(nursery, forged(nursery, own_record(another.pid)), refused=True)
+    copied = dataclasses.replace(another)
+    end(nursery, forged(nursery, copied), refused=True)
+
+
+def test_a_record_whose_session_is_not_its_leaders_is_refused(nursery: Nursery, another: Run) -> None:
+    """A sweep without a shim takes the session for the tree."""
+    end(nursery, forged(nursery, own_record(os.getpid(), session_id=another.session_id)), refused=True)
+
+
+# ---------------------------------------------------------------- files of others
+
+
+def test_a_record_behind_a_link_is_refused(nursery: Nursery, tmp_path: Path) -> None:
+    incarnation = nursery.started(OBEDIENT)
+    path = nursery.state.run / incarnation / "run.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    end(nursery, incarnation, refused=True)
+    path.unlink()
+    (tmp_path / "elsewhere.json").rename(path)
+    assert is_running(nursery.run_record(incarnation).pid)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["intent.json", "run.json"])
+def test_a_record_of_another_user_is_refused(nursery: Nursery, name: str) -> None:
+    incarnation = nursery.started(OBEDIENT)
+    path = nursery.state.run / incarnation / name
+    os.chown(path, 12345, -1)
+    end(nursery, incarnation, refused=True)
+    os.chown(path, 0, -1)
+    assert is_running(nursery.run_record(incarnation).pid)
+
+
+def test_a_record_that_is_a_pipe_is_refused_and_not_waited_for(nursery: Nursery) -> None:
+    incarnation = forged(nursery, "")
+    path = nursery.state.run / incarnation / "run.json"
+    path.unlink()
+    os.mkfifo(path)
+    end(nursery, incarnation, refused=True)
+
+
+# ---------------------------------------------------------------- numbers that the kernel gave out again
+
+
+@needs_root
+def test_a_pid_that_the_kernel_gave_to_a_stranger_is_not_signalled(nursery: Nursery) -> None:
+    """Really recycled: the stranger has the pid, the group and the session that the record speaks of."""
+    incarnation = nursery.started(OBEDIENT)
+    run = nursery.run_record(incarnation)
+    for pid in (run.shim_pid, run.pid):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: read_stat(run.pid) is None, "the pid to be free")
+    stranger = _process_with_pid(run.pid)
+    try:
+        assert os.getsid(stranger) == run.session_id
+        end(nursery, incarnation, refused=False)
+        assert is_running(stranger)
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+        os.waitpid(stranger, 0)
+
+
+def _process_with_pid(wanted: int) -> int:
+    """A child that leads a session and has exactly this pid."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    for _ in range(200):
+        try:
+            last.write_text(str(wanted - 1))
+        except OSError:
+            pytest.skip("the kernel does not let the next pid be chosen")
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            while True:
+                signal.pause()
+        if child == wanted:
+            until(lambda: os.getsid(wanted) == wanted)
+            return child
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    pytest.skip("other processes took the pid each time")
+
+
+# ---------------------------------------------------------------- another pid namespace
+
+INSIDE = """
+import asyncio, sys
+from pathlib import Path
+from reconciler.act.process import Launch, ProcessActor
+from reconciler.clock import SystemClock
+from reconciler.identity import boot_id
+from reconciler.journal.layout import StateDir
+from reconciler.plan.observed import Subject
+
+state = StateDir(Path(sys.argv[1]))
+actor = ProcessActor(state, SystemClock(), boot_id())
+asyncio.run(actor.ensure_started(Launch(
+    incarnation="inside", subject=Subject("endpoint", "inside"), process_hash="h", gpus=(), memory_bytes=(),
+    exclusive=False, port=None, attempt=0, argv=("sleep", "600"), env={"PATH": "/usr/bin:/bin"}, cwd="/",
+)))
+print("started", flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_root
+def test_what_runs_in_a_container_is_not_taken_for_a_process_out_here(nursery: Nursery) -> None:
+    """Really in a pid namespace of its own, on the same state directory; its small pids are strangers' out here."""
+    words = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", INSIDE, str(nursery.state.path))
+    container = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert container.stdin is not None
+    assert container.stdout is not None
+    try:
+        if container.stdout.readline() != b"started\n":
+            assert container.stderr is not None
+            pytest.skip(f"no pid namespace can be made here: {container.stderr.read().decode()[-200:]}")
+        run = nursery.run_record("inside")
+        assert run.pid < 100, "numbered from one"
+        assert run.pid_namespace != Path("/proc/self/ns/pid").stat().st_ino
+        end(nursery, "inside", refused=True)
+        # even where number and start are those of a process out here, which may happen by chance
+        mine = subprocess.Popen(("sleep", "600"), start_new_session=True)
+        stat = read_stat(mine.pid)
+        assert stat is not None
+        path = nursery.state.run / "inside" / "run.json"
+        record = json.loads(path.read_text())
+        record |= {"pid": mine.pid, "start_ticks": stat.start_ticks, "session_id": mine.pid}
+        path.write_text(json.dumps(record))
+        end(nursery, "inside", refused=True)
+        assert mine.poll() is None
+        mine.kill()
+        mine.wait()
+    finally:
+        container.stdin.close()
+        container.wait(30)
+    # it went down, and its lock with it: nothing of it lives, and there is nothing to refuse
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            nursery.run(nursery.actor().ensure_killed("inside"))
+            break
+        except NotOurs:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
