@@ -29,7 +29,7 @@ def prepare_node(simulate: str | None, state: StateDir) -> Mapping[str, str]:
     from reconciler.sim.node import engine_environment, prepare
 
     node = parse_node(simulate)
-    state.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # a look may come before any daemon
+    state.ensure_root()  # a look may come before any daemon
     prepare(state.sim, node)
     install(state.sim)
     return engine_environment(state.sim)

@@ -6,6 +6,7 @@ still being made: it is damaged, and is put aside like any other that cannot be 
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -83,6 +84,7 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, Notice | None]:
         StateError: the directory or file cannot be written, is full, or is held by another writer.
     """
     with errors_explained(path, "open"):
+        _refuse_links(path)
         if not path.exists():
             notice = None  # 1
             log = _companion(path, "-wal")
@@ -120,6 +122,7 @@ def open_reader(path: Path) -> sqlite3.Connection:
         StateError: not readable by this user, damaged, or of a schema that this program does not know.
     """
     with errors_explained(path, "read"):
+        _refuse_links(path)
         try:
             path.stat()
         except FileNotFoundError:
@@ -344,6 +347,13 @@ def _create(path: Path) -> None:
         _migrate(connection, 0)
     draft.replace(path)  # closing it has folded its log in and removed it
     _sync_directory(path.parent)
+
+
+def _refuse_links(path: Path) -> None:
+    """SQLite follows a link in the place of its file, and would write to where it leads."""
+    for file in (path, *(_companion(path, suffix) for suffix in _COMPANIONS)):
+        if file.is_symlink():
+            raise OSError(errno.ELOOP, f"{file.name} is a symbolic link")
 
 
 def _make_private(path: Path) -> None:

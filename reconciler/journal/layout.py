@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from types import TracebackType
 
 from reconciler.clock import SystemClock
 from reconciler.errors import DaemonRunning, StateError
+from reconciler.spec.trust import writers
 
 _FOLDERS = ("locks", "run", "ended", "logs", "sim")
 _PRIVATE_DIR = 0o700
@@ -82,29 +84,45 @@ class StateDir:
         Raises:
             StateError: it cannot be used; the message says which path and why.
         """
-        _ensure_parents(self.path.parent)
-        _ensure_root(self.path)
+        self.ensure_root()
+        _use_root(self.path)
         for name in _FOLDERS:
             _ensure_private(self.path / name)
 
+    def ensure_root(self) -> None:
+        """Create the directory itself, and those above it, if they are missing.
 
-def _ensure_parents(path: Path) -> None:
+        Raises:
+            StateError: they cannot be made, or others could put another directory in its place.
+        """
+        missing = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
+        for folder in reversed(missing):
+            _make(folder)
+        _check_parent(self.path.parent)
+
+
+def _check_parent(path: Path) -> None:
+    """Whoever may write to the parent can move the state away: the next daemon would start everything once more."""
     try:
-        path.mkdir(mode=_PRIVATE_DIR, parents=True, exist_ok=True)
+        info = path.stat()
     except OSError as error:
         raise _unusable(path, error) from error
+    if not info.st_mode & stat.S_ISVTX and (problem := writers(info, str(path))):
+        who = "g-w" if "group" in problem else "o-w"
+        hint = f"chmod {who} {path} (or +t, as /tmp has it), or name another state directory with --state-dir"
+        raise StateError(f"{path}: {problem}, and the state directory lies in it", hint=hint)
 
 
-def _ensure_root(path: Path) -> None:
+def _use_root(path: Path) -> None:
     """The state directory itself, which a person may have made, perhaps for more than this."""
-    if _make(path):
-        return
     info = _inspect(path)
     try:
         names = set(os.listdir(path))  # noqa: PTH208
     except OSError as error:
         raise _unusable(path, error) from error
     if not names or "run" in names:
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            _refuse_planted(path)
         _tighten(path, info)
     elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise StateError(
@@ -113,6 +131,24 @@ def _ensure_root(path: Path) -> None:
         )
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         raise StateError(f"{path}: the state directory is not writable", hint="name another with --state-dir")
+
+
+def _refuse_planted(path: Path) -> None:
+    """Others could write to it until now: a link that they left would be written through, a file of theirs believed.
+
+    Raises:
+        StateError: something in it is a link, or another's, or known elsewhere by another name.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            planted = Path(folder, name)
+            info = planted.lstat()
+            is_link = stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+            if is_link or info.st_uid != os.geteuid():
+                raise StateError(
+                    f"{planted} is a link or another user's, in a state directory that others could write to",
+                    hint=f"look at it, remove it, then chmod 700 {path}",
+                )
 
 
 def _ensure_private(path: Path) -> None:
@@ -180,8 +216,9 @@ def take_lock(path: Path) -> int | None:
     Raises:
         OSError: the lock file cannot be opened.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _PRIVATE_FILE)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _PRIVATE_FILE)
     try:
+        _refuse_shared(fd)
         os.fchmod(fd, _PRIVATE_FILE)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,6 +228,13 @@ def take_lock(path: Path) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def _refuse_shared(fd: int) -> None:
+    """The writer says in its lock who it is: a file that has another name as well would be overwritten there too."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        raise OSError(errno.EPERM, "is no file of its own")
 
 
 def is_locked(path: Path) -> bool:

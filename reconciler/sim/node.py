@@ -12,6 +12,7 @@ All of it belongs to the user who made it, and nobody else may enter.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -107,7 +108,8 @@ def prepare(sim_dir: Path, node: SimNode) -> None:
     """
     wanted = _to_json(node)
     try:
-        _private_folder(sim_dir)
+        for folder in (sim_dir, sim_dir / "gpus", sim_dir / "dying"):
+            _private_folder(folder)
         if (sim_dir / "node.json").exists() and (sim_dir / "node.json").read_text("utf-8") != wanted:
             _refuse_if_inhabited(sim_dir)
             _forget_gpus(sim_dir)
@@ -177,6 +179,8 @@ def _forget_gpus(sim_dir: Path) -> None:
 
 def _private_folder(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a symbolic link")
 
 
 def _write(path: Path, text: str, mode: int) -> None:
@@ -185,7 +189,9 @@ def _write(path: Path, text: str, mode: int) -> None:
         if path.read_text("utf-8") == text and path.stat().st_mode & 0o777 == mode:
             return
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, "utf-8")
+    draft.unlink(missing_ok=True)  # nothing is written through a link
+    with draft.open("x", encoding="utf-8") as file:
+        file.write(text)
     draft.chmod(mode)
     draft.replace(path)
 
