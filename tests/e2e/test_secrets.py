@@ -11,7 +11,7 @@ import sys
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,8 @@ def state_files(box: Box) -> Iterator[tuple[str, bytes]]:
     for path in sorted(box.state.rglob("*")):
         yield f"name of {path}", os.fsencode(path)
         if path.is_file() and not path.name.startswith("journal.sqlite") and path.parent != box.state / "logs":
-            yield str(path), path.read_bytes()
+            with suppress(FileNotFoundError):  # replaced, or put away, meanwhile; once more after the daemon's end
+                yield str(path), path.read_bytes()
 
 
 def journal_rows(box: Box, *, texts: bool) -> Iterator[tuple[str, bytes]]:
@@ -157,7 +158,8 @@ def own_command_lines(box: Box) -> Iterator[tuple[str, bytes]]:
         if pid != box.daemon.pid:  # its own is its caller's
             yield f"environment of {pid}", Path(f"/proc/{pid}/environ").read_bytes()
         for name in Path(f"/proc/{pid}/fd").iterdir():
-            yield f"descriptor of {pid}", os.fsencode(name.readlink())
+            with suppress(FileNotFoundError):  # closed meanwhile
+                yield f"descriptor of {pid}", os.fsencode(name.readlink())
 
 
 def found(places: Iterator[tuple[str, bytes]], canaries: tuple[str, ...]) -> set[tuple[str, str]]:
