@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reconciler.act.account import Account, find_account
 from reconciler.act.environment import child_environment, read_env_file
+from reconciler.act.shm import Left, told
 from reconciler.checkup.check import Check, or_ok
 from reconciler.errors import ActError, Problem
 from reconciler.observe.snapshot import all_endpoints
@@ -110,8 +111,8 @@ def check_ports(spec: Spec, observed: Observed) -> tuple[Check, ...]:
     return or_ok(found, "ports", f"{len(wanted)} ports wanted, none taken by anybody else")
 
 
-def check_leftovers(spec: Spec, observed: Observed) -> tuple[Check, ...]:
-    """What lives on of earlier starts and belongs to nothing that is wanted, or cannot be told."""
+def check_leftovers(spec: Spec, observed: Observed, shared: Collection[Left]) -> tuple[Check, ...]:
+    """What lives on of earlier starts and belongs to nothing that is wanted, or cannot be told; files in /dev/shm."""
     names = {endpoint.name for endpoint in all_endpoints(spec)}
     found: list[Check] = []
     for one in observed.incarnations:
@@ -126,6 +127,11 @@ def check_leftovers(spec: Spec, observed: Observed) -> tuple[Check, ...]:
         elif one.subject.kind == "endpoint" and one.subject.name not in names:
             hint = "`reconciler plan` says what becomes of it"
             found.append(Check("leftovers", "warning", f"{one.subject.name} runs and is in no file any more", hint))
+    for subject in sorted({left.subject for left in shared}):
+        mine = [left for left in shared if left.subject == subject]
+        why = next((f": {left.why}" for left in mine if left.why), "")
+        hint = "the daemon removes what nobody has any more" + ("; then it is yours to remove" if why else "")
+        found.append(Check("leftovers", "warning", f"{subject.name} left {told(mine)}{why}", hint))
     return or_ok(found, "leftovers", "nothing of earlier runs is left")
 
 

@@ -58,6 +58,7 @@ def examine(options: Options) -> tuple[Check, ...]:
     Raises:
         ReconcilerError: the description of the simulated node is wrong.
     """
+    from reconciler.act.shm import left_behind
     from reconciler.checkup.gpus import check_driver, check_gpus
     from reconciler.checkup.service import check_service
     from reconciler.checkup.state import check_state
@@ -88,7 +89,7 @@ def examine(options: Options) -> tuple[Check, ...]:
         found += check_ports(seen.spec, seen.observed)
     found += on_state
     if isinstance(seen, wiring.Look):
-        found += check_leftovers(seen.spec, seen.observed)
+        found += check_leftovers(seen.spec, seen.observed, left_behind(state) if state.path.is_dir() else ())
     return (*found, *check_service(os.environ, Path.home()))
 
 

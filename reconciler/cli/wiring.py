@@ -218,6 +218,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
     from reconciler.identity import boot_id
     from reconciler.journal.journal import Journal
     from reconciler.loop.daemon import Daemon, Parts
+    from reconciler.loop.leftovers import Leftovers
     from reconciler.loop.specs import SpecKeeper
     from reconciler.metrics.page import MetricsPage
 
@@ -242,6 +243,7 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
                     simulated=simulated,
                     pid=os.getpid(),
                     faces=[MetricsPage(), ServiceManager(os.environ)],
+                    leftovers=Leftovers(state, clock),
                     at_least_every_s=watchdog_s(os.environ, os.getpid()) or inf,
                 )
             )

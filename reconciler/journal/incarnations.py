@@ -3,8 +3,9 @@
     run/<id>/intent.json   by the daemon, durable before anything is spawned
     run/<id>/run.json      by the shim, durable before the leader's program runs; taken back if that never does
     run/<id>/exit.json     by the shim, when the leader ends
-    run/<id>/stop.json     by the daemon, durable before the signal; the only one ever written again
+    run/<id>/stop.json     by the daemon, durable before the signal
     run/<id>/undying.json  by the daemon, when SIGKILL has not ended all of it at once
+    run/<id>/shared.json   by the daemon: its files in /dev/shm; this one and `stop.json` are written again
 
 Each is replaced whole (temporary file, fsync, rename, fsync of the folder). So intent without run and with the lock
 free means *never started*, exactly. The shim (`act/shim.py`) writes its two without importing this module.
@@ -29,9 +30,9 @@ from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject, SubjectKind
 
 __all__ = [
-    "Exit", "Intent", "Records", "Run", "StopRecord", "Undying", "Unreadable",
-    "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "write_exit", "write_intent",
-    "write_stop", "write_undying",
+    "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
+    "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "read_shared", "write_exit",
+    "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
 
 KEPT_PER_SUBJECT = 20
@@ -118,6 +119,27 @@ class Undying:
 
     since: Instant
     """When SIGKILL was first sent to all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """A file in /dev/shm that a process of an incarnation had mapped or open."""
+
+    name: str
+    device: int
+    inode: int
+    born: float | None
+    """Epoch seconds; None: the file system does not say, and nothing is done to such a file."""
+    uid: int
+    sole: bool
+    """Nobody but the incarnation had it when it was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFiles:
+    """All of one incarnation, as far as they were seen."""
+
+    files: tuple[SharedFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +273,15 @@ def write_exit(state: StateDir, incarnation: str, record: Exit) -> None:
     _write(state.run / incarnation, "exit.json", encode(record))
 
 
+def write_shared(folder: Path, files: tuple[SharedFile, ...]) -> None:
+    """Record these in `run/<id>` or `ended/<id>`, instead of what was recorded before.
+
+    Raises:
+        OSError: it is not durable.
+    """
+    _write(folder, "shared.json", encode(SharedFiles(files)))
+
+
 def _write(folder: Path, name: str, text: str) -> None:
     temporary = folder / f".{name}.tmp"
     with suppress(FileNotFoundError):
@@ -330,6 +361,12 @@ def _read_own(path: Path) -> bytes:
         if not stat.S_ISREG(info.st_mode) or info.st_uid not in (os.geteuid(), 0):
             raise PermissionError(f"not a file of ours (mode {info.st_mode:o}, uid {info.st_uid})")
         return file.read(_LARGEST_RECORD)
+
+
+def read_shared(folder: Path) -> tuple[SharedFile, ...]:
+    """What is recorded of an incarnation's files in /dev/shm; empty also where it cannot be read."""
+    found = _read(folder / "shared.json", SharedFiles)
+    return found.files if isinstance(found, SharedFiles) else ()
 
 
 # ---------------------------------------------------------------- putting away

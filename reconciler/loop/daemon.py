@@ -29,6 +29,7 @@ from reconciler.loop.control import ControlServer
 from reconciler.loop.executor import Executor
 from reconciler.loop.history import learn, record_durations
 from reconciler.loop.launching import launch_of
+from reconciler.loop.leftovers import Leftovers
 from reconciler.loop.notifying import Notifying
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
@@ -96,6 +97,8 @@ class Parts:
     """What a simulated node adds to a child's environment."""
     pid: int
     faces: Sequence[Face] = ()
+    leftovers: Leftovers | None = None
+    """Follows files in /dev/shm; None: where there are none, as on a box in virtual time."""
     at_least_every_s: float = inf
     """Somebody expects a tick this often, whatever the set points say of `resync`."""
 
@@ -222,6 +225,9 @@ class Daemon:
         parts.journal.keep()  # nobody waits for what follows: starts come first
         for incarnation in plan.archive:
             archive(parts.state, incarnation)
+        if parts.leftovers is not None:
+            await parts.leftovers.follow(observed)
+            parts.journal.append(await parts.leftovers.clear(plan.archive), now)
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())

@@ -175,11 +175,11 @@ def test_a_port_that_a_stranger_listens_on_is_told_with_who_wants_it() -> None:
 def test_what_lives_on_after_its_leader_and_what_cannot_be_told_is_told() -> None:
     base = Incarnation("i1", Subject("endpoint", "one"), "h", (), (), False, 18700, NOW, "running", 5, (), None, None)
     spec = spec_of()
-    assert not wrong(check_leftovers(spec, observed(incarnations=(base,))))
+    assert not wrong(check_leftovers(spec, observed(incarnations=(base,)), ()))
     orphans = replace(base, phase="vanished", strays=(8, 9))
     unknown = replace(base, phase="unknown")
     removed = replace(base, subject=Subject("endpoint", "gone"))
-    told = wrong(check_leftovers(spec, observed(incarnations=(orphans, unknown, removed))))
+    told = wrong(check_leftovers(spec, observed(incarnations=(orphans, unknown, removed)), ()))
     assert told == [
         "one has ended, 2 of its processes live on (8, 9)",
         "what became of one cannot be told",

@@ -1,7 +1,7 @@
 """A model server in miniature: holds memory on its GPUs, answers /health, leaves what its arguments say behind.
 
-usage: stub_server.py PORT [--gib N] [--ready-after S] [--not-while F] [--stray-file F] [--exit-code N]
-                      [--api-key K] [--header H]
+usage: stub_server.py PORT [--gib N] [--ready-after S] [--not-while F] [--stray-file F] [--shared-memory NAME]
+                      [--exit-code N] [--api-key K] [--header H]
 With --not-while it loads for as long as that file exists; the last two mean nothing to it.
 """
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 STRAY = """
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--ready-after", type=float, default=0.0)
     parser.add_argument("--not-while", type=Path)
     parser.add_argument("--stray-file")
+    parser.add_argument("--shared-memory")
     parser.add_argument("--exit-code", type=int, default=0)
     parser.add_argument("--api-key")
     parser.add_argument("--header")
@@ -61,6 +63,11 @@ def main() -> None:
     hold(options.gib)
     if options.stray_file:
         subprocess.Popen([sys.executable, "-c", STRAY, options.stray_file])
+    with suppress(FileExistsError):  # of its predecessor
+        if options.shared_memory:
+            shared = Path("/dev/shm", options.shared_memory).open("x+b")  # noqa: SIM115 - for as long as this runs
+            shared.write(bytes(1 << 20))
+            shared.flush()
     time.sleep(options.ready_after)
     while options.not_while is not None and options.not_while.exists():
         time.sleep(0.05)
