@@ -30,10 +30,7 @@ from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
 from reconciler.plan.observed import Subject
 from reconciler.spec.secrecy import redacted
-from reconciler.spec.spec import Stop
-
-LOG_BYTES = 64 << 20
-"""Kept of the output of one incarnation, a quarter more at times: days of an engine, and 20 past ones still fit."""
+from reconciler.spec.spec import Logs, Stop
 
 _LOCK_S = 1.0
 """How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
@@ -66,18 +63,17 @@ class Launch:
     cwd: str
     account: Account | None = None
     """None: the daemon's own user."""
+    log_bytes: int = Logs().max_bytes
+    """Kept of its output, a quarter more at times."""
 
 
 class ProcessActor:
     """Starts and ends the incarnations recorded in one state directory."""
 
-    def __init__(
-        self, state: StateDir, clock: Clock, boot_id: str, *, log_bytes: int = LOG_BYTES, groups_in: str | None = None
-    ) -> None:
+    def __init__(self, state: StateDir, clock: Clock, boot_id: str, *, groups_in: str | None = None) -> None:
         """With `groups_in`, the control group in which each incarnation gets one of its own; None: none can be had."""
         self._state = state
         self._groups_in = groups_in
-        self._log_bytes = log_bytes
         self._clock = clock
         self._boot_id = boot_id
         self._forks = ForkServer()
@@ -101,7 +97,7 @@ class ProcessActor:
         if (self._state.ended / launch.incarnation).exists():  # 1
             return
         group = cgroup.path_in(self._groups_in, launch.incarnation) if self._groups_in is not None else None
-        order = _encode_order(launch, self._state, self._boot_id, self._log_bytes, group)
+        order = _encode_order(launch, self._state, self._boot_id, group)
         deadline = self._clock.now().plus(_LOCK_S)
         while True:
             if (self._state.run / launch.incarnation).exists():  # looked for before each try: a twin call may be first
@@ -339,7 +335,7 @@ def _identity(account: Account | None) -> str:
     return " ".join(str(number) for number in (account.uid, account.gid, *account.groups))
 
 
-def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int, group: str | None) -> bytes:
+def _encode_order(launch: Launch, state: StateDir, boot_id: str, group: str | None) -> bytes:
     """What the shim reads on stdin; the markers that prove membership are added here."""
     subject = launch.subject
     log = incarnations.log_path(state, subject.kind, subject.name, launch.incarnation)
@@ -350,7 +346,7 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str, log_bytes: int,
         "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
     }
     fields = [
-        *(str(state.run / launch.incarnation), boot_id, str(log), str(log_bytes), group or "", launch.cwd),
+        *(str(state.run / launch.incarnation), boot_id, str(log), str(launch.log_bytes), group or "", launch.cwd),
         _identity(launch.account),
         str(len(launch.argv)),
         *launch.argv,

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH116, PTH118, PTH123, FBT003
+# ruff: noqa: PTH116, PTH118, PTH123, PTH208, FBT003
 """The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
 
 Run as `python -I -S shim.py CONTROL_FD`, by absolute path: it imports nothing of this package, and nothing after its
@@ -20,7 +20,8 @@ without having run anything, after it took `run.json` back.
 
 The log is bounded here, since this process lives exactly as long as anything that writes to it, with or without a
 daemon: the oldest part is given back to the disk (a hole is punched into the file), nothing is moved. What is kept is
-the end of the file in one piece, so no line of it is lost or doubled, whenever anybody is killed.
+the end of the file in one piece, so no line of it is lost or doubled, whenever anybody is killed. The kernel tells when
+something was written (inotify, by SIGIO), so nothing is looked at in silence, and little is missed after it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import _signal  # type: ignore[import-not-found] # CPython's own; typeshed knows
 # the same for sockets
 import _socket
 import ctypes
+import errno
+import fcntl
 import gc
 import os
 import sys
@@ -43,8 +46,13 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _BLOCK = 64 << 10  # no file system has larger blocks; only whole ones are given back
-# How often the log's size is looked at, 0.13 ms of CPU each: while nothing is written, while it grows, in a flood.
-_SILENT_LOOK_S, _LOOK_S, _FLOOD_LOOK_S = 4.0, 1.0, 0.05
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)  # and will not at another time
+_IN_MODIFY = 2
+_WAKERS = (_signal.SIGCHLD, _signal.SIGIO)
+# The log is looked at so long after it was written to, 0.13 ms of CPU each time: bytes to keep at the speed of a flood
+# (bytes/s), within these limits. So a program that writes as fast as that exceeds the bound by what is kept at most.
+_FLOOD, _LEAST_PAUSE_S, _MOST_PAUSE_S = 1 << 30, 0.01, 0.05
+_SILENT_LOOK_S = 4.0  # where nothing tells of writes, and nothing is written
 _TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
 
 
@@ -107,7 +115,8 @@ def supervise(ready: int) -> int:
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
     os.close(ready)
-    watch(leader, folder_fd, log_bytes)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _WAKERS)  # blocked, they stay pending until waited for
+    watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd))
     return 0
 
 
@@ -265,10 +274,13 @@ def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
     raise denied or FileNotFoundError(2, "no such program on PATH", program)
 
 
-def watch(leader: int, folder_fd: int, log_bytes: int) -> None:
-    """Collect every descendant that ends, record the leader's end, bound the log, return when nobody is left."""
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGCHLD,))  # blocked, it stays pending until waited for
-    punched = seen = 0
+def watch(leader: int, folder_fd: int, log_bytes: int, notes: int) -> None:
+    """Collect every descendant that ends, record the leader's end, bound the log, return when nobody is left.
+
+    `notes`: tells by SIGIO that the log was written to; negative: its size is looked at by the clock.
+    """
+    pause = min(_MOST_PAUSE_S, max(_LEAST_PAUSE_S, log_bytes / _FLOOD))
+    patience, seen, punched = pause, 0, 0
     while True:
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
@@ -278,25 +290,77 @@ def watch(leader: int, folder_fd: int, log_bytes: int) -> None:
             trim_log(punched, log_bytes)
             return
         punched = trim_log(punched, log_bytes)
+        if notes >= 0:
+            if _signal.sigwaitinfo(_WAKERS).si_signo == _signal.SIGIO:
+                _signal.sigtimedwait((_signal.SIGCHLD,), pause)  # one look for all that is written meanwhile
+                forget_notes(notes)  # before the look: what is written after this is told anew
+            continue
         size = os.fstat(_LOG).st_size
-        grown, seen = size - seen, size
-        pause = _SILENT_LOOK_S if grown == 0 else _LOOK_S if grown <= log_bytes // 8 else _FLOOD_LOOK_S
-        _signal.sigtimedwait((_signal.SIGCHLD,), pause)
+        patience, seen = pause if size != seen else min(_SILENT_LOOK_S, patience * 2), size
+        _signal.sigtimedwait((_signal.SIGCHLD,), patience)
+
+
+def ask_for_notes(folder_fd: int) -> int:
+    """Have SIGIO sent when the log was written to; the inotify descriptor, or -1: it cannot be, or is left to others.
+
+    Each user has only so many instances (inotify(7)), 128 as a rule, which engines and editors want as well: no more
+    than a quarter of them is taken.
+    """
+    try:
+        with open("/proc/sys/fs/inotify/max_user_instances", "rb") as file:
+            most = int(file.read())
+        living = len(os.listdir(f"/proc/self/fd/{folder_fd}/.."))
+        libc = ctypes.CDLL(None, use_errno=True)
+        notes = int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)) if living <= most // 4 else -1
+        if notes >= 0 and libc.inotify_add_watch(notes, b"/proc/self/fd/%d" % _LOG, _IN_MODIFY) >= 0:
+            fcntl.fcntl(notes, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(notes, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+            return notes
+    except (OSError, ValueError):
+        pass
+    return -1
+
+
+def forget_notes(notes: int) -> None:
+    """Read what is there: equal events are one while nobody reads it, and only a new one is signalled."""
+    try:
+        while os.read(notes, 4096):
+            pass
+    except BlockingIOError:
+        pass
 
 
 def trim_log(punched: int, keep: int) -> int:
-    """Once the log has grown a quarter beyond `keep` bytes, give back what is older; up to where that was done."""
+    """Once the log has grown a quarter beyond `keep` bytes, give back what is older; up to where that was done.
+
+    Where the file system cannot give back parts of a file (then -1), all of it is given back: what is kept is the end
+    in one piece still, and the disk does not fill up.
+    """
     size = os.fstat(_LOG).st_size
-    if punched < 0 or size - punched <= keep + keep // 4:
+    if size - max(punched, 0) <= keep + keep // 4:
         return punched
     end = (size - keep) // _BLOCK * _BLOCK
+    if punched >= 0:
+        if end <= punched:
+            return punched
+        problem = punch_hole(punched, end - punched)
+        if problem == 0:
+            return end
+        if problem not in _CANNOT:
+            return punched  # it may go better at the next look
+    try:
+        os.ftruncate(_LOG, 0)
+        os.write(_LOG, b"reconciler: what stood here was cut off: this file system cannot shorten a file in front\n")
+    except OSError:
+        pass  # read-only by now, or full: nothing else can be done
+    return -1
+
+
+def punch_hole(start: int, length: int) -> int:
+    """Give that part of the log back to the disk; 0, or the error's number."""
     libc = ctypes.CDLL(None, use_errno=True)
-    start, length = ctypes.c_int64(punched), ctypes.c_int64(end - punched)
-    if end > punched and libc.fallocate(_LOG, _PUNCH_HOLE, start, length) != 0:
-        problem = os.strerror(ctypes.get_errno())
-        os.write(_LOG, f"reconciler: this log cannot be bounded on this file system: {problem}\n".encode())
-        return -1
-    return max(punched, end)
+    done = libc.fallocate(_LOG, _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length))
+    return 0 if done == 0 else ctypes.get_errno()
 
 
 def record_exit(folder_fd: int, code: int) -> None:

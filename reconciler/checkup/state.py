@@ -96,7 +96,8 @@ def _disk(path: Path) -> Iterator[Check]:
         if libc.fallocate(file, _PUNCH_HOLE, ctypes.c_int64(0), ctypes.c_int64(64 << 10)) != 0:
             problem = os.strerror(ctypes.get_errno())
             hint = "ext4, XFS, Btrfs, ZFS and tmpfs can; or let the engines write their own logs"
-            yield Check("state", "warning", f"logs cannot be bounded on the file system of {path} ({problem})", hint)
+            message = f"logs are cut off whole at their bound on the file system of {path} ({problem})"
+            yield Check("state", "warning", message, hint)
     except OSError as error:
         yield Check("state", "error", f"{path} cannot be written to: {error.strerror}", "make room, or mend the disk")
     finally:

@@ -97,9 +97,11 @@ def last_lines(path: Path, count: int, end: int | None = None) -> bytes:
 
 
 def _read_from(path: Path, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Blocks from `offset` on, each with the offset behind it."""
+    """Blocks from `offset` on, each with the offset behind it; all of a file that was cut off meanwhile."""
     try:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < offset:
+                offset = 0
             first = _first_kept(file.fileno(), offset)
             file.seek(first)
             if first > offset:

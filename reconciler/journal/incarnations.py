@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,9 +35,6 @@ __all__ = [
     "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "read_shared", "write_exit",
     "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
-
-KEPT_PER_SUBJECT = 20
-"""Past incarnations kept with their logs: enough to see a pattern of crashes, little enough to need no janitor."""
 
 T = TypeVar("T")
 _DRAFT = ".new"
@@ -372,7 +370,7 @@ def read_shared(folder: Path) -> tuple[SharedFile, ...]:
 # ---------------------------------------------------------------- putting away
 
 
-def archive(state: StateDir, incarnation: str, *, keep: int = KEPT_PER_SUBJECT) -> None:
+def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
     """Move an ended incarnation's records to `ended/`; of its subject's past ones, only the last `keep` stay.
 
     The logs of those that go, go with them. Doing it twice does no harm. One whose control group still has a member
@@ -388,17 +386,28 @@ def archive(state: StateDir, incarnation: str, *, keep: int = KEPT_PER_SUBJECT) 
         (state.run / incarnation).rename(state.ended / incarnation)
         _sync(state.ended)
         _sync(state.run)
-    of_subject: dict[Subject | None, list[tuple[float, str, str | None]]] = {}
+    past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])
+    for _, name, log in past[: max(0, len(past) - keep)]:
+        shutil.rmtree(state.ended / name, ignore_errors=True)
+        if log is not None and Path(log).parent == state.logs:
+            Path(log).unlink(missing_ok=True)
+
+
+def _past(state: StateDir, incarnation: str) -> Iterator[tuple[float, str, str | None]]:
+    """When it began, id and log of every incarnation in `ended/` of the subject of this one.
+
+    Those whose intent cannot be read are one subject: nobody's.
+    """
+    of_whom = _subject_of(state.ended / incarnation)
     for name in list_ended(state):
-        path = state.ended / name
-        intent = _read_intent(path)
-        if isinstance(intent, Intent):
-            of_subject.setdefault(intent.subject, []).append((intent.started.wall, name, intent.log))
-        else:
+        intent = _read_intent(state.ended / name)
+        if isinstance(intent, Intent) and intent.subject == of_whom:
+            yield intent.started.wall, name, intent.log
+        elif of_whom is None and not isinstance(intent, Intent):
             with suppress(OSError):
-                of_subject.setdefault(None, []).append((path.stat().st_mtime, name, None))
-    for past in of_subject.values():
-        for _, name, log in sorted(past, key=lambda entry: entry[:2])[: max(0, len(past) - keep)]:
-            shutil.rmtree(state.ended / name, ignore_errors=True)
-            if log is not None and Path(log).parent == state.logs:
-                Path(log).unlink(missing_ok=True)
+                yield (state.ended / name).stat().st_mtime, name, None
+
+
+def _subject_of(folder: Path) -> Subject | None:
+    intent = _read_intent(folder)
+    return intent.subject if isinstance(intent, Intent) else None

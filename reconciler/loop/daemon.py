@@ -36,7 +36,7 @@ from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
 from reconciler.observe.snapshot import ObserveOptions, endpoint_of
 from reconciler.plan.actions import Action, Event, Plan
-from reconciler.plan.departures import stop_for
+from reconciler.plan.departures import kept_for, stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Observed
@@ -223,8 +223,9 @@ class Daemon:
         self._last = Tick(in_force, observed, plan, incidents, idle=False)  # what the starts are launched with
         await self._executor.walk(plan)
         parts.journal.keep()  # nobody waits for what follows: starts come first
-        for incarnation in plan.archive:
-            archive(parts.state, incarnation)
+        for incarnation in observed.incarnations:
+            if incarnation.id in plan.archive:
+                archive(parts.state, incarnation.id, keep=kept_for(in_force.spec, incarnation.subject))
         if parts.leftovers is not None:
             await parts.leftovers.follow(observed)
             parts.journal.append(await parts.leftovers.clear(plan.archive), now)

@@ -38,7 +38,7 @@ def launch_of(
         endpoint = endpoint_for(action, spec)
         command = launch(endpoint, gpu_indices=indices, gpu_total_bytes=totals, port=endpoint.port)
         argv, own, port = command.argv, dict(command.env), endpoint.port
-        env_file, cwd, user = endpoint.env_file, endpoint.cwd, endpoint.user
+        env_file, cwd, user, logs = endpoint.env_file, endpoint.cwd, endpoint.user, endpoint.logs
     else:
         overlay = spec.overlays.get(action.subject.name)
         if overlay is None or overlay.workload is None:
@@ -46,7 +46,8 @@ def launch_of(
         argv, port = overlay.workload.command, None
         own = {**overlay.workload.env, **gpu_environment(indices), **_capability_urls(overlay, spec, observed)}
         own["RECONCILER_GPUS"] = ",".join(map(str, indices))
-        env_file, cwd, user = overlay.workload.env_file, overlay.workload.cwd, overlay.workload.user
+        work = overlay.workload
+        env_file, cwd, user, logs = work.env_file, work.cwd, work.user, work.logs
     secrets = read_env_file(env_file) if env_file is not None else {}
     account = find_account(user) if user is not None else None
     marks = {**simulated, "RECONCILER_SUBJECT": action.subject.name}
@@ -63,6 +64,7 @@ def launch_of(
         env=child_environment(base, account=account, env_file=secrets, env={**own, **marks}),
         cwd=cwd,
         account=account,
+        log_bytes=logs.max_bytes,
     )
 
 

@@ -1,22 +1,34 @@
-"""How somebody leaves: how they want to be stopped, and until when they are given time to finish."""
+"""How somebody leaves: how they want to be stopped, until when they are given time to finish, what is kept of them."""
 
 from __future__ import annotations
 
 from reconciler.clock import Instant
 from reconciler.plan.draft import Draft
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.spec.spec import Spec, Stop
+from reconciler.spec.spec import EndpointSpec, Logs, Spec, Stop, Workload
 
 
 def stop_for(spec: Spec, subject: Subject) -> Stop:
     """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
+    found = _described(spec, subject)
+    return found.stop if found is not None else Stop()
+
+
+def kept_for(spec: Spec, subject: Subject) -> int:
+    """How many past starts of a subject are kept, as its file says now; the default when its file is gone."""
+    found = _described(spec, subject)
+    return (found.logs if found is not None else Logs()).keep
+
+
+def _described(spec: Spec, subject: Subject) -> EndpointSpec | Workload | None:
+    """What the files say of it: of an endpoint the baseline's version, else that of the first overlay which has one."""
     if subject.kind == "workload":
         overlay = spec.overlays.get(subject.name)
-        return overlay.workload.stop if overlay and overlay.workload else Stop()
+        return overlay.workload if overlay is not None else None
     if subject.name in spec.endpoints:
-        return spec.endpoints[subject.name].stop
+        return spec.endpoints[subject.name]
     overlays = (overlay for _, overlay in sorted(spec.overlays.items()))
-    return next((o.endpoints[subject.name].stop for o in overlays if subject.name in o.endpoints), Stop())
+    return next((o.endpoints[subject.name] for o in overlays if subject.name in o.endpoints), None)
 
 
 def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | None:

@@ -13,7 +13,7 @@ from reconciler.errors import suggest
 from reconciler.spec.digests import digest, process_hash
 from reconciler.spec.env_file import parse_env_file
 from reconciler.spec.findings import Findings, clip
-from reconciler.spec.models import EndpointModel, HealthModel, RestartModel, StopModel
+from reconciler.spec.models import EndpointModel, HealthModel, LogsModel, RestartModel, StopModel
 from reconciler.spec.profiles import PROFILES, EngineProfile
 from reconciler.spec.spec import (
     EndpointSpec,
@@ -22,6 +22,7 @@ from reconciler.spec.spec import (
     GpuCount,
     GpuPins,
     Health,
+    Logs,
     Restart,
     Source,
     Stop,
@@ -225,6 +226,7 @@ def resolve_endpoint(
         restart=_restart(model.restart),
         process_hash="",
         source=key_at,
+        logs=logs(model.logs),
         own_profile=own,
         user=model.user,
     )
@@ -273,6 +275,11 @@ def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, f
 def stop(model: StopModel) -> Stop:
     """`stop` of an endpoint or a workload."""
     return Stop(model.signal, model.drain, model.grace)
+
+
+def logs(model: LogsModel) -> Logs:
+    """`logs` of an endpoint or a workload."""
+    return Logs(model.max, model.keep)
 
 
 def _health(model: HealthModel) -> Health:

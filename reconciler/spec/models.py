@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Len
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from reconciler.spec.spec import Health, Node, Policy, Restart, SetPoint, Stop
+from reconciler.spec.spec import Health, Logs, Node, Policy, Restart, SetPoint, Stop
 from reconciler.spec.values import (
     Command,
     Count,
@@ -16,6 +16,7 @@ from reconciler.spec.values import (
     Flag,
     Gpus,
     Header,
+    LogSize,
     Memory,
     Names,
     NodeGpus,
@@ -33,7 +34,7 @@ from reconciler.spec.values import (
 )
 
 DEFAULT_PRIORITY = 500
-_HEALTH, _STOP, _RESTART, _POLICY, _NODE = Health(), Stop(), Restart(), Policy(), Node("", None)
+_HEALTH, _STOP, _RESTART, _LOGS, _POLICY, _NODE = Health(), Stop(), Restart(), Logs(), Policy(), Node("", None)
 
 Empty = BeforeValidator(lambda data: {} if data is None else data)
 
@@ -102,6 +103,15 @@ class RestartModel(Model):
     """The window that `max_restarts` counts in."""
 
 
+class LogsModel(Model):
+    """How much of the output is kept."""
+
+    max: LogSize = _LOGS.max_bytes
+    """Kept of the output of each start, its end in one piece; a quarter more at times. From the next start on."""
+    keep: Annotated[Count, Ge(1), Le(1000)] = _LOGS.keep
+    """Past starts whose output and records are kept."""
+
+
 class EvictModel(Model):
     """How an endpoint gives way to an overlay."""
 
@@ -158,6 +168,8 @@ class EndpointModel(Model):
     """How it is asked to end."""
     restart: RestartModel = Field(default_factory=RestartModel)
     """What happens when it ends by itself."""
+    logs: LogsModel = Field(default_factory=LogsModel)
+    """How much of its output is kept."""
 
 
 class NodeModel(Model):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 from pydantic import Field
 
-from reconciler.spec.models import Empty, EndpointModel, Model, StopModel
+from reconciler.spec.models import Empty, EndpointModel, LogsModel, Model, StopModel
 from reconciler.spec.values import (
     Command,
     Count,
@@ -68,6 +68,8 @@ class WorkloadModel(Model):
     """Whether a higher overlay may end it."""
     stop: StopModel = Field(default_factory=StopModel)
     """How it is asked to end."""
+    logs: LogsModel = Field(default_factory=LogsModel)
+    """How much of its output is kept."""
 
 
 class OverlayModel(Model):

@@ -9,7 +9,7 @@ from reconciler.errors import Problem, SpecError, suggest
 from reconciler.spec.checks import check_pins, check_ports
 from reconciler.spec.digests import canonical, digest
 from reconciler.spec.document import parse
-from reconciler.spec.endpoints import Context, ReadEnvFile, absolute, merge, resolve_endpoint, stop
+from reconciler.spec.endpoints import Context, ReadEnvFile, absolute, logs, merge, resolve_endpoint, stop
 from reconciler.spec.findings import Findings
 from reconciler.spec.makespan import resolve_makespan
 from reconciler.spec.models import EndpointModel
@@ -206,6 +206,7 @@ def _workload(model: OverlayModel, text: Map, context: Context) -> tuple[Workloa
         retries=wanted.retries,
         preemptible=wanted.preemptible,
         stop=stop(wanted.stop),
+        logs=logs(wanted.logs),
         user=wanted.user,
     )
     return workload, secrets

@@ -117,6 +117,16 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class Logs:
+    """How much of the output is kept; takes effect with the next start (`max_bytes`) and the next end (`keep`)."""
+
+    max_bytes: int = 64 << 20
+    """Of the output of one start, a quarter more at times: days of an engine."""
+    keep: int = 20
+    """Past starts kept with their output: enough to see a pattern of crashes, little enough to need no janitor."""
+
+
+@dataclass(frozen=True, slots=True)
 class Evict:
     """How an endpoint gives way: `stop`, or `sleep` at an engine's sleep level."""
 
@@ -158,9 +168,10 @@ class EndpointSpec:
     restart: Restart
     process_hash: str
     """Covers exactly the fields whose change needs a new process (and the digest of `env_file`'s content);
-    not priority, capabilities, state, consent, health, stop, restart or evict, and not *which* GPUs are claimed,
+    not priority, capabilities, state, consent, health, stop, restart, logs or evict, and not *which* GPUs are claimed,
     only how many and how much memory."""
     source: Source
+    logs: Logs = Logs()
     own_profile: EngineProfile | None = None
     """The profile that the set points define under the name `engine`; None: the one that comes with the program."""
     user: str | None = None
@@ -203,6 +214,7 @@ class Workload:
     retries: int
     preemptible: bool
     stop: Stop
+    logs: Logs = Logs()
     user: str | None = None
     """Whom it runs as; None: the daemon's user."""
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final
 from pydantic import PlainValidator, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
 from reconciler.spec.spec import GpuClaim, GpuCount, GpuPins, MemoryBytes, MemoryClaim, MemoryFraction
-from reconciler.units import DURATION_HELP, SIZE_HELP, parse_duration, parse_size
+from reconciler.units import DURATION_HELP, SIZE_HELP, format_size, parse_duration, parse_size
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 NAME_HELP = "a name has at most 63 of a-z, 0-9, `.`, `_`, `-`, and begins with a letter or a digit"
@@ -31,6 +31,8 @@ _FRACTION = re.compile(r"[01]?\.[0-9]+|1", re.ASCII)
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?\s?(?:[Zz]|[+-]\d\d(?::?\d\d)?)?", re.ASCII)
 _MOST_TEXT = 64  # longer than any number with a unit
 _MOST_BYTES = 1 << 50
+LEAST_LOG_BYTES = 1 << 20
+"""Less than the end of a stack trace is of no use, and holes are punched in blocks of 64 KiB."""
 
 DURATION_PATTERN = r"^\s*((\d+(\.\d+)?(ms|[smhdw]))+|[Pp].+)\s*$"
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGTkmgt][Ii]?)?[Bb]\s*$"
@@ -96,12 +98,20 @@ def read_size(value: object) -> int:
     return size
 
 
+def _read_log_size(value: object) -> int:
+    size = read_size(value)
+    if size < LEAST_LOG_BYTES:
+        raise ValueError(f"{_shown(value)} is too little for a log; write at least {format_size(LEAST_LOG_BYTES)}")
+    return size
+
+
 _DURATION_SCHEMA = {"type": "string", "pattern": DURATION_PATTERN}
 _SIZE_SCHEMA = {"type": "string", "pattern": SIZE_PATTERN}
 
 Duration = Annotated[float, PlainValidator(read_duration), WithJsonSchema(_DURATION_SCHEMA)]
 PositiveDuration = Annotated[float, PlainValidator(_read_positive_duration), WithJsonSchema(_DURATION_SCHEMA)]
 Size = Annotated[int, PlainValidator(read_size), WithJsonSchema(_SIZE_SCHEMA)]
+LogSize = Annotated[int, PlainValidator(_read_log_size), WithJsonSchema(_SIZE_SCHEMA)]
 
 
 # ---------------------------------------------------------------- claims

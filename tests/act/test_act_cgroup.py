@@ -106,10 +106,10 @@ def test_archiving_takes_the_group_away_and_waits_for_who_is_still_in_it(
     incarnation, _ = escaped
     group = nursery.group(incarnation)
     assert group is not None
-    archive(nursery.state, incarnation)
+    archive(nursery.state, incarnation, keep=20)
     assert (nursery.state.run / incarnation).exists(), "somebody lives in its group"
     nursery.run(nursery.actor().ensure_killed(incarnation))
-    archive(nursery.state, incarnation)
+    archive(nursery.state, incarnation, keep=20)
     assert not (nursery.state.run / incarnation).exists()
     assert not Path(group).exists()
 
@@ -135,7 +135,7 @@ signal.pause()
     assert child in nursery.members(incarnation)
     nursery.run(nursery.actor().ensure_stopped(incarnation, PATIENT))
     assert not is_running(child)
-    archive(nursery.state, incarnation)
+    archive(nursery.state, incarnation, keep=20)
     assert not Path(group).exists()
 
 
@@ -174,7 +174,7 @@ def test_one_that_cannot_join_a_group_runs_without_and_says_so(nursery: Nursery,
     assert nursery.members(incarnation) == {nursery.run_record(incarnation).pid}
     nursery.run(nursery.actor().ensure_stopped(incarnation, PATIENT))
     assert nursery.exit_code(incarnation) == -signal.SIGTERM
-    archive(nursery.state, incarnation)
+    archive(nursery.state, incarnation, keep=20)
     assert not (nursery.state.run / incarnation).exists()
     nursery.groups_in = None
 
@@ -184,7 +184,7 @@ def test_a_group_made_for_a_start_that_never_came_goes_with_its_record(nursery: 
     intent = intend(nursery, lambda incarnation: cgroup.path_in(control_groups, incarnation))
     assert intent.group is not None
     Path(intent.group).mkdir()
-    archive(nursery.state, intent.id)
+    archive(nursery.state, intent.id, keep=20)
     assert not Path(intent.group).exists()
     assert (nursery.state.ended / intent.id).exists()
 

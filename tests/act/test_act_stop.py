@@ -163,7 +163,7 @@ def test_ending_what_has_ended_changes_nothing(nursery: Nursery, obedient_proces
         nursery.run(actor.ensure_stopped(obedient_process, PATIENT))
         nursery.run(actor.ensure_killed(obedient_process))
     assert nursery.records(obedient_process) == before
-    archive(nursery.state, obedient_process)
+    archive(nursery.state, obedient_process, keep=20)
     nursery.run(actor.ensure_stopped(obedient_process, PATIENT))
     nursery.run(actor.ensure_killed("never-was"))
     assert not (nursery.state.run / "never-was").exists()

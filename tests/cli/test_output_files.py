@@ -58,7 +58,7 @@ def test_starts_are_found_oldest_first_whether_or_not_they_were_put_away(state):
     for number, at in ((2, 20.0), (1, 10.0), (3, 30.0)):
         started(state, "a", f"id{number}", at).write_text("x")
     started(state, "b", "other", 5.0)
-    archive(state, "id1")
+    archive(state, "id1", keep=20)
     assert [o.incarnation for o in outputs_of(state, "a")] == ["id1", "id2", "id3"]
     assert names_with_output(state) == {"a", "b"}
 
@@ -74,7 +74,7 @@ def test_a_tail_shows_each_byte_once_from_one_start_to_the_next(state):
     second = started(state, "a", "id2", 20.0)
     assert b"".join(tail.new()) == b""
     second.write_text("again\n")
-    archive(state, "id1")
+    archive(state, "id1", keep=20)
     assert b"".join(tail.new()) == b"again\n"
     assert b"".join(tail.new()) == b""
 

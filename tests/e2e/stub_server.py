@@ -1,8 +1,10 @@
 """A model server in miniature: holds memory on its GPUs, answers /health, leaves what its arguments say behind.
 
 usage: stub_server.py PORT [--gib N] [--ready-after S] [--not-while F] [--stray-file F] [--shared-memory NAME]
-                      [--exit-code N] [--api-key K] [--header H]
-With --not-while it loads for as long as that file exists; the last two mean nothing to it.
+                      [--worker-file F] [--exit-code N] [--api-key K] [--header H]
+With --not-while it loads for as long as that file exists. With --worker-file not it but a child holds the memory, in a
+session of its own and deaf to SIGTERM, as an engine behind an API server, and adds its pid to that file; one that finds
+memory taken ends with 9. The last two mean nothing to it.
 """
 
 import argparse
@@ -33,6 +35,20 @@ def hold(gib: float) -> None:
         (folder / f"{os.getpid()}-{ticks}").write_text(str(int(gib * (1 << 30))))
 
 
+def work(gib: float, file: str) -> None:
+    """Become the engine behind the server."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for index in filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
+        if list(Path(os.environ["RECONCILER_SIM_DIR"], "gpus", index).glob("[0-9]*")):
+            os._exit(9)
+    hold(gib)
+    with Path(file).open("a") as f:
+        f.write(f"{os.getpid()}\n")
+    while True:
+        signal.pause()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -55,12 +71,16 @@ def main() -> None:
     parser.add_argument("--not-while", type=Path)
     parser.add_argument("--stray-file")
     parser.add_argument("--shared-memory")
+    parser.add_argument("--worker-file")
     parser.add_argument("--exit-code", type=int, default=0)
     parser.add_argument("--api-key")
     parser.add_argument("--header")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(options.exit_code))
-    hold(options.gib)
+    if options.worker_file is None:
+        hold(options.gib)
+    elif os.fork() == 0:
+        work(options.gib, options.worker_file)
     if options.stray_file:
         subprocess.Popen([sys.executable, "-c", STRAY, options.stray_file])
     with suppress(FileExistsError):  # of its predecessor

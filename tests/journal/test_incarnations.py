@@ -386,7 +386,7 @@ def test_putting_away_deletes_no_file_outside_the_logs(state: StateDir, tmp_path
 def test_unreadable_records_can_be_put_away(state: StateDir) -> None:
     path = write_intent(state, intent())
     (path / "intent.json").write_text("{")
-    archive(state, "abc")
+    archive(state, "abc", keep=20)
     assert list_ended(state) == ("abc",)
 
 

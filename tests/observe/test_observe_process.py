@@ -106,7 +106,7 @@ def test_the_end_is_told_with_its_code_from_the_first_look_after_it(cradle, read
         seen = only(reader)
         assert (seen.phase, seen.exit_code) == ("exited", -15)
         wait_until(lambda: not only(reader).alive, "the shim is gone")
-        archive(reader._reader._state, identifier)
+        archive(reader._reader._state, identifier, keep=20)
 
 
 def _pid_of(pidfd):

@@ -745,7 +745,7 @@ class SimEyes:
 def forget(box: Box) -> Callable[..., None]:
     """What putting an ended incarnation away is here; a daemon can die in front of it."""
 
-    def archive(_state: StateDir, incarnation: str) -> None:
+    def archive(_state: StateDir, incarnation: str, *, keep: int) -> None:
         box.boundary("before an incarnation is put away")
         box.plant.incarnations = [i for i in box.plant.incarnations if i.id != incarnation]
 

@@ -29,6 +29,7 @@ SPAN = "version: 1\ngpus: 1\nmakespan: "
         (TOP + "workload: {command: [x], env: {CUDA_DEVICE_ORDER: a}}\n", "3:32", "belongs to", None),
         (TOP + "workload: {command: [x], env_file: no.env}\n", "3:36", "/etc/box/overlays/no.env", None),
         (TOP + "workload: {command: [x], user: no-such-user}\n", "3:32", 'no user "no-such-user"', "/etc/passwd"),
+        (TOP + "workload: {command: [x], logs: {max: 1KiB}}\n", "3:38", "too little for a log", "1MiB"),
         (TOP + "workload: {command: [x], retries: -1}\n", "3:35", "at least 0", None),
         (TOP + "on_edit: restart\ngpus: 1\n", "3:10", "not one of wait, replace", None),
         # when

@@ -14,7 +14,7 @@ from spec_texts import BASE, overlay, read
 from reconciler.spec.checks import check_against_node
 from reconciler.spec.env_file import parse_env_file
 from reconciler.spec.load import SourceText, merge_live_edit, rejected_overlays, resolve
-from reconciler.spec.spec import GpuCount, GpuPins, Health, MemoryBytes, MemoryFraction, Restart, Stop, WholeGpu
+from reconciler.spec.spec import GpuCount, GpuPins, Health, Logs, MemoryBytes, MemoryFraction, Restart, Stop, WholeGpu
 
 JOB = "version: 1\npriority: 600\nmakespan: {duration: 20m}\ngpus: 1\nworkload: {command: [render, a]}\n"
 
@@ -171,11 +171,23 @@ def test_the_order_of_files_does_not_change_the_spec() -> None:
     assert spec(jobs) == spec(jobs[::-1])
 
 
+def test_what_is_kept_of_logs_is_said_once_for_all_and_otherwise_for_one() -> None:
+    said = "defaults: {logs: {max: 8MiB, keep: 3}}\nendpoints:\n"
+    text = BASE.replace("endpoints:\n", said).replace("    port: 8081\n", "    port: 8081\n    logs: {max: 2MiB}\n")
+    spec = read(text)
+    assert spec.endpoints["thinking"].logs == Logs(8 << 20, 3)
+    assert spec.endpoints["coding"].logs == Logs(2 << 20, 3)
+    assert read(BASE).endpoints["coding"].logs == Logs(64 << 20, 20)
+    workload = overlay(JOB.replace("a]}", "a], logs: {keep: 5}}")).workload
+    assert workload is not None
+    assert workload.logs == Logs(64 << 20, 5)
+
+
 NEEDS_PROCESS = {"model": "n", "port": "9", "args": "[a]", "env": "{A: b}", "cwd": "/srv", "executable": "/bin/v",
                  "gpus": "2", "memory": "0.5", "engine": "sglang"}  # fmt: skip
 NEEDS_NONE = {"priority": "3", "capabilities": "[zz]", "state": "stopped", "preemptible": "false",
               "health": "{startup: 1m}", "stop": "{grace: 1s}", "restart": "{max: 1m}", "evict": "{method: sleep}",
-              "gpus": "[3]"}  # fmt: skip
+              "logs": "{max: 1MiB}", "gpus": "[3]"}  # fmt: skip
 CODING = "version: 1\nendpoints:\n  coding:\n    env: {}\n"
 
 
@@ -236,7 +248,7 @@ def test_the_placement_hash_covers_what_cannot_move_while_it_runs() -> None:
         JOB.replace("600", "601"),
         JOB.replace("20m", "21m, on_overrun: stop"),
         JOB + "on_edit: replace\nallow_baseline_eviction: true\n",
-        JOB.replace("a]}", "a], retries: 2, preemptible: true, stop: {grace: 1s}}"),
+        JOB.replace("a]}", "a], retries: 2, preemptible: true, stop: {grace: 1s}, logs: {keep: 1}}"),
     ):
         assert overlay(text).placement_hash == base
 
