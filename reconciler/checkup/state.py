@@ -12,6 +12,7 @@ from reconciler.checkup.check import Check, Level, or_ok
 from reconciler.errors import StateError
 from reconciler.journal.layout import StateDir, writer
 from reconciler.journal.reader import JournalReader
+from reconciler.spec.trust import writers
 
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "afs", "fuse.sshfs", "fuse.glusterfs")
 _SCARCE, _NONE_LEFT = 1 << 30, 64 << 20
@@ -43,9 +44,22 @@ def _state(state: StateDir) -> Iterator[Check]:
         hint = "run `doctor` as the user who runs the daemon, or name another directory with --state-dir"
         yield Check("state", "error", f"{path} belongs to uid {info.st_uid}, not to you (uid {os.geteuid()})", hint)
         return
+    yield from _parents(path)
     yield from _rights(path)
     yield from _disk(path)
     yield from _journal(state)
+
+
+def _parents(path: Path) -> Iterator[Check]:
+    """Who may write to a folder above can move what lies below away, and put something else there."""
+    for folder in path.resolve().parents:
+        info = folder.stat()
+        by = f"belongs to uid {info.st_uid}" if info.st_uid not in (0, os.geteuid()) else None
+        by = by or (None if info.st_mode & stat.S_ISVTX else writers(info, str(folder)))
+        if by:
+            level: Level = "error" if folder == path.parent and not by.startswith("belongs") else "warning"
+            hint = f"chmod go-w {folder} (or +t), or name a state directory elsewhere with --state-dir"
+            yield Check("state", level, f"{folder}, above {path}, {by}", hint)
 
 
 def _rights(path: Path) -> Iterator[Check]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +57,11 @@ def check_programs(spec: Spec, environment: Mapping[str, str]) -> tuple[Check, .
         for problem in _missing(program, environment):
             concerned.setdefault(problem, []).append(program.who)
     found = [Check("programs", "error", f"{', '.join(who)}: {what}", hint) for (what, hint), who in concerned.items()]
+    for path in sorted({p.env_file for p in programs if p.env_file is not None}):
+        with suppress(OSError):  # told above
+            if Path(path).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+                message = f"{path} is for secrets, and others may read it"
+                found.append(Check("programs", "warning", message, f"chmod 600 {path}"))
     rooted = sum(program.user is None for program in programs)
     if os.geteuid() == 0 and rooted:
         hint = "name a `user:` for each, or run the daemon as another user"

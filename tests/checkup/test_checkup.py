@@ -165,6 +165,16 @@ def test_a_folder_and_an_env_file_that_are_gone_are_told(tmp_path: Path) -> None
     assert f"one: the folder {tmp_path}/work is not there" in messages
 
 
+def test_an_env_file_that_others_may_read_is_told(tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets.env"
+    secrets.write_text("TOKEN=1\n")
+    spec = spec_of(SETPOINTS.replace("gpus: 1", f"gpus: 1, env_file: {secrets}"), tmp_path)
+    for mode, told in ((0o600, False), (0o640, True), (0o604, True)):
+        secrets.chmod(mode)
+        messages = wrong(check_programs(spec, {"PATH": "/bin:/usr/bin"}))
+        assert (f"{secrets} is for secrets, and others may read it" in messages) is told
+
+
 def test_a_port_that_a_stranger_listens_on_is_told_with_who_wants_it() -> None:
     spec = spec_of()
     assert not wrong(check_ports(spec, observed()))
@@ -218,6 +228,23 @@ def test_files_that_others_may_read_and_links_are_told(state: StateDir) -> None:
     assert f"links or files of others: {state.logs / 'link'}" in messages
 
 
+def test_a_folder_above_that_others_may_write_is_told(state: StateDir) -> None:
+    above, further = state.path.parent, state.path.parent.parent
+    above.chmod(0o777)
+    assert [c.level for c in check_state(state) if str(above) in c.message and "can be written" in c.message] == [
+        "error"
+    ]
+    above.chmod(0o1777)
+    assert not [c for c in check_state(state) if "can be written" in c.message]
+    above.chmod(0o700)
+    before = further.stat().st_mode
+    further.chmod(0o777)
+    try:
+        assert [c.level for c in check_state(state) if f"{further}, above" in c.message] == ["warning"]
+    finally:
+        further.chmod(before)
+
+
 def test_a_damaged_journal_is_told(state: StateDir) -> None:
     content = bytearray(state.journal.read_bytes())
     content[4096:] = b"\xff" * (len(content) - 4096)
@@ -266,6 +293,18 @@ def test_the_unit_that_is_shipped_has_nothing_wrong(tmp_path: Path) -> None:
         ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=", "warning", "cannot be reloaded"),
         ("Restart=always", "Restart=no", "warning", "not started again"),
         ("KillMode=process", "KillMode=process\nPrivateTmp=yes", "warning", "takes /tmp"),
+        ("KillMode=process", "KillMode=none", "error", "KillMode=none would not end the daemon itself"),
+        ("KillMode=process", "KillMode=process\nPrivatePIDs=yes", "error", "ends every process"),
+        ("KillMode=process", "KillMode=process\nDynamicUser=true", "error", "gives the user to somebody else"),
+        ("KillMode=process", "KillMode=process\nRemoveIPC=1", "error", "takes the shared memory"),
+        ("KillMode=process", "KillMode=process\nPrivateNetwork=on", "error", "where nobody reaches them"),
+        ("KillMode=process", "KillMode=process\nPrivateDevices=yes", "error", "hides the GPUs"),
+        ("KillMode=process", "KillMode=process\nProcSubset=pid", "error", "hides what identity is proved with"),
+        ("KillMode=process", "KillMode=process\nProtectProc=invisible", "warning", "ProtectProc=invisible hides whose"),
+        ("KillMode=process", "KillMode=process\nDevicePolicy=closed", "error", "keeps endpoints from the GPUs"),
+        ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=/bin/kill $MAINPID", "error", "would end the daemon"),
+        ("RestartSec=2s", "", "warning", "gives up for good after five starts"),
+        ("RestartSec=2s", "RestartSec=500ms", "warning", "gives up for good after five starts"),
         ("Delegate=yes", "Delegate=no", "warning", "no start gets a control group"),
     ],
 )
@@ -279,6 +318,38 @@ def test_each_thing_that_the_unit_lacks_is_told(
     assert check.level == level
     assert words in check.message
     assert (check.hint or "").startswith("[Service] ")
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("RestartSec=2s", "RestartSec=1min 30s"),
+        ("[Unit]", "[Unit]\nStartLimitIntervalSec=0"),
+        ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=/usr/bin/kill -s HUP $MAINPID"),
+        ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=kill -SIGHUP $MAINPID"),
+        ("KillMode=process", "KillMode=process\nDevicePolicy=closed\nDeviceAllow=char-nvidia rw"),
+        ("KillMode=process", "KillMode=process\nRemoveIPC=no\nPrivateTmp=no"),
+        ("Type=notify\n", "Type=notify-reload\n"),
+    ],
+)
+def test_what_is_as_good_is_not_complained_of(tmp_path: Path, line: str, instead: str) -> None:
+    text = GOOD_UNIT.read_text()
+    assert line in text
+    changed = text.replace(line, instead)
+    if "StartLimit" in instead:
+        changed = changed.replace("RestartSec=2s", "RestartSec=100ms")
+    (tmp_path / "reconciler.service").write_text(changed)
+    assert [check.level for check in unit_checks(tmp_path)] == ["ok"]
+
+
+def test_a_secret_in_the_unit_is_told_without_its_value(tmp_path: Path) -> None:
+    lines = 'Environment=A=1 "HF_TOKEN=hunter2"\nEnvironment=LANG=C\nEnvironment=VLLM_API_KEY=hunter2'
+    (tmp_path / "reconciler.service").write_text(GOOD_UNIT.read_text().replace("KillMode", f"{lines}\nKillMode"))
+    checks = unit_checks(tmp_path)
+    assert ["HF_TOKEN" in c.message for c in checks] == [True, False]
+    assert ["VLLM_API_KEY" in c.message for c in checks] == [False, True]
+    assert {c.level for c in checks} == {"warning"}
+    assert "hunter2" not in str(checks)
 
 
 def test_a_drop_in_counts(tmp_path: Path) -> None:
