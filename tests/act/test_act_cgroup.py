@@ -16,10 +16,13 @@ import pytest
 from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, PATIENT, Nursery, is_running, program, until
 
 from reconciler import cgroup
+from reconciler.act.account import find_account
 from reconciler.clock import SystemClock
 from reconciler.identity import read_marker
 from reconciler.journal.incarnations import Intent, archive, write_intent
 from reconciler.observe.process import ProcessReader
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 
 ESCAPING = program("""
 if os.fork() == 0:
@@ -187,6 +190,75 @@ def test_a_group_made_for_a_start_that_never_came_goes_with_its_record(nursery: 
     archive(nursery.state, intent.id, keep=20)
     assert not Path(intent.group).exists()
     assert (nursery.state.ended / intent.id).exists()
+
+
+# ---------------------------------------------------------------- who may
+
+MOVING_OUT = program("""
+with open(sys.argv[1] + '/cgroup.procs', 'w') as file: file.write('0')
+say('ready')
+signal.pause()
+""")
+"""Leaves its group for another one."""
+
+
+@needs_root
+def test_one_of_another_user_cannot_leave_its_group(nursery: Nursery, control_groups: str) -> None:
+    script = f"echo 0 > {control_groups}/cgroup.procs; sleep 600"
+    launch = nursery.launch(("/bin/sh", "-c", script), account=find_account("nobody"))
+    nursery.run(nursery.actor().ensure_started(launch))
+    until(lambda: "Permission denied" in nursery.log(launch), "the refusal")
+    assert nursery.members(launch.incarnation) <= who_is_in(nursery.group(launch.incarnation))
+
+
+def test_one_of_the_daemons_own_user_that_leaves_its_group_is_found_by_descent(
+    nursery: Nursery, control_groups: str
+) -> None:
+    incarnation = nursery.started((*MOVING_OUT, control_groups))
+    leader = nursery.run_record(incarnation).pid
+    assert not who_is_in(nursery.group(incarnation))
+    assert nursery.members(incarnation) == {leader}
+    nursery.run(nursery.actor().ensure_stopped(incarnation, PATIENT))
+    assert not is_running(leader)
+
+
+@needs_root
+def test_a_user_makes_groups_where_one_was_given_away_and_nowhere_else(control_groups: str) -> None:
+    """As systemd gives one away with Delegate=: its folder and cgroup.procs belong to the user."""
+    given = Path(control_groups, f"given-{os.getpid()}")
+    given.mkdir()
+    user = find_account("nobody").uid
+    own = cgroup.path_in(str(given), "abc")
+
+    def as_that_user() -> int:
+        (given / "cgroup.procs").write_text("0")
+        os.setresuid(user, user, user)
+        assert cgroup.find_home(os.getppid()).reason.endswith("is not writable")
+        assert cgroup.find_home().path == str(given)
+        Path(own).mkdir()
+        member = os.fork()
+        if member == 0:
+            Path(own, "cgroup.procs").write_text("0")
+            signal.pause()
+        until(lambda: cgroup.pids(own, "abc") == {member})
+        assert cgroup.kill(own, "abc") == {member}
+        return os.waitstatus_to_exitcode(os.waitpid(member, 0)[1])
+
+    try:
+        for path in (given, given / "cgroup.procs"):
+            os.chown(path, user, -1)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = -as_that_user()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert cgroup.remove(own, "abc")
+    finally:
+        until(lambda: not (given / "cgroup.procs").read_text())
+        given.rmdir()
 
 
 # ---------------------------------------------------------------- never a stranger
