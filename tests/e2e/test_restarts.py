@@ -11,7 +11,9 @@ from box_driver import Box, wait_for
 
 pytestmark = pytest.mark.e2e
 
-FALLS = "import sys; open('starts', 'a').write('x'); sys.exit(3)"
+FALLS = "open('starts', 'a').write('x'); raise SystemExit(3)"
+ENDS_WELL = FALLS.replace("3", "0")
+"""As vLLM's server does when its engine has died (vllm#48966)."""
 STUBBORN = (
     "import signal, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: open('terms', 'a').write('x'))\n"
@@ -71,7 +73,8 @@ def test_a_crash_loop_is_counted_over_daemons_given_up_and_cleared_by_an_edit_an
     wait_state(one, "failed")
 
 
-def test_a_back_off_outlives_the_daemon_and_a_stop_does_not_wait_for_it(one: Box) -> None:
+def test_an_end_with_code_0_is_drift_its_back_off_outlives_the_daemon_and_a_stop_does_not_wait_for_it(one: Box) -> None:
+    one.spec["endpoints"]["one"]["command"] = [sys.executable, "-c", ENDS_WELL]
     one.spec["endpoints"]["one"]["restart"] = {"max_restarts": 9, "initial": "10m", "max": "10m"}
     one.write()
     one.start()

@@ -398,6 +398,16 @@ def test_who_was_foreign_before_its_incarnation_was_known_is_not_foreign_for_eve
     assert reader.owner_of(run.pid) == Subject("endpoint", "thinking")
 
 
+def test_a_strangers_command_is_shown_without_its_secrets(reader, wait_until):
+    """It goes into plans, events and messages to others."""
+    words = [sys.executable, "-c", "import time; time.sleep(600)", "--api-key", "hunter2", "--password=hunter2"]
+    with subprocess.Popen(words) as stranger:
+        wait_until(lambda: b"hunter2" in Path(f"/proc/{stranger.pid}/cmdline").read_bytes(), "it runs")
+        command = reader.describe(stranger.pid).command
+        stranger.kill()
+    assert command.endswith("--api-key *** --password=***")
+
+
 def test_a_pid_that_is_not_in_proc_has_neither_owner_nor_command(reader):
     process = subprocess.Popen(["true"])
     process.wait()
