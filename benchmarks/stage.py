@@ -42,10 +42,18 @@ def wait_for(look: Callable[[], Any], what: str, poll_s: float = 0.002) -> Any:
     return value
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that was not given to anybody before; the kernel may offer it again as soon as it is let go of."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 class Box:
