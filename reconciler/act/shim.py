@@ -288,6 +288,7 @@ def watch(leader: int, folder_fd: int, log_bytes: int, notes: int) -> None:
                     record_exit(folder_fd, os.waitstatus_to_exitcode(ended[1]))
         except ChildProcessError:
             trim_log(punched, log_bytes)
+            say_over(folder_fd)
             return
         punched = trim_log(punched, log_bytes)
         if notes >= 0:
@@ -328,6 +329,14 @@ def forget_notes(notes: int) -> None:
             pass
     except BlockingIOError:
         pass
+
+
+def say_over(folder_fd: int) -> None:
+    """Leave word that no descendant is left, which the end of this process alone does not say: it may be killed."""
+    try:
+        os.close(os.open("over", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder_fd))
+    except OSError:
+        return  # whoever looks has to search all processes, and finds none
 
 
 def trim_log(punched: int, keep: int) -> int:

@@ -3,12 +3,13 @@
     run/<id>/intent.json   by the daemon, durable before anything is spawned
     run/<id>/run.json      by the shim, durable before the leader's program runs; taken back if that never does
     run/<id>/exit.json     by the shim, when the leader ends
+    run/<id>/over          by the shim, empty: no descendant is left
     run/<id>/stop.json     by the daemon, durable before the signal
     run/<id>/undying.json  by the daemon, when SIGKILL has not ended all of it at once
     run/<id>/shared.json   by the daemon: its files in /dev/shm; this one and `stop.json` are written again
 
-Each is replaced whole (temporary file, fsync, rename, fsync of the folder). So intent without run and with the lock
-free means *never started*, exactly. The shim (`act/shim.py`) writes its two without importing this module.
+Each is replaced whole (temporary file, fsync, rename, fsync of the folder), `over` apart. So intent without run
+and with the lock free means *never started*, exactly. The shim (`act/shim.py`) writes its own without importing this.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from reconciler.plan.observed import Subject, SubjectKind
 
 __all__ = [
     "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
-    "archive", "is_locked", "list_ended", "list_ids", "lock_path", "log_path", "read", "read_shared", "write_exit",
-    "write_intent", "write_shared", "write_stop", "write_undying",
+    "archive", "is_locked", "is_over", "list_ended", "list_ids", "lock_path", "log_path", "read", "read_shared",
+    "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -278,6 +279,11 @@ def write_shared(folder: Path, files: tuple[SharedFile, ...]) -> None:
         OSError: it is not durable.
     """
     _write(folder, "shared.json", encode(SharedFiles(files)))
+
+
+def is_over(folder: Path) -> bool:
+    """Whether the shim of the records in `folder` saw its last descendant end; False: it did not, or was killed."""
+    return (folder / "over").exists()
 
 
 def _write(folder: Path, name: str, text: str) -> None:

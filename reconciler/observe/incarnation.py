@@ -10,7 +10,7 @@ from functools import cache
 from reconciler.census import members
 from reconciler.clock import Clock, Instant
 from reconciler.identity import boot_id, is_alive
-from reconciler.journal.incarnations import Exit, Intent, Records, Run, StopRecord, lock_path
+from reconciler.journal.incarnations import Exit, Intent, Records, Run, StopRecord, is_over, lock_path
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.observe.records import RecordCache
 from reconciler.plan.observed import Incarnation, Phase, StopProgress, Subject
@@ -18,7 +18,8 @@ from reconciler.plan.observed import Incarnation, Phase, StopProgress, Subject
 EXIT_RECORD_WAIT_S = 0.25
 """The shim writes the exit record some 10 ms after the leader's end, which wakes the loop at once: waiting that long
 beats reporting `unknown` and looking again."""
-_EXIT_RECORD_PAUSE_S = 0.005
+_EXIT_RECORD_PAUSES_S = (0.0002, 0.005)
+"""Between two looks for it, the first and the longest; they double. It is there within 1 ms where fsync is quick."""
 SWEEP_EVERY_S = 2.0
 """Without a shim, who descends from a dead leader is told only by a sweep of /proc: some 10 ms for 500 processes."""
 
@@ -128,6 +129,7 @@ class IncarnationReader:
 
     def _without_leader(self, run: Run, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         wait_until = self._clock.now().plus(0.0 if memory.waited else EXIT_RECORD_WAIT_S)
+        pause_s, longest_s = _EXIT_RECORD_PAUSES_S
         while True:
             # in this order: a shim that is gone has written what it will ever write
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
@@ -143,12 +145,13 @@ class IncarnationReader:
             if self._clock.now().mono >= wait_until.mono:
                 memory.waited = True
                 return "unknown", records
-            time.sleep(_EXIT_RECORD_PAUSE_S)  # synchronous room: nobody else's turn is taken
+            time.sleep(pause_s)  # synchronous room: nobody else's turn is taken
+            pause_s = min(2 * pause_s, longest_s)
 
     def _strays(self, records: Records, memory: _Memory, phase: Phase) -> tuple[int, ...] | None:
         """Living members besides the leader, once it is gone; while it runs its family is no stray.
 
-        1. Nobody to look for: never started, of another boot, or seen to be over → none of them.
+        1. Nobody to look for: never started, of another boot, or over, as was seen or its shim says → none of them.
         2. It cannot be told: an unreadable record, alien pids, an unreadable /proc → None.
         3. The shim lives → its descendants, and who is in its control group.
         4. It is dead → that group and a sweep of /proc, at most every `SWEEP_EVERY_S`; between two, those of the last
@@ -165,6 +168,9 @@ class IncarnationReader:
             return () if phase == "vanished" else None
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
+            if not shim_lives and is_over(records.path):  # 1
+                memory.over = True
+                return ()
             if not shim_lives and memory.swept is not None:  # 4
                 living = {pid: ticks for pid, ticks in memory.strays.items() if is_alive(pid, ticks)}
                 if living and self._clock.now().since(memory.swept) < SWEEP_EVERY_S:

@@ -148,6 +148,8 @@ class ProcessReader:
         self._last_owner.pop(pid, None)
         if (owner := self._owner(stat)) is not None:
             self._last_owner[pid] = owner
+            while len(self._last_owner) > 1024:  # the longest unseen first
+                del self._last_owner[next(iter(self._last_owner))]
         identity = (pid, stat.start_ticks)
         if identity not in self._names:
             if len(self._names) > 1024:  # processes come and go for months

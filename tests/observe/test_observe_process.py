@@ -16,9 +16,9 @@ from cradle import LONG_AGO, Cradle
 
 from reconciler.clock import Instant
 from reconciler.errors import StateError
-from reconciler.identity import is_alive, read_stat
+from reconciler.identity import descendants, is_alive, read_stat
 from reconciler.journal.incarnations import Exit as ExitRecord
-from reconciler.journal.incarnations import StopRecord, archive, lock_path, write_exit, write_stop
+from reconciler.journal.incarnations import StopRecord, archive, is_over, lock_path, write_exit, write_stop
 from reconciler.journal.layout import StateDir, take_lock
 from reconciler.observe import incarnation as incarnation_module
 from reconciler.observe.process import ProcessReader
@@ -140,6 +140,31 @@ def test_a_leader_that_ended_without_shim_is_vanished(cradle, reader, wait_until
     wait_until(lambda: only(reader).phase == "vanished", "the end is seen")
     assert only(reader).exit_code is None
     assert not only(reader).alive
+
+
+def test_the_word_of_a_shim_that_nobody_is_left_spares_the_search_of_all_processes(
+    cradle, reader, state, monkeypatch, wait_until
+):
+    def searched(**_):
+        raise AssertionError("all processes were searched")
+
+    identifier = cradle.start("true")
+    run = cradle.run_record(identifier)
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    monkeypatch.setattr(incarnation_module, "members", searched)
+    assert (only(reader).phase, only(reader).strays) == ("exited", ())
+
+
+def test_a_shim_that_was_killed_leaves_no_such_word_and_its_family_is_found(cradle, reader, state, wait_until):
+    identifier = cradle.start("sh", "-c", "sleep 600 & sleep 600")
+    run = cradle.run_record(identifier)
+    wait_until(lambda: list(descendants(run.pid)), "a child is there")
+    os.kill(run.shim_pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(run.pid, run.start_ticks), "the leader is gone")
+    assert not is_over(state.run / identifier)
+    assert len(only(reader).strays) >= 1
 
 
 def test_a_leader_that_took_the_record_of_its_run_back_never_started(cradle, reader, state, wait_until):
