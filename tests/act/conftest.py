@@ -22,9 +22,9 @@ from reconciler.journal.layout import StateDir
 
 
 @pytest.fixture
-def groups_in() -> str | None:
-    """Where incarnations get control groups of their own; None: they run without."""
-    return None
+def groups_in(request: pytest.FixtureRequest) -> str | None:
+    """Where incarnations get control groups of their own; None: they run without, as they do unless a test asks."""
+    return request.getfixturevalue("control_groups") if getattr(request, "param", None) == "grouped" else None
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ state, order = StateDir(Path(sys.argv[1])), json.loads(sys.argv[2])
 launch = Launch(incarnation=order["id"], subject=Subject("endpoint", "thinking"), process_hash="hash", gpus=(),
                 memory_bytes=(), exclusive=True, port=None, attempt=0, argv=tuple(order["argv"]),
                 env={"PATH": os.environ["PATH"]}, cwd="/")
-actor = ProcessActor(state, SystemClock(), boot_id())
+actor = ProcessActor(state, SystemClock(), boot_id(), groups_in=order["groups_in"])
 print("go", flush=True)
 if order["die"]:
     spawn = actor._spawn_shim
@@ -46,9 +46,12 @@ asyncio.run(actor.ensure_started(launch))
 """
 
 
+both_ways = pytest.mark.parametrize("groups_in", ["grouped", "ungrouped"], indirect=True)
+
+
 def spawner(nursery: Nursery, launch: Launch, *, die: bool) -> subprocess.Popen[bytes]:
     """A daemon in a process of its own that starts `launch`; with `die` it kills itself as soon as the shim exists."""
-    order = json.dumps({"id": launch.incarnation, "argv": launch.argv, "die": die})
+    order = json.dumps({"id": launch.incarnation, "argv": launch.argv, "die": die, "groups_in": nursery.groups_in})
     return subprocess.Popen([sys.executable, "-c", SPAWNER, str(nursery.state.path), order], stdout=subprocess.PIPE)
 
 
@@ -249,6 +252,7 @@ def test_large_environments_and_odd_bytes_arrive_whole(nursery: Nursery) -> None
     assert "ready 100000 'a=b\\nc\\udcff' ['', 'ä\\n b']" in nursery.log(launch)
 
 
+@both_ways
 def test_a_spawner_killed_right_after_the_spawn_leaves_an_adoptable_leader(nursery: Nursery, tmp_path: Path) -> None:
     """Its later exit code is not lost either."""
     launch = nursery.launch(exiting_on(tmp_path / "end", 7))
@@ -261,6 +265,7 @@ def test_a_spawner_killed_right_after_the_spawn_leaves_an_adoptable_leader(nurse
     assert nursery.exit_code(launch.incarnation) == 7
 
 
+@both_ways
 @pytest.mark.parametrize("delay_ms", [0, 1, 2, 4, 8, 16, 32])
 def test_a_spawner_killed_at_any_moment_leaves_one_leader_or_none(nursery: Nursery, delay_ms: int) -> None:
     launch = nursery.launch(OBEDIENT)
@@ -287,6 +292,7 @@ async def shim_of(actor: ProcessActor) -> int:
     return forked[0]
 
 
+@both_ways
 @pytest.mark.parametrize("delay_ms", [0, 0.3, 0.6, 1, 1.5, 2, 3, 5])
 def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: Nursery, delay_ms: float) -> None:
     launch = nursery.launch(OBEDIENT)
@@ -344,7 +350,7 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
     launch = nursery.launch(OBEDIENT)
     write_intent(nursery.state, nursery.actor()._intent(launch, None))
     order = os.memfd_create("order")
-    os.write(order, process._encode_order(launch, nursery.state, boot_id(), 1 << 20, None))
+    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
     os.lseek(order, 0, os.SEEK_SET)
     record = shim.write_record
 

@@ -48,9 +48,9 @@ from reconciler.spec.spec import Stop
 # ---------------------------------------------------------------- with control groups, and where none can be had
 
 
-@pytest.fixture(params=["with a control group", "without one"])
+@pytest.fixture(params=["grouped", "ungrouped"])
 def groups_in(request: pytest.FixtureRequest) -> str | None:
-    return request.getfixturevalue("control_groups") if request.param == "with a control group" else None
+    return request.getfixturevalue("control_groups") if request.param == "grouped" else None
 
 
 # ---------------------------------------------------------------- who is asked to end, ends
