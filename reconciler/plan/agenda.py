@@ -36,7 +36,7 @@ def keep_agenda(draft: Draft, actions: Iterable[Action]) -> tuple[AgendaEntry, .
     old = {entry.endpoint: entry for entry in draft.situation.ledger.agenda}
     moves = _moves(actions)
     entries = []
-    for name in sorted(draft.standings):
+    for name in draft.stirring():
         entry = _displaced(draft, name, old.get(name)) or _moving(draft, name, moves.get(name), old.get(name))
         if entry is None and name in old and not _settled(draft, name):
             entry = old[name]  # 3

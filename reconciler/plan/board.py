@@ -5,8 +5,9 @@ The board shows every GPU as it will be once all that is leaving has left. It kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from reconciler.plan.observed import Subject
 
@@ -59,59 +60,126 @@ class Tenant:
     """Its capabilities: two that offer the same and cost the same are alike. None: it is like no other."""
 
 
+class Residents:
+    """Tenants that stay where they are whatever is decided: worked out when first asked for, and shared by boards."""
+
+    def __init__(self, make: Callable[[], Iterable[Tenant]] = tuple) -> None:
+        self._make = make
+        self.held: dict[str, Hold | None] = {}
+        """GPU → all that they hold there, as far as it was asked for."""
+
+    @cached_property
+    def tenants(self) -> Mapping[str, Tenant]:
+        """By key."""
+        return {tenant.key: tenant for tenant in self._make()}
+
+    @cached_property
+    def on(self) -> Mapping[str, list[Tenant]]:
+        """GPU → its residents, in the order in which they were made."""
+        found: dict[str, list[Tenant]] = {}
+        for tenant in self.tenants.values():
+            for gpu in tenant.holds:
+                if gpu in found:
+                    found[gpu].append(tenant)
+                else:
+                    found[gpu] = [tenant]
+        return found
+
+
+class Tenants(Mapping[str, Tenant]):
+    """Everybody on one board, by key: residents that did not leave, then those who came."""
+
+    __slots__ = ("came", "left", "residents")
+
+    def __init__(
+        self, residents: Residents, left: Iterable[str] = (), came: Mapping[str, Tenant] | None = None
+    ) -> None:
+        self.residents = residents
+        self.left = set(left)
+        self.came = dict(came or {})
+
+    def __getitem__(self, key: str) -> Tenant:
+        own = self.came.get(key)
+        if own is not None:
+            return own
+        if key in self.left:
+            raise KeyError(key)
+        return self.residents.tenants[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (key for key in self.residents.tenants if key not in self.left)
+        yield from self.came
+
+    def __len__(self) -> int:
+        return len(self.residents.tenants) - len(self.left) + len(self.came)
+
+
 @dataclass(slots=True)
 class Board:
-    """Every GPU with its capacity and its tenants."""
+    """Every GPU with its capacity and its tenants.
+
+    A copy costs what was changed, not what there is: residents are shared, and only GPUs on which somebody came or went
+    have tenants of their own here.
+    """
 
     capacity: Mapping[str, int]
     """Usable bytes of each GPU that may be used at all, in NVML order."""
     numa: Mapping[str, int | None]
     """The host memory node next to each GPU."""
-    tenants: dict[str, Tenant] = field(default_factory=dict)
     islands: Mapping[str, int | None] = field(default_factory=dict)
     """The NVLink island of each GPU."""
     contested: Mapping[str, int] = field(default_factory=dict)
     """How many waiting pins name this GPU: taken last by those who may choose."""
-    _on: dict[str, dict[str, Tenant]] | None = None
-    """GPU → its tenants by key; made when first asked for."""
+    residents: Residents = field(default_factory=Residents)
+    tenants: Tenants = field(init=False)
+    _on: dict[str, list[Tenant]] = field(default_factory=dict)
+    """GPU on which somebody came or went → its tenants."""
     _held: dict[str, Hold | None] = field(default_factory=dict)
-    """GPU → all that is held there, as far as it was asked for."""
+    """Of these GPUs: all that is held there, as far as it was asked for."""
+
+    def __post_init__(self) -> None:
+        self.tenants = Tenants(self.residents)
 
     def add(self, tenant: Tenant) -> None:
         """Seat a tenant; what it holds under the same key is replaced."""
-        before = self.tenants.get(tenant.key)
-        self.tenants[tenant.key] = tenant
-        for gpu in (*tenant.holds, *(before.holds if before is not None else ())):
-            self._held.pop(gpu, None)
-        if self._on is None:
-            return
-        for gpu in before.holds if before is not None else ():
-            del self._on[gpu][tenant.key]
+        self._remove(tenant.key)
+        self.tenants.came[tenant.key] = tenant
         for gpu in tenant.holds:
-            self._on.setdefault(gpu, {})[tenant.key] = tenant
+            self._on[gpu] = [*self.on(gpu), tenant]
+            self._held.pop(gpu, None)
 
-    def on(self, gpu: str) -> list[Tenant]:
-        """The tenants of one GPU, in the order in which they were seated."""
-        if self._on is None:
-            self._on = {}
-            for tenant in self.tenants.values():
-                for held in tenant.holds:
-                    self._on.setdefault(held, {})[tenant.key] = tenant
-        return list(self._on.get(gpu, {}).values())
+    def _remove(self, key: str) -> None:
+        tenant = self.tenants.get(key)
+        if tenant is None:
+            return
+        if self.tenants.came.pop(key, None) is None:
+            self.tenants.left.add(key)
+        for gpu in tenant.holds:
+            self._on[gpu] = [t for t in self.on(gpu) if t.key != key]
+            self._held.pop(gpu, None)
+
+    def on(self, gpu: str) -> Sequence[Tenant]:
+        """The tenants of one GPU, residents first and then in the order in which they were seated."""
+        return self._on[gpu] if gpu in self._on else self.residents.on.get(gpu, ())
 
     def held(self, gpu: str) -> Hold | None:
         """All that the tenants of one GPU hold together, exclusive if one of them is; None: there are none."""
-        if gpu not in self._held:
+        known = self._held if gpu in self._on else self.residents.held
+        if gpu not in known:
             holds = [t.holds[gpu] for t in self.on(gpu)]
             size, alone = sum(h.memory_bytes for h in holds), any(h.exclusive for h in holds)
-            self._held[gpu] = Hold(size, alone) if holds else None
-        return self._held[gpu]
+            known[gpu] = Hold(size, alone) if holds else None
+        return known[gpu]
 
     def near(self, gpu: str) -> tuple[int | None, int | None]:
         """Where a GPU is: its NVLink island and its NUMA node."""
         return self.islands.get(gpu), self.numa.get(gpu)
 
-    def without(self, keys: Victims) -> Board:
+    def without(self, keys: Iterable[str]) -> Board:
         """The board after these tenants left; a copy."""
-        rest = {k: t for k, t in self.tenants.items() if k not in keys} if keys else dict(self.tenants)
-        return Board(self.capacity, self.numa, rest, self.islands, self.contested)
+        copy = Board(self.capacity, self.numa, self.islands, self.contested, self.residents)
+        copy.tenants = Tenants(self.residents, self.tenants.left, self.tenants.came)
+        copy._on, copy._held = dict(self._on), dict(self._held)
+        for key in keys:
+            copy._remove(key)
+        return copy

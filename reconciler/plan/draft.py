@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Event, Verdict
-from reconciler.plan.board import Board
-from reconciler.plan.endpoints import Standing, stand
+from reconciler.plan.board import Board, Residents
+from reconciler.plan.calm import Standings, calm_ones
+from reconciler.plan.endpoints import as_tenant, stand
 from reconciler.plan.ledger import EndpointRecord, Lease, Nap, OverlayRecord, Quarantine
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import OverlayStep, advance
@@ -72,7 +73,13 @@ class Draft:
     situation: Situation
     steps: dict[str, OverlayStep] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
-    standings: dict[str, Standing] = field(default_factory=dict)
+    standings: Standings = field(default_factory=Standings)
+    calm: dict[str, Incarnation] = field(default_factory=dict)
+    """Endpoints that nothing has to be decided on, and of which no overlay has spoken: each with what runs of it."""
+    roused: set[str] = field(default_factory=set)
+    """Those that were calm when the decision began, and of which an overlay has spoken since."""
+    residents: Residents = field(default_factory=Residents)
+    """Everybody who was calm when the decision began, where they run."""
     records: dict[str, EndpointRecord] = field(default_factory=dict)
     wanted: dict[str, EndpointSpec] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
@@ -110,13 +117,43 @@ class Draft:
         draft.leases += [x for step in draft.steps.values() for x in _adopted_leases(step, situation)]
         draft.quarantines = dict(situation.ledger.quarantines)
         draft.want()
-        for name in situation.endpoint_names():
-            standing = stand(situation, name, draft.wanted.get(name) or situation.spec.endpoints.get(name))
-            draft.standings[name] = standing
-            draft.records[name] = standing.record
-            if standing.wake is not None:
-                draft.wakes.append(standing.wake)
+        draft._take_in(situation.endpoint_names())
         return draft
+
+    def _take_in(self, names: Iterable[str]) -> None:
+        """Judge every endpoint that is not calm."""
+        situation, remembered = self.situation, self.situation.ledger.endpoints
+        base, wanted = situation.spec.endpoints, self.wanted
+        self.standings = Standings(names, lambda name: stand(situation, name, wanted.get(name) or base.get(name)))
+        spoken_of = self._spoken_of()
+        self.calm = {name: run for name, run in calm_ones(situation).items() if name not in spoken_of}
+        self.records = {n: remembered[n] if n in self.calm else self.standings[n].record for n in self.standings}
+        for name in self.stirring():
+            wake = self.standings[name].wake
+            if wake is not None:
+                self.wakes.append(wake)
+        calm = dict(self.calm)
+        self.residents = Residents(
+            lambda: (as_tenant(situation, run, situation.running[name], ready=True) for name, run in calm.items())
+        )
+
+    def rouse(self) -> None:
+        """From here on decide on the endpoints of which an overlay speaks."""
+        for name in self.calm.keys() & self._spoken_of():
+            del self.calm[name]
+            self.roused.add(name)
+
+    def _spoken_of(self) -> set[str]:
+        """Endpoints that an overlay displaces, sets or asks for."""
+        spoken = {x.subject.name for x in self.leases if x.subject.kind == "endpoint"} | self.owners.keys()
+        for step in self.steps.values():
+            if step.record.state in HOLDING:
+                spoken.update(step.record.evicted)
+        return spoken
+
+    def stirring(self) -> list[str]:
+        """The endpoints that have to be decided on, in order."""
+        return [name for name in self.standings if name not in self.calm]
 
     @property
     def now(self) -> Instant:
@@ -133,7 +170,7 @@ class Draft:
     def want(self) -> None:
         """Which endpoints are wanted now: the baseline, as overridden by overlays in force, the highest last."""
         base = self.situation.spec.endpoints
-        self.wanted = {n: e for n, e in base.items() if e.state == "running"}
+        self.wanted = dict(self.situation.running)
         self.owners = {}
         in_force = [s for s in self.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
         for step in sorted(in_force, key=lambda s: (s.record.priority, s.record.name)):

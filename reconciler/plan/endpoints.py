@@ -6,9 +6,11 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from reconciler.clock import Instant
+from reconciler.plan.board import Hold, Tenant, endpoint_key
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
 from reconciler.plan.naps import follow, serves
 from reconciler.plan.observed import Incarnation, Probe, Subject
+from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
 
@@ -94,6 +96,27 @@ def _judge(
     if situation.now.mono < deadline.mono:
         return "starting", probe.detail if probe else "", None, deadline  # 5
     return "unhealthy", "not ready", f"not ready within {health.startup_s:g} s", None  # 6
+
+
+def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: EndpointSpec, *, ready: bool) -> Tenant:
+    """One that runs, with what it holds and what it costs that it leaves: only one that is ready loses readiness."""
+    times = situation.timings(endpoint)
+    lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities)) if ready else 0.0
+    departure_s = situation.leaving_s(endpoint) + MEMORY_RETURN_S
+    return Tenant(
+        endpoint_key(endpoint.name),
+        endpoint.priority,
+        holds_of(incarnation),
+        round(lost_s * 1000),
+        round(departure_s * 1000),
+        endpoint.capabilities,
+    )
+
+
+def holds_of(incarnation: Incarnation) -> dict[str, Hold]:
+    """What an incarnation holds of each of its GPUs."""
+    sizes = zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
+    return {gpu: Hold(size, incarnation.exclusive) for gpu, size in sizes}
 
 
 def hung_for(probe: Probe | None) -> float:

@@ -38,6 +38,8 @@ class Graph:
     actions: list[Action] = field(default_factory=list)
     _vacated_by: dict[str, int] = field(default_factory=dict)
     """Incarnation id → the action after which its GPUs, port and lock are free."""
+    _vacating: list[Incarnation] = field(default_factory=list)
+    """These incarnations."""
     _loaded_by: dict[Subject, int] = field(default_factory=dict)
     """Subject → the action after which it is loaded."""
     _loading_on: dict[str, list[tuple[Subject, int]]] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Graph:
     def build(self) -> tuple[Action, ...]:
         """The whole graph of the draft."""
         self._loading()
-        for incarnation in self.draft.situation.observed.incarnations:
+        for incarnation in self._going():
             self._departure(incarnation)
         self._naps()
         for item in sorted(self.draft.arriving.values(), key=self._arrival_order):
@@ -113,7 +115,8 @@ class Graph:
 
     def _loading(self) -> None:
         draft = self.draft
-        for name, standing in draft.standings.items():
+        for name in draft.stirring():
+            standing = draft.standings[name]
             current = standing.current
             if standing.state != "starting" or current is None or current.id in draft.leaving:
                 continue
@@ -218,6 +221,12 @@ class Graph:
 
     # ------------------------------------------------------------ leaving
 
+    def _going(self) -> list[Incarnation]:
+        """Whoever may have to go, or may have gone, as observed."""
+        draft = self.draft
+        some = {i.id for i in draft.situation.passing} | draft.leaving.keys()
+        return [i for i in draft.situation.observed.incarnations if i.id in some] if some else []
+
     def _departure(self, incarnation: Incarnation) -> None:
         """Everything until this incarnation's GPUs are seen free, if it leaves or has left."""
         draft = self.draft
@@ -240,6 +249,7 @@ class Graph:
         if incarnation.gpus:
             self._memory(incarnation, (gone,), leaving.reason, leaving.cause)
         else:
+            self._vacating.append(incarnation)
             self._vacated_by[incarnation.id] = gone
 
     def _ending(self, incarnation: Incarnation, leaving: Leaving, needs: list[int]) -> int:
@@ -269,6 +279,7 @@ class Graph:
         )  # fmt: skip
 
     def _memory(self, incarnation: Incarnation, needs: tuple[int, ...], reason: str, cause: Cause) -> None:
+        self._vacating.append(incarnation)
         self._vacated_by[incarnation.id] = self._add(
             "wait_memory", incarnation.subject, incarnation.gpus, needs, reason=reason, cause=cause,
             timeout_s=MEMORY_TIMEOUT_S, predicted_s=MEMORY_RETURN_S, incarnation=incarnation.id,
@@ -278,9 +289,8 @@ class Graph:
         """What must be gone first: whoever leaves these GPUs, this port, or is the subject's own predecessor."""
         return [
             self._vacated_by[i.id]
-            for i in self.draft.situation.observed.incarnations
-            if i.id in self._vacated_by
-            and (i.subject == subject or set(i.gpus) & set(gpus) or (port is not None and i.port == port))
+            for i in self._vacating
+            if (i.subject == subject or set(i.gpus) & set(gpus) or (port is not None and i.port == port))
         ]
 
     # ------------------------------------------------------------ arriving

@@ -7,6 +7,7 @@ then derive what to do from what was decided. Nothing here knows the box, a cloc
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from dataclasses import replace
 
 from reconciler.clock import Instant
@@ -55,8 +56,9 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
             arrange_workload(draft, step)
     actions = Graph(draft).build()
     begin(draft, actions)
-    views = {name: _view(draft, name, actions) for name in draft.standings}
-    _restate(draft, views)
+    stirring = draft.stirring()
+    views = _views(draft, actions)
+    _restate(draft, {name: views[name] for name in stirring})
     _say_moves(draft)
     agenda = keep_agenda(draft, actions)
     records = _records(draft)
@@ -161,14 +163,39 @@ def fingerprint(observed: Observed, situation: Situation) -> str:
         observed.boot_id,
         observed.gpus_known,
         tuple((g.uuid, g.state, g.healthy, situation.rooms[g.uuid].foreign_bytes // step) for g in observed.gpus),
-        tuple((i.id, i.phase, i.strays, i.exit_code, i.stop is not None) for i in observed.incarnations),
-        tuple((k, p.ready, p.sleeping) for k, p in sorted(observed.probes.items())),
+        "\n".join(i.id for i in observed.incarnations),
+        tuple(
+            (i.id, i.phase, i.strays, i.exit_code, i.stop is not None)
+            for i in observed.incarnations
+            if i.phase != "running" or i.strays != () or i.stop is not None  # of most no more than that they run
+        ),
+        tuple((answer, "\n".join(sorted(who))) for answer, who in sorted(_answers(observed).items(), key=repr)),
         tuple((port, holder.pid) for port, holder in sorted(observed.ports.items())),
         tuple((n, r.state, r.attempt) for n, r in sorted(situation.ledger.overlays.items())),
         tuple((x.overlay, x.gpu) for x in situation.ledger.leases),
         tuple(sorted(situation.ledger.quarantines)),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _answers(observed: Observed) -> dict[tuple[bool | None, bool | None], list[str]]:
+    """Who is ready, and who sleeps: few answers of many."""
+    found: dict[tuple[bool | None, bool | None], list[str]] = defaultdict(list)
+    for key, probe in observed.probes.items():
+        found[probe.ready, probe.sleeping].append(key)
+    return found
+
+
+def _views(draft: Draft, actions: tuple[Action, ...]) -> dict[str, EndpointView]:
+    """How every endpoint stands, by name; of a calm one it is said with no further question."""
+    views = {}
+    for name in draft.standings:
+        current = draft.calm.get(name)
+        if current is not None:
+            views[name] = EndpointView(name, "healthy", "running", "", current.id, current.gpus)
+        else:
+            views[name] = _view(draft, name, actions)
+    return views
 
 
 def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
@@ -237,9 +264,9 @@ def _say_moves(draft: Draft) -> None:
 
 def _records(draft: Draft) -> dict[str, EndpointRecord]:
     """Records of endpoints that are still spoken of; `renew_before` is forgotten once it is fulfilled."""
-    kept = {}
-    for name, record in sorted(draft.records.items()):
-        standing = draft.standings[name]
+    kept = dict(draft.records)
+    for name in draft.stirring():
+        record, standing = draft.records[name], draft.standings[name]
         fulfilled = record.renew_before is not None and (
             standing.state == "healthy"
             and standing.current is not None
@@ -267,8 +294,8 @@ def _converged(actions: tuple[Action, ...]) -> bool:
 
 def _drift(draft: Draft, views: dict[str, EndpointView]) -> tuple[Drift, ...]:
     found = []
-    for name, view in sorted(views.items()):
-        wanted = name in draft.wanted
+    for name in draft.stirring():
+        view, wanted = views[name], name in draft.wanted
         if wanted and view.state != "healthy":
             found.append(Drift(Subject("endpoint", name), "running", view.state))
         elif not wanted and draft.standings[name].current is not None:
@@ -330,7 +357,8 @@ def _symbol(first: Action, phase: str, *, edited: bool) -> Symbol:
 def _budgets(draft: Draft) -> tuple[str, ...]:
     limit = draft.situation.spec.policy.max_evictions_per_hour
     lines = []
-    for name, record in sorted(draft.records.items()):
+    for name in draft.stirring():
+        record = draft.records[name]
         if record.evictions:
             lines.append(f"{name}: {len(record.evictions)} of {limit} evictions this hour")
         endpoint = draft.wanted.get(name)
@@ -343,7 +371,7 @@ def _budgets(draft: Draft) -> tuple[str, ...]:
 def _archive(draft: Draft) -> tuple[str, ...]:
     """Ended incarnations that nothing needs to look at again: counted, and their memory back or given up on."""
     done = []
-    for incarnation in draft.situation.observed.incarnations:
+    for incarnation in draft.situation.passing:
         if incarnation.alive or not _counted(draft, incarnation):
             continue
         if draft.situation.memory_returned(incarnation):

@@ -242,7 +242,7 @@ class Pricing:
     def freed(self, wish: Wish, branch: Branch) -> Branch:
         """The branch after those left whom a wish frees."""
         cost, delays = list(branch.cost), branch.delays
-        for key in sorted((wish.frees - branch.gone) & self._board.tenants.keys()):
+        for key in sorted(k for k in wish.frees - branch.gone if k in self._board.tenants):
             delays = self._vacate(self._board.tenants[key], branch, cost, delays)
         cost[DELAY] += sum(delays.values()) - sum(branch.delays.values())
         return replace(branch, cost=tuple(cost), delays=delays, gone=branch.gone | wish.frees)

@@ -49,7 +49,7 @@ def quarantine_overdue(draft: Draft) -> None:
     1. Its process ended, and its memory is not back. 2. It was killed, and does not end: the kernel waits for a driver.
     """
     situation = draft.situation
-    for incarnation in situation.observed.incarnations:
+    for incarnation in situation.passing:
         undying = incarnation.undying_since if incarnation.alive else None
         since = undying or _ended(draft, incarnation)
         if since is None or (undying is None and (incarnation.alive or situation.memory_returned(incarnation))):

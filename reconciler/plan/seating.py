@@ -14,10 +14,9 @@ from typing import Literal
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Draft, Leaving
-from reconciler.plan.endpoints import Standing
+from reconciler.plan.endpoints import Standing, as_tenant, holds_of
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.placement import place
 from reconciler.plan.search import solve
 from reconciler.plan.settling import need_elsewhere, need_of, settle
@@ -38,18 +37,20 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
     """Seat everybody; returns those who looked for a place, who comes first in front, in classes."""
     situation = draft.situation
     rooms = situation.rooms
-    usable = {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines}
-    draft.board = Board(
-        usable,
+    draft.rouse()
+    board = Board(
+        {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines},
         {u: r.gpu.numa_node for u, r in rooms.items()},
         islands={u: r.gpu.nvlink_island for u, r in rooms.items()},
+        residents=draft.residents,
     )
+    draft.board = board.without(map(endpoint_key, draft.roused))
     draft.leaving, draft.arriving, draft.blocked, draft.naps = {}, {}, {}, {}
     _seat_leases(draft)
     homeless: list[EndpointSpec] = []
     edited: list[EndpointSpec] = []
-    for name, standing in draft.standings.items():
-        endpoint = draft.wanted.get(name)
+    for name in draft.stirring():
+        endpoint, standing = draft.wanted.get(name), draft.standings[name]
         fate = _keep(draft, name, endpoint, standing)
         if endpoint is None or fate == "stays":
             continue
@@ -285,24 +286,9 @@ def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
 
 
 def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: EndpointSpec | None) -> Tenant:
-    holds = {
-        gpu: Hold(size, incarnation.exclusive)
-        for gpu, size in zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
-    }
     if endpoint is None:
-        return Tenant(endpoint_key(name), 0, holds)
-    times, lost_s = draft.situation.timings(endpoint), 0.0
-    if draft.standings[name].state == "healthy":
-        lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities))
-    departure_s = draft.situation.leaving_s(endpoint) + MEMORY_RETURN_S
-    return Tenant(
-        endpoint_key(name),
-        endpoint.priority,
-        holds,
-        round(lost_s * 1000),
-        round(departure_s * 1000),
-        endpoint.capabilities,
-    )
+        return Tenant(endpoint_key(name), 0, holds_of(incarnation))
+    return as_tenant(draft.situation, incarnation, endpoint, ready=draft.standings[name].state == "healthy")
 
 
 def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: EndpointSpec | None) -> None:

@@ -153,7 +153,7 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
     """Why a wanted endpoint has no place: an overlay holds it, something stranger does, or the box lacks it."""
     need = own_need(draft, endpoint)
     assert need is not None  # noqa: S101 - its pins exist, or it would not have come so far
-    overlays = frozenset(k for k in draft.board.tenants if k.startswith("overlay/"))
+    overlays = frozenset(k for k in draft.board.tenants.came if k.startswith("overlay/"))  # no resident
     if place([need], draft.board.without(overlays)) is not None:
         steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
         here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]

@@ -6,7 +6,7 @@ Nothing is decided here. Each question that several rules ask of the inputs is a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -54,18 +54,37 @@ class Situation:
         self.ledger = ledger
         self.now = now
         self.gpus: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in observed.gpus}
-        incarnations: dict[Subject, list[Incarnation]] = defaultdict(list)
+        self._endpoints: dict[str, list[Incarnation]] = {}
+        self._workloads: dict[str, list[Incarnation]] = {}
+        self.passing: list[Incarnation] = []
+        """Incarnations of endpoints of which something may have ended, would not end or has yet to begin, and all of
+        workloads; as observed."""
         for incarnation in observed.incarnations:
-            incarnations[incarnation.subject].append(incarnation)
-        self._incarnations = incarnations
+            subject = incarnation.subject
+            if subject.kind == "endpoint":
+                runs = self._endpoints
+                if incarnation.phase != "running" or incarnation.undying_since is not None:
+                    self.passing.append(incarnation)
+            else:
+                runs = self._workloads
+                self.passing.append(incarnation)
+            if subject.name in runs:
+                runs[subject.name].append(incarnation)
+            else:
+                runs[subject.name] = [incarnation]
         self.rejected = frozenset(PurePath(problem.file).stem for problem in spec.problems)
         """Overlays whose file is there and cannot be accepted: unknown, not absent."""
 
     # ------------------------------------------------------------ incarnations
 
-    def incarnations(self, subject: Subject) -> list[Incarnation]:
+    def incarnations(self, subject: Subject) -> Sequence[Incarnation]:
         """All incarnations of `subject` not yet archived, oldest first."""
-        return self._incarnations.get(subject, [])
+        runs = self._endpoints if subject.kind == "endpoint" else self._workloads
+        return runs.get(subject.name, ())
+
+    def of_endpoint(self, name: str) -> Sequence[Incarnation]:
+        """The same of one endpoint, by its name."""
+        return self._endpoints.get(name, ())
 
     def living(self, subject: Subject) -> list[Incarnation]:
         """Those that may still run something."""
@@ -77,11 +96,16 @@ class Situation:
 
     def endpoint_names(self) -> list[str]:
         """Every endpoint that the files, the overlays, the records or the ledger speak of, sorted."""
-        names = set(self.spec.endpoints)
+        names = dict.fromkeys(self.spec.endpoints)  # in order, most often: quickly sorted
         for overlay in self.spec.overlays.values():
-            names.update(overlay.endpoints)
-        names.update(s.name for s in self._incarnations if s.kind == "endpoint")
+            names.update(dict.fromkeys(overlay.endpoints))
+        names.update(dict.fromkeys(self._endpoints))
         return sorted(names)
+
+    @cached_property
+    def running(self) -> Mapping[str, EndpointSpec]:
+        """The endpoints of the baseline whose set point is running."""
+        return {name: e for name, e in self.spec.endpoints.items() if e.state == "running"}
 
     def record(self, name: str) -> EndpointRecord:
         """What is remembered of an endpoint; an empty record for a new one."""
@@ -147,12 +171,10 @@ class Situation:
 
     def satisfies(self, claim: GpuClaim, gpus: tuple[str, ...]) -> bool:
         """Whether running on `gpus` is what `claim` asks for."""
-        match claim:
-            case GpuPins():
-                wanted = self.resolve_pins(claim)
-                return wanted is not None and sorted(wanted) == sorted(gpus)
-            case GpuCount(count):
-                return len(gpus) == count
+        if isinstance(claim, GpuCount):
+            return len(gpus) == claim.count
+        wanted = self.resolve_pins(claim)
+        return wanted is not None and sorted(wanted) == sorted(gpus)
 
     def claim_bytes(self, memory: MemoryClaim, gpu: Gpu) -> int:
         """Bytes claimed on one GPU; the whole GPU is its total less the reserve."""
@@ -196,12 +218,20 @@ class Situation:
         incarnations of ours that NVML names no memory for (containers hide pids), to ended ones whose memory comes
         back late, and to strangers.
         """
-        processes = gpu.processes or ()
-        named = {p.owner for p in processes if p.owner and p.memory_bytes is not None}
-        rest = used - sum(p.memory_bytes or 0 for p in processes)
-        foreign = sum(p.memory_bytes or 0 for p in processes if p.owner is None)
-        lingering = sum(p.memory_bytes or 0 for p in processes if p.owner and not self.living(p.owner))
-        here = self._on_gpu.get(gpu.uuid, [])
+        foreign = lingering = 0
+        rest, named = used, set()
+        for process in gpu.processes or ():
+            size, owner = process.memory_bytes, process.owner
+            if owner is not None and size is not None:
+                named.add(owner)
+            if not size:
+                continue
+            rest -= size
+            if owner is None:
+                foreign += size
+            elif not self.living(owner):
+                lingering += size
+        here = self._on_gpu.get(gpu.uuid, []) if rest > 0 else []
         for incarnation in here:
             if incarnation.alive and incarnation.subject not in named:
                 rest -= min(max(rest, 0), self._planned_on(incarnation, gpu.uuid))

@@ -58,8 +58,10 @@ def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float, among: Iterable[W
     Those not less important, and not over by then, unless its hard end comes before they open. One that has a window
     itself yields to those alone that came before it.
     """
-    last = hard_end(draft, overlay, begin)
     windows = list(draft.windows if among is None else among)
+    if not windows:
+        return []
+    last = hard_end(draft, overlay, begin)
     own = next((i for i, w in enumerate(windows) if w.name == overlay.name), len(windows))
     windows = windows[:own]
     others = [w for w in windows if w.priority >= overlay.priority]
