@@ -38,8 +38,9 @@ _START_S = 30.0
 """How long a shim may take to report; it takes some ms, and seconds on a box that swaps."""
 _LINGER_S = 0.5
 """What the others get when the leader ended by itself: resource trackers unlink /dev/shm files only then."""
-_LOOK_S = 0.005
-"""Between two looks for that lock, or for the record of a shim that an earlier daemon spawned."""
+_LOOKS_S = (0.0002, 0.005)
+"""Between two looks for that lock, or for the record of a shim that an earlier daemon spawned: first and longest, they
+double. The shim of a predecessor mostly leaves in the very millisecond in which its end is seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class ProcessActor:
         group = cgroup.path_in(self._groups_in, launch.incarnation) if self._groups_in is not None else None
         order = _encode_order(launch, self._state, self._boot_id, group)
         deadline = self._clock.now().plus(_LOCK_S)
+        pause_s, longest_s = _LOOKS_S
         while True:
             if (self._state.run / launch.incarnation).exists():  # looked for before each try: a twin call may be first
                 await self._join_start(launch)
@@ -111,7 +113,8 @@ class ProcessActor:
                     f"{launch.subject}: already running, or its predecessor is still ending",
                     hint=f"reconciler explain {launch.subject}",
                 )
-            await self._clock.sleep(_LOOK_S)
+            await self._clock.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
         ready = self._spawn(launch, group, order, lock)
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
@@ -138,7 +141,7 @@ class ProcessActor:
                 )
             if self._clock.now().since(deadline) > 0:
                 raise ActError(f"{launch.subject}: its shim has not reported for {_START_S:.0f} s")
-            await self._clock.sleep(_LOOK_S)
+            await self._clock.sleep(_LOOKS_S[1])
 
     def _is_recorded(self, incarnation: str) -> bool:
         records = incarnations.read(self._state.run / incarnation)

@@ -40,6 +40,8 @@ import sys
 import time
 
 _PR_SET_CHILD_SUBREAPER = 36
+_CLONE3 = 435  # as on every architecture
+_CLONE_INTO_CGROUP = 1 << 33
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _GIVEN = 3  # descriptors with each message: order, lock, ready
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
@@ -71,8 +73,7 @@ def main() -> int:
         if not message:
             return 0
         if len(descriptors) == _GIVEN:
-            order, _, ready = descriptors  # the lock stays open in the shim, which is all that is done with it
-            fork_shim(control, order, ready)
+            fork_shim(control, *descriptors)
         for fd in descriptors:
             os.close(fd)
 
@@ -87,7 +88,7 @@ def receive(control: _socket.socket) -> tuple[bytes, list[int]]:
     return message, found
 
 
-def fork_shim(control: _socket.socket, order: int, ready: int) -> None:
+def fork_shim(control: _socket.socket, order: int, lock: int, ready: int) -> None:
     """One shim, in a session of its own."""
     try:
         shim = os.fork()
@@ -102,13 +103,13 @@ def fork_shim(control: _socket.socket, order: int, ready: int) -> None:
         os.setsid()
         os.dup2(order, 0)
         os.close(order)
-        code = supervise(ready)
+        code = supervise(lock, ready)
     finally:
         os._exit(code)
 
 
-def supervise(ready: int) -> int:
-    """Start the leader, say so, stay."""
+def supervise(lock: int, ready: int) -> int:
+    """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
         leader, folder_fd, log_bytes = start()
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
@@ -117,6 +118,7 @@ def supervise(ready: int) -> int:
     os.close(ready)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _WAKERS)  # blocked, they stay pending until waited for
     watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd))
+    os.close(lock)
     return 0
 
 
@@ -132,10 +134,11 @@ def start() -> tuple[int, int, int]:
 
     gate_out, gate_in = os.pipe()
     failure_out, failure_in = os.pipe()
-    leader = os.fork()
+    leader, born_in_group = fork_leader(group)
     if leader == 0:
         os.close(gate_in)
-        become_leader(gate_out, failure_in, folder_fd, log_fd, group, cwd, user, argv, environment)
+        to_join = b"" if born_in_group else group
+        become_leader(gate_out, failure_in, folder_fd, log_fd, to_join, cwd, user, argv, environment)
     os.close(gate_out)
     os.close(failure_in)
     own = os.getpid()
@@ -160,6 +163,27 @@ def start() -> tuple[int, int, int]:
         os.waitpid(leader, 0)
         write_record(folder_fd, "exit.json", f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}')
     return leader, folder_fd, int(log_bytes)
+
+
+def fork_leader(group: bytes) -> tuple[int, bool]:
+    """As os.fork, into the control group if the kernel can (CLONE_INTO_CGROUP, Linux 5.7); whether it did.
+
+    To move there afterwards is to wait for the whole kernel, 5 to 20 ms (a grace period of RCU). What os.fork does
+    besides is for threads, of which a shim has none; the GIL stays held over the call, by the child as well (PyDLL).
+    """
+    if group:
+        libc = ctypes.PyDLL(None, use_errno=True)
+        try:
+            folder = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return os.fork(), False
+        # clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, its size, tls, set_tid, its size, cgroup
+        clone_args = (ctypes.c_uint64 * 11)(_CLONE_INTO_CGROUP, 0, 0, 0, _signal.SIGCHLD, 0, 0, 0, 0, 0, folder)
+        leader = int(libc.syscall(_CLONE3, clone_args, ctypes.sizeof(clone_args)))
+        os.close(folder)
+        if leader >= 0:
+            return leader, True
+    return os.fork(), False
 
 
 def become_reaper(log_fd: int) -> None:
@@ -214,7 +238,7 @@ def become_leader(
             if number not in (_signal.SIGKILL, _signal.SIGSTOP):
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        join_group(group)  # before the gate: it may take some ms, and the record is written meanwhile
+        join_group(group)  # before the gate: the record is written meanwhile
         if os.read(gate, 1) == b"1":
             become_user(user)
             os.chdir(cwd)  # as that user: it need not reach what root may

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, PATIENT, Nursery, is_running, program, until
 
 from reconciler import cgroup
+from reconciler.act import shim
 from reconciler.act.account import find_account
 from reconciler.clock import SystemClock
 from reconciler.identity import read_marker
@@ -367,3 +369,34 @@ def test_a_group_is_found_by_what_the_kernel_says(
 ) -> None:
     monkeypatch.setattr(cgroup, "_read", {"/proc/7/cgroup": own, "/proc/self/mountinfo": mounts}.__getitem__)
     assert cgroup.of_process(7) == found
+
+
+def fork_leader(group: str) -> str:
+    """What the way in which shims fork says, in a process with one thread, as a shim has: where, and whether born."""
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(Path(shim.__file__).parent)!r}); import shim;"
+        "pid, born = shim.fork_leader(os.fsencode(sys.argv[1]));"
+        "text = open('/proc/self/cgroup').read();"
+        "(print(text, flush=True), os._exit(0)) if pid == 0 else (os.waitpid(pid, 0), print(born))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, group], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_leader_is_born_in_its_group_and_nothing_has_to_be_moved(control_groups: str) -> None:
+    """To move it there takes the kernel 5 to 20 ms, which every start would wait for."""
+    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    if release < (5, 7):
+        pytest.skip("Linux 5.7 is the first that can")
+    group = cgroup.path_in(control_groups, "born")
+    Path(group).mkdir()
+    try:
+        said = fork_leader(group)
+    finally:
+        cgroup.remove(group, "born")
+    assert Path(group).name in said
+    assert said.endswith("True\n")
+
+
+def test_where_no_child_can_be_born_in_a_group_it_is_forked_as_ever(tmp_path: Path) -> None:
+    assert fork_leader(str(tmp_path / "no group")).endswith("False\n")

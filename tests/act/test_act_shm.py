@@ -66,7 +66,7 @@ def stranger(name: str) -> Path:
 def end(nursery: Nursery, incarnation: str) -> None:
     """kill -9 of all of it, its resource tracker included, and its records put away."""
     nursery.run(nursery.actor().ensure_killed(incarnation))
-    archive(nursery.state, incarnation)
+    archive(nursery.state, incarnation, keep=20)
 
 
 def swept(nursery: Nursery) -> dict[str, str | None]:

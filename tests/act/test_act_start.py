@@ -364,7 +364,8 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
     if supervisor == 0:
         shim.write_record = kill_once_recorded
         os.dup2(order, 0)
-        os._exit(shim.supervise(os.open("/dev/null", os.O_WRONLY)))
+        null = os.open("/dev/null", os.O_WRONLY)
+        os._exit(shim.supervise(os.dup(null), null))
     os.close(order)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
     assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL
