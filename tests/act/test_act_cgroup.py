@@ -52,13 +52,19 @@ def groups_in(control_groups: str) -> str:
 def escaped(nursery: Nursery) -> Iterator[tuple[str, int]]:
     """An incarnation, and a process of it that nothing leads to once shim and leader are killed, as they are here."""
     incarnation, pid = start_escaping(nursery)
-    for victim in (nursery.run_record(incarnation).shim_pid, nursery.run_record(incarnation).pid):
-        os.kill(victim, signal.SIGKILL)
-        until(lambda v=victim: not is_running(v))
+    kill_shim(nursery, incarnation)
+    os.kill(nursery.run_record(incarnation).pid, signal.SIGKILL)
+    until(lambda: not is_running(nursery.run_record(incarnation).pid))
     assert is_running(pid)
     yield incarnation, pid
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def kill_shim(nursery: Nursery, incarnation: str) -> None:
+    shim = nursery.run_record(incarnation).shim_pid
+    os.kill(shim, signal.SIGKILL)
+    until(lambda: not is_running(shim))
 
 
 def start_escaping(nursery: Nursery) -> tuple[str, int]:
@@ -136,7 +142,7 @@ signal.pause()
     below.mkdir()
     (child,) = nursery.members(incarnation) - {nursery.run_record(incarnation).pid}
     (below / "cgroup.procs").write_text(str(child))
-    os.kill(nursery.run_record(incarnation).shim_pid, signal.SIGKILL)
+    kill_shim(nursery, incarnation)
     assert child in nursery.members(incarnation)
     nursery.run(nursery.actor().ensure_stopped(incarnation, PATIENT))
     assert not is_running(child)
@@ -159,7 +165,7 @@ def test_a_tree_that_forks_without_end_is_outrun_without_its_shim(
 ) -> None:
     if not able:
         monkeypatch.setattr(cgroup, "kill", lambda *_: frozenset())
-    os.kill(nursery.run_record(tree_forking_without_end).shim_pid, signal.SIGKILL)
+    kill_shim(nursery, tree_forking_without_end)
     nursery.run(nursery.actor().ensure_killed(tree_forking_without_end))
     assert not who_is_in(nursery.group(tree_forking_without_end))
 
