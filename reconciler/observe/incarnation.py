@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cache
 
+from reconciler import cgroup
 from reconciler.census import members
 from reconciler.clock import Clock, Instant
 from reconciler.identity import boot_id, is_alive
@@ -168,7 +169,9 @@ class IncarnationReader:
             return () if phase == "vanished" else None
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
-            if not shim_lives and is_over(records.path):  # 1
+            group = records.intent.group if isinstance(records.intent, Intent) else None
+            peopled = group is not None and bool(cgroup.pids(group, records.id))
+            if not shim_lives and not peopled and is_over(records.path):  # 1
                 memory.over = True
                 return ()
             if not shim_lives and memory.swept is not None:  # 4
@@ -182,7 +185,7 @@ class IncarnationReader:
                 session_id=run.session_id,
                 shim_pid=run.shim_pid,
                 shim_start_ticks=run.shim_start_ticks,
-                group=records.intent.group if isinstance(records.intent, Intent) else None,
+                group=group,
             )
         except OSError:  # 2
             return None

@@ -150,6 +150,29 @@ signal.pause()
     assert not Path(group).exists()
 
 
+def test_who_was_put_into_a_group_from_outside_ends_with_it_also_after_its_tree_is_over(
+    nursery: Nursery, obedient_process: str
+) -> None:
+    guest = subprocess.Popen(("sleep", "600"))
+    try:
+        group = nursery.group(obedient_process)
+        assert group is not None
+        Path(group, "cgroup.procs").write_text(str(guest.pid))
+        run = nursery.run_record(obedient_process)
+        os.kill(run.pid, signal.SIGTERM)
+        until(lambda: not is_running(run.shim_pid), "the shim to see its tree over")
+        reader = ProcessReader(nursery.state, SystemClock())
+        (seen,) = reader.read()
+        assert seen.strays == (guest.pid,)
+        nursery.run(nursery.actor().ensure_stopped(obedient_process, PATIENT))
+        assert guest.wait(10) == -signal.SIGKILL
+        (seen,) = reader.read()
+        assert not seen.alive
+    finally:
+        guest.kill()
+        guest.wait()
+
+
 def test_a_frozen_group_ends_all_the_same(nursery: Nursery) -> None:
     incarnation = nursery.started(IGNORING_SIGTERM)
     group = nursery.group(incarnation)

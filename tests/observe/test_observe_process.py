@@ -177,6 +177,7 @@ def test_a_leader_that_took_the_record_of_its_run_back_never_started(cradle, rea
     (state.run / incarnation / "run.json").unlink()
     os.kill(run.pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(run.pid, run.start_ticks), "its end")
+    wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim to let go of the lock")
     (seen,) = reader.read()
     assert (seen.phase, seen.pid, seen.strays) == ("vanished", None, ())
 
