@@ -178,8 +178,10 @@ async def _run(notifier: Notifier, message: Message, inherited: Mapping[str, str
     except TimeoutError:
         raise ActError(f"{command[0]} did not end within {COMMAND_TIMEOUT_S:g} s and was killed") from None
     finally:
-        # not waited for yet, so the number is still its own, dead or alive
-        with suppress(ProcessLookupError, PermissionError):
+        # ChildProcessError: it was collected by the kernel, as happens where SIGCHLD is ignored, and its number may be
+        # another's. Otherwise it was not waited for yet, so the number is still its own, dead or alive.
+        with suppress(ProcessLookupError, PermissionError, ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # noqa: ASYNC222 - WNOHANG
             os.killpg(process.pid, signal.SIGKILL)
         code = await asyncio.to_thread(process.wait)
     if code != 0:
@@ -205,7 +207,10 @@ def _spawn(command: list[str], body: bytes, environment: Mapping[str, str]) -> s
 async def _ended(pid: int) -> None:
     """Wait until a child of ours has ended; it stays to be waited for."""
     running, ended = asyncio.get_running_loop(), asyncio.Event()
-    descriptor = os.pidfd_open(pid)
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:  # the kernel has collected it already
+        return
     try:
         running.add_reader(descriptor, ended.set)
         await ended.wait()

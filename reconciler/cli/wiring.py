@@ -271,6 +271,7 @@ def run_daemon(options: Options) -> int:
     async def serve() -> None:
         with _daemon(options) as daemon:
             running = asyncio.get_running_loop()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it would have exit codes thrown away
             for number in (signal.SIGTERM, signal.SIGINT):
                 running.add_signal_handler(number, daemon.stop)
             running.add_signal_handler(signal.SIGHUP, daemon.look_again)

@@ -84,7 +84,7 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, Notice | None]:
         StateError: the directory or file cannot be written, is full, or is held by another writer.
     """
     with errors_explained(path, "open"):
-        _refuse_links(path)
+        _refuse_odd_files(path)
         if not path.exists():
             notice = None  # 1
             log = _companion(path, "-wal")
@@ -122,7 +122,7 @@ def open_reader(path: Path) -> sqlite3.Connection:
         StateError: not readable by this user, damaged, or of a schema that this program does not know.
     """
     with errors_explained(path, "read"):
-        _refuse_links(path)
+        _refuse_odd_files(path)
         try:
             path.stat()
         except FileNotFoundError:
@@ -349,11 +349,14 @@ def _create(path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def _refuse_links(path: Path) -> None:
+def _refuse_odd_files(path: Path) -> None:
     """SQLite follows a link in the place of its file, and would write to where it leads."""
     for file in (path, *(_companion(path, suffix) for suffix in _COMPANIONS)):
-        if file.is_symlink():
-            raise OSError(errno.ELOOP, f"{file.name} is a symbolic link")
+        with suppress(FileNotFoundError):
+            mode = file.lstat().st_mode
+            if not stat.S_ISREG(mode):
+                what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+                raise OSError(errno.EINVAL, f"{file.name} is {what}")
 
 
 def _make_private(path: Path) -> None:

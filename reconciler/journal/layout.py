@@ -250,7 +250,7 @@ def is_locked(path: Path) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         yield None
         return

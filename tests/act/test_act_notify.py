@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -160,6 +161,21 @@ def test_a_command_that_fails_is_told() -> None:
         send(notifier(command=(sys.executable, "-c", "raise SystemExit(3)")))
     with pytest.raises(ActError, match="cannot be started"):
         send(notifier(command=("/no/such/program",)))
+
+
+def test_the_number_of_a_command_that_the_kernel_collected_is_not_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SIGCHLD is ignored children are collected at once, and their numbers given away."""
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _number: signalled.append(group))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        for script in ("pass", "import time; time.sleep(0.2)"):
+            send(notifier(command=(sys.executable, "-I", "-S", "-c", script)))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert signalled == []
+    send(notifier(command=(sys.executable, "-I", "-S", "-c", "pass")))
+    assert len(signalled) == 1, "its group may hold others that it left behind"
 
 
 def test_a_command_that_hangs_ends_with_everything_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

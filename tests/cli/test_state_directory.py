@@ -17,7 +17,7 @@ from reconciler.clock import SystemClock
 from reconciler.errors import ReconcilerError, StateError
 from reconciler.journal.incarnations import lock_path
 from reconciler.journal.journal import Journal
-from reconciler.journal.layout import StateDir, acquire_writer, take_lock
+from reconciler.journal.layout import StateDir, acquire_writer, is_locked, take_lock, writer
 from reconciler.loop.control import ControlServer
 from reconciler.plan.ledger import Ledger
 
@@ -143,6 +143,25 @@ def test_a_journal_behind_a_link_is_told_to_whom_it_may_concern(tmp_path: Path) 
         Journal.open(state.journal, SystemClock())
     with pytest.raises(StateError, match=r"journal\.sqlite is a symbolic link"):
         Journal.open_readonly(state.journal)
+
+
+@pytest.mark.parametrize("name", ["daemon.lock", "journal.sqlite", "journal.sqlite-wal", "locks/endpoint-one.lock"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    state = StateDir(tmp_path / "state")
+    state.ensure()
+    os.mkfifo(state.path / name)
+    if "lock" in name:
+        with pytest.raises(OSError, match="no file of its own"):
+            take_lock(state.path / name)
+        is_locked(state.path / name)
+        writer(state)
+    else:
+        for open_it in (
+            lambda: Journal.open(state.journal, SystemClock()),
+            lambda: Journal.open_readonly(state.journal),
+        ):
+            with pytest.raises(StateError, match=f"{state.path / name}".rpartition("/")[2] + " is no regular file"):
+                open_it()
 
 
 # ---------------------------------------------------------------- who else may write
