@@ -78,6 +78,8 @@ def _judge(
         return ("failed", record.failed, None, None) if record.failed else ("stopped", "", None, None)
     if current.phase == "unknown" or current.strays is None:
         return "unknown", "its process could not be verified", None, None  # 1
+    if current.undying_since is not None:
+        return "stopping", "it was killed and does not end: the kernel waits for something", None, None  # 2
     if current.stop is not None:
         return "stopping", "", None, None  # 2
     if current.phase in ("exited", "vanished"):

@@ -208,8 +208,9 @@ def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
         state = "failed" if draft.records[name].failed else "pending"
     holders = sorted(draft.evicted_from(name))
     reason = standing.reason
-    if standing.current is not None and standing.current.id in draft.leaving:
-        reason = draft.leaving[standing.current.id].reason
+    current = standing.current
+    if current is not None and current.id in draft.leaving and current.undying_since is None:
+        reason = draft.leaving[current.id].reason
     elif name in draft.naps and holders:
         reason = asleep_for(holders, draft.naps[name])
     elif blocked is not None:

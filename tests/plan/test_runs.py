@@ -172,6 +172,7 @@ def test_a_killed_process_that_lives_on_quarantines_its_gpu_and_holds_up_nobody_
     decided, _ = run.step()
     assert list(decided.ledger.quarantines) == [uuid(0)]
     assert decided.ledger.quarantines[uuid(0)].reason == "a does not end, 60 s after it was killed"
+    assert decided.endpoints["a"].reason == "it was killed and does not end: the kernel waits for something"
     assert run.plant.is_ready("b")
     blocked = {b.subject.name: b.reason for b in run.decide().blocked}
     assert blocked["c"] == "Quarantined"
