@@ -42,8 +42,7 @@ def run(ctx: typer.Context) -> int:
     options = face.options
     path, state = wiring.setpoints_path(options), wiring.state_dir(options).path
     face.note(f"reconciler: pid {os.getpid()}, set points {path}, state {state}")
-    if os.geteuid() == 0:
-        face.note("warning: running as root: so does every endpoint and workload that has no `user:`")
+    face.warn_of_root()
     return wiring.run_daemon(options)
 
 
@@ -99,6 +98,7 @@ def clean_start(
         if dry_run:
             return 0
         face.confirm("End these and start afresh?", yes=yes)
+    face.warn_of_root()
     with Progress(face) as progress:
         done = wiring.converge(
             face.options,

@@ -78,6 +78,11 @@ class Face:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
+    def warn_of_root(self) -> None:
+        """Where this process is root's, say whose everything will be that it starts."""
+        if os.geteuid() == 0:
+            self.note("warning: running as root: so does every endpoint and workload that has no `user:`")
+
     def confirm(self, question: str, *, yes: bool) -> None:
         """Go on only with a yes; without a terminal there is nobody to ask, and the command itself was the yes.
 

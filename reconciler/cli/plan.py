@@ -130,6 +130,7 @@ def apply(
             _print_plan(face, seen)
             if _pending(seen.plan):
                 face.confirm("Carry this out?", yes=yes)
+    face.warn_of_root()
     with Progress(face) as progress:
         done = wiring.converge(
             face.options, "apply", timeout_s=timeout.value if timeout else None, progress=progress.show

@@ -96,3 +96,12 @@ def test_a_daemon_introduces_itself_ends_on_ctrl_c_and_leaves_without_a_tracebac
     process.send_signal(2)
     assert process.wait(20) == 0
     assert b"Traceback" not in process.stderr.read()
+
+
+def test_whoever_starts_things_as_root_is_told_whose_they_will_be(desk):
+    desk.write("setpoints.yaml", "version: 1\nnode: {name: desk}\n")
+    for words in (("apply", "--yes"), ("clean-start", "--yes")):
+        said = desk.run(*words).stderr
+        assert ("running as root: so does every endpoint" in said) is (os.geteuid() == 0)
+    assert "running as root" not in desk.run("down").stderr
+    assert "running as root" not in desk.run("plan").stderr

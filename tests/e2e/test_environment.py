@@ -37,7 +37,7 @@ def test_a_child_finds_what_the_page_lists_and_nothing_else(box: Box, monkeypatc
     names, families = listed()
     passed = (names | PROXIES) - {"PATH", "HOME", "LD_LIBRARY_PATH"} | {f"{family}SOMETHING" for family in families}
     kept = {
-        "HF_TOKEN", "SSH_AUTH_SOCK", "PYTHONPATH", "PYTHONSTARTUP", "DBUS_SESSION_BUS_ADDRESS", "MAIL", "OLDPWD",
+        "HF_TOKEN", "SSH_AUTH_SOCK", "PYTHONSTARTUP", "DBUS_SESSION_BUS_ADDRESS", "MAIL", "OLDPWD",
         "CUDA_LAUNCH_BLOCKING", "KUBECONFIG", "SUDO_USER", "VIRTUAL_ENV", "RECONCILER_SETPOINTS_OF_OLD", "LS_COLORS",
         *(f"{family}{word}" for family in families for word in ("API_KEY", "TOKEN", "SECRET", "PASSWORD")),
     }  # fmt: skip
