@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
@@ -65,6 +65,9 @@ class Pricing:
         self._lawful = lawful
         self._rights: dict[tuple[str, str], bool] = {}
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
+        self._several = len(wishes) > 1
+        self._untouched: dict[tuple[str, int, str], tuple[list[Victims], bool]] = {}
+        """Wish, need and GPU → openings, as long as nobody else was seated and nothing decided on this GPU."""
 
     def prices(self, wish: Wish, need: Need, branch: Branch) -> dict[str, Cost]:
         """What each GPU that can be had costs at the least, in parts of `SCALE`; in NVML order.
@@ -72,14 +75,13 @@ class Pricing:
         A GPU on which nothing makes room now will not have any further down: a branch only takes and never gives. On a
         fleet only those are looked at closely that may be among the cheapest.
         """
-        base = replace(branch, cost=self.levels.zero)
         prices: dict[str, Cost] = {}
         candidates = self.candidates(need)
         if len(candidates) <= CLOSELY:
             for gpu in candidates:
                 ways = self.openings(wish, need, gpu, branch)
                 if ways:
-                    prices[gpu] = min(self._at_least(wish, need, gpu, way, base) for way in ways)
+                    prices[gpu] = self._least(wish, need, gpu, ways, branch)
             return prices
         for gpu in candidates:
             room = self.room(wish, need, gpu, branch)
@@ -90,7 +92,7 @@ class Pricing:
             if len(cheapest) >= need.count and prices[gpu] > cheapest[need.count - 1]:
                 break
             ways = self.openings(wish, need, gpu, branch)
-            prices[gpu] = min(self._at_least(wish, need, gpu, way, base) for way in ways)
+            prices[gpu] = self._least(wish, need, gpu, ways, branch)
             insort(cheapest, prices[gpu])
         return prices
 
@@ -132,22 +134,21 @@ class Pricing:
             self._laws[key] = self._lawful(victims, seated)
         return self._laws[key]
 
-    def ways(self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], branch: Branch) -> list[Branch]:
-        """Every lawful way to take one more GPU."""
-        found = []
-        for extra in self.openings(wish, need, gpu, branch):
+    def ways(self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], branch: Branch) -> Iterator[Branch]:
+        """Every lawful way to take one more GPU, the cheapest first; each is made when it is asked for."""
+        grown = [
+            (*self._grown(wish, need, gpu, chosen, extra, branch), extra)
+            for extra in self.openings(wish, need, gpu, branch)
+        ]
+        held = (*branch.taken.get(gpu, ()), (wish.key, Hold(need.memory_bytes[gpu], need.exclusive)))
+        for cost, delays, extra in sorted(grown, key=lambda way: way[0]):
             victims = branch.victims | extra
             if extra and not self.is_lawful(victims, branch.seated):
                 continue
-            cost, delays = self._grown(wish, need, gpu, chosen, extra, branch)
-            held = (*branch.taken.get(gpu, ()), (wish.key, Hold(need.memory_bytes[gpu], need.exclusive)))
-            found.append(
-                replace(
-                    branch, cost=cost, victims=victims, gone=branch.gone | extra, delays=delays,
-                    taken={**branch.taken, gpu: held}, by={**branch.by, **dict.fromkeys(extra, wish.key)},
-                )
+            yield replace(
+                branch, cost=cost, victims=victims, gone=branch.gone | extra, delays=delays,
+                taken={**branch.taken, gpu: held}, by={**branch.by, **dict.fromkeys(extra, wish.key)},
             )  # fmt: skip
-        return found
 
     def room(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> Room | None:
         """What would have to leave one GPU; None: nothing makes room there."""
@@ -158,10 +159,15 @@ class Pricing:
                 return None
             there = held.memory_bytes if held is not None else 0
             return NOBODY if need.memory_bytes[gpu] + there <= size else None
-        staying = [t for t in self._board.on(gpu) if t.key not in branch.gone]
-        movable = [t for t in staying if self.may(wish, t) and not _delays(t, wish, branch)]
-        fixed = [t.holds[gpu] for t in staying if t not in movable] if len(movable) < len(staying) else []
-        fixed += [hold for _, hold in branch.taken.get(gpu, ())]
+        movable: list[Tenant] = []
+        fixed = [hold for _, hold in branch.taken.get(gpu, ())]
+        for tenant in self._board.on(gpu):
+            if tenant.key in branch.gone:
+                continue
+            if self.may(wish, tenant) and not (branch.taken and _delays(tenant, wish, branch)):
+                movable.append(tenant)
+            else:
+                fixed.append(tenant.holds[gpu])
         wanted, capacity = need.memory_bytes[gpu], self._board.capacity[gpu]
         if wanted > capacity or any(h.exclusive for h in fixed) or (need.exclusive and fixed):
             return None
@@ -176,30 +182,54 @@ class Pricing:
 
     def openings(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> list[Victims]:
         """The inclusion-minimal further victims that make room on one GPU; empty when nothing does."""
+        if (
+            gpu in branch.taken
+            or any(t.key in branch.gone for t in self._board.on(gpu))
+            or (branch.taken and self._several)
+        ):
+            found, all_seen = self._openings(wish, need, gpu, branch)
+        else:  # as if nothing had been decided yet
+            key = wish.key, id(need), gpu
+            if key in self._untouched:
+                self.steps += 1
+            else:
+                self._untouched[key] = self._openings(wish, need, gpu, branch)
+            found, all_seen = self._untouched[key]
+        if not all_seen:
+            self.miss(branch.cost)
+        return found
+
+    def _openings(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> tuple[list[Victims], bool]:
+        """The same, and whether they are all: no more than `MOST_SETS` are looked at."""
         room = self.room(wish, need, gpu, branch)
         if room is None or room.missing <= 0:
-            return [] if room is None else [room.must]
-        return [room.must | group for group in self._minimal(room.shared, gpu, room.missing, branch)]
+            return ([] if room is None else [room.must]), True
+        sets = [room.must.union(keys) for keys in islice(minimal_sets(room.shared, gpu, room.missing), MOST_SETS + 1)]
+        return sets[:MOST_SETS], len(sets) <= MOST_SETS
 
-    def _minimal(self, shared: list[Tenant], gpu: str, missing: int, branch: Branch) -> list[Victims]:
-        found = [frozenset(keys) for keys in islice(minimal_sets(shared, gpu, missing), MOST_SETS + 1)]
-        if len(found) > MOST_SETS:
-            self.miss(branch.cost)
-        return found[:MOST_SETS]
-
-    def _at_least(self, wish: Wish, need: Need, gpu: str, way: Victims, branch: Branch) -> Cost:
-        """What taking this GPU this way adds at the least to a branch of cost 0, in parts of `SCALE`.
+    def _least(self, wish: Wish, need: Need, gpu: str, ways: Sequence[Victims], branch: Branch) -> Cost:
+        """What taking this GPU in the cheapest of these ways adds at the least to a branch, in parts of `SCALE`.
 
         A victim that holds several GPUs is paid for in equal parts on each; left out are delay and topology.
         """
-        several = [t for key in way if len((t := self._board.tenants[key]).holds) > 1]
-        alone = way.difference(t.key for t in several)
-        cost = [SCALE * part for part in self._grown(wish, need, gpu, (), alone, branch)[0]]
-        cost[DELAY] = 0
-        for tenant in several:
-            cost[self.levels.victim(wish.key, tenant.priority)] += SCALE // len(tenant.holds)
-            cost[LOST] += SCALE * tenant.lost_ms // len(tenant.holds)
-        return tuple(cost)
+        board, fresh = self._board, gpu not in branch.taken
+        base = list(self.levels.zero)
+        base[MOVES] = SCALE * (bool(need.prefer) and gpu not in need.prefer)
+        base[CONTESTED] = SCALE * (board.contested.get(gpu, 0) if need.count != len(need.candidates) else 0)
+        free = board.capacity[gpu] - sum(t.holds[gpu].memory_bytes for t in board.on(gpu) if t.key not in branch.gone)
+        costs = []
+        for way in ways:
+            cost, freed = base.copy(), 0
+            for tenant in (board.tenants[key] for key in way):
+                parts, size = len(tenant.holds), tenant.holds[gpu].memory_bytes
+                cost[self.levels.victim(wish.key, tenant.priority)] += SCALE // parts
+                cost[LOST] += SCALE * tenant.lost_ms // parts
+                if parts == 1:
+                    freed += size
+                    cost[BROKEN] += 0 if fresh else SCALE * (size >> 20)
+            cost[BROKEN] += SCALE * ((free + freed) >> 20) if fresh else 0
+            costs.append(cost)
+        return tuple(min(costs))
 
     def _grown(
         self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], extra: Victims, branch: Branch

@@ -206,10 +206,13 @@ class _Search(Pricing):
                 continue
             tried.add(alike)
             rest = gang.at_least(next_position + 1, missing - 1)
-            for way in sorted(self.ways(wish, need, gpu, chosen, branch), key=lambda b: b.cost):
+            for way in self.ways(wish, need, gpu, chosen, branch):
+                so_far = add(way.cost, later)
+                if self.best is not None and so_far >= self.best.cost:
+                    break  # those that follow cost more
                 now = (*chosen, gpu)
                 at_least = add(self._paid(wish, gang, now, way, later), rest)
-                if not self._cut(max(whole(at_least), add(way.cost, later))):
+                if not self._cut(max(whole(at_least), so_far)):
                     self._choose(index, needs, gang, next_position + 1, now, way, later)
 
     def _paid(self, wish: Wish, gang: Gang, chosen: tuple[str, ...], branch: Branch, later: Cost) -> Cost:
