@@ -1,37 +1,52 @@
 """What an eviction costs, by how the victim gives way, over makespans from half a minute to eight hours.
 
-The planner decides as it does for a daemon; a plant on a virtual clock carries it out, with the times below.
+Twice, and side by side. *Decided*: the planner decides for a plant on a virtual clock, with the times below.
+*Measured*: the installed program evicts a real process on the simulated node, an engine that takes a tenth of these
+times, and what is measured is told ten times as long. The work is a second long there, whatever its makespan says: how
+the victim gives way is decided by the makespan, and what that costs beyond the work does not depend on how long it
+really takes. One run measures half a minute in full, to show so.
+
 Two figures for each overlay: how much longer than the work the victim was away, and how long the GPU did nothing for
-either. usage: python benchmarks/eviction.py [--svg FILE]
+either. usage: python benchmarks/eviction.py [--svg FILE] [--decided-only]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 
+import stage
+import yaml
 from builders import endpoint, overlay, spec
 from plant import Behaviour, Plant, Run
 
+from reconciler.journal.reader import JournalEvent, JournalReader
 from reconciler.plan import naps
 from reconciler.plan.actions import Plan
 from reconciler.spec.spec import Evict, Stop
 from reconciler.units import GIB
 
+NAPPER = Path(__file__).resolve().with_name("napper.py")
 LOAD_S = 98.0
 """A cold start of 235B on four A100 (published); 38 s for 0.6B, 240 s for 70B from a slow disk."""
 WAKE_S = {1: 6.0, 2: 0.4 * LOAD_S}
 """Level 1: the slowest that was published (0.3-6 s). Level 2: the profile's guess, nobody published it."""
 SLEEP_S = {1: 5.0, 2: 2.0}
-"""The profile's guesses."""
+"""Guesses, like the profile's: nobody published them."""
 STOP_S, MEMORY_S = 0.9, 1.5
 """Measured on vLLM 0.32: SIGTERM to exit while idle; the driver gives memory back within 1.5 s."""
 MAKESPANS = (30.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 4 * 3600.0, 8 * 3600.0)
+SCALE = 0.1
+"""Of the engine's times on the simulated node."""
+WORK_S = 1.0
+"""Real seconds of work there."""
 WAYS = {
     "stop": Evict("stop"),
     "sleep 1": Evict("sleep", 1, 10 * GIB),
@@ -84,6 +99,118 @@ def measure(way: str, makespan_s: float) -> Clocked:
     assert run.ledger.overlays["render"].state == "done"
     assert run.plant.is_ready("ask")
     return seen
+
+
+# ---------------------------------------------------------------- on the simulated node
+
+
+def prepare(one: stage.Box, way: str) -> None:
+    """One GPU that gives memory back late, and one endpoint on it that gives way like this."""
+    node = one.root / "node.yaml"
+    node.write_text(f"gpus: [{{name: Card, memory: 80GiB, count: 1}}]\nrelease_delay: {MEMORY_S * SCALE:.3f}s\n")
+    one.node = str(node)
+    times = [LOAD_S, STOP_S, SLEEP_S[1], WAKE_S[1], SLEEP_S[2], WAKE_S[2]]
+    calls = {n: {"sleep": [{"path": f"/sleep?level={n}"}], "wake": [{"path": "/wake_up"}]} for n in (1, 2)}
+    one.spec["engines"] = {
+        "napper": {
+            "executable": sys.executable,
+            "args": [str(NAPPER), "{port}", "60", *(f"{seconds * SCALE:.3f}" for seconds in times)],
+            "load": f"{LOAD_S * SCALE:.3f}s",
+            "residual": "1536MiB",
+            "sleep": {
+                "check": {"path": "/is_sleeping", "field": "is_sleeping"},
+                "level_1": calls[1],
+                "level_2": calls[2],
+            },
+        }
+    }
+    asked = WAYS[way]
+    one.spec["policy"] = {"max_evictions_per_hour": 1000, "min_ready": "0s"}
+    one.spec["endpoints"]["ask"] = {
+        "engine": "napper",
+        "model": "m",
+        "port": stage.free_port(),
+        "gpus": [0],
+        "memory": "60GiB",
+        "priority": 100,
+        "evict": {"method": asked.method, "level": asked.level, "weights": "1MiB"},
+        "health": {"interval": "200ms"},
+        "stop": {"drain": "0s"},
+    }
+    one.write()
+
+
+def evict(one: stage.Box, name: str, makespan_s: float, work_s: float) -> Clocked:
+    """One overlay of this makespan on the running box; what it cost, in the seconds of the virtual clock."""
+    body = {
+        "version": 1,
+        "priority": 600,
+        "allow_baseline_eviction": True,
+        "makespan": {"duration": f"{makespan_s:g}s"},
+        "gpus": [0],
+        "memory": "60GiB",
+        "workload": {"command": ["sleep", f"{work_s:.3f}"]},
+    }
+    dropped = time.time()
+    path = one.root / "overlays" / f"{name}.yaml"
+    draft = path.with_name(f".{name}")
+    draft.write_text(yaml.safe_dump(body))
+    draft.chmod(0o644)
+    draft.rename(path)
+
+    def told(subject: str, *kinds: str) -> list[JournalEvent]:
+        with JournalReader.open_readonly(one.root / "state" / "journal.sqlite") as journal:
+            return [e for e in journal.events(subject=subject, limit=1000) if e.kind in kinds]
+
+    stage.wait_for(lambda: told(name, "done", "failed"), f"{name} is over", poll_s=0.05)
+    with JournalReader.open_readonly(one.root / "state" / "journal.sqlite") as journal:
+        ran = next(span for span in journal.ledger().overlays[name].spans if span.part == "run")
+    begun, ended = ran.began.wall, ran.began.wall + (ran.actual_s or 0.0)
+    away = next(e.wall for e in told("ask", "evicted") if e.wall >= dropped)
+    back = told("ask", "healthy")[-1].wall
+    slept = [e.message for e in told("ask", "nap.slept") if e.wall >= away]
+    level = int(slept[0].split("level ")[1][0]) if slept else None
+    beyond = (back - away - (ended - begun)) / SCALE
+    return Clocked(away_s=makespan_s + beyond, idle_s=(begun - away + back - ended) / SCALE, level=level)
+
+
+def on_the_node() -> dict[tuple[str, float], list[Clocked]]:
+    """Each way three times, what is chosen once at each makespan, and half a minute in full."""
+    found: dict[tuple[str, float], list[Clocked]] = {}
+    for way in WAYS:
+        runs = [(makespan, WORK_S) for makespan in MAKESPANS] if way == "chosen" else [(MAKESPANS[0], WORK_S)] * 3
+        if way == "sleep 1":
+            runs.append((MAKESPANS[0], MAKESPANS[0] * SCALE))
+        with stage.box() as one:
+            prepare(one, way)
+            one.start()
+            one.wait_healthy()
+            for number, (makespan, work_s) in enumerate(runs):
+                found.setdefault((way, makespan), []).append(evict(one, f"o{number}", makespan, work_s))
+                print(f"measured: {way}, {words(makespan)}", file=sys.stderr)
+    return found
+
+
+def side_by_side(decided: dict[tuple[str, float], Clocked], measured: dict[tuple[str, float], list[Clocked]]) -> str:
+    """Both as a Markdown table; the difference is the program's own time, in real milliseconds."""
+    lines = [
+        "| way | makespan | level | runs | decided: away beyond the work | measured, median | apart, real ms |",
+        "|---" * 7 + "|",
+    ]
+    for (way, makespan), runs in measured.items():
+        wanted = decided[way, makespan]
+        beyond = [run.away_s - makespan for run in runs]
+        apart = [(b - (wanted.away_s - makespan)) * SCALE * 1000 for b in beyond]
+        levels = sorted({str(run.level or "stop") for run in runs})
+        same = "" if levels == [str(wanted.level or "stop")] else f" (decided: {wanted.level or 'stop'})"
+        lines.append(
+            f"| {way} | {words(makespan)} | {', '.join(levels)}{same} | {len(runs)} | {wanted.away_s - makespan:.1f} "
+            f"| {statistics.median(beyond):.1f} | {min(apart):.0f} to {max(apart):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- telling
 
 
 def words(seconds: float) -> str:
@@ -145,11 +272,15 @@ def main() -> None:
     """Measure, print the table, and draw the plot if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--svg", type=Path, help="draw the plot into this file")
+    parser.add_argument("--decided-only", action="store_true", help="no processes: the virtual clock alone")
     options = parser.parse_args()
     results = {(way, makespan): measure(way, makespan) for way in WAYS for makespan in MAKESPANS}
     print(table(results))
     if options.svg:
         options.svg.write_text(svg(results), "utf-8")
+    if not options.decided_only:
+        print(f"\non the simulated node ({stage.machine()})\n")
+        print(side_by_side(results, on_the_node()))
 
 
 if __name__ == "__main__":

@@ -329,7 +329,8 @@ class Daemon:
         await self._parts.engines.ensure(order, self._eyes.owns_listener, timeout_s=action.timeout_s)
 
     def _called(self, action: Action, problem: str | None) -> None:
-        self._requested.append(lambda ledger, now: called(ledger, action, problem, now))
+        at = self._parts.clock.now()  # not when it is noted: the answer that is asked for now must not seem older
+        self._requested.append(lambda ledger, _: called(ledger, action, problem, at))
         self._eyes.probe_now([action.incarnation or ""])
 
     async def _deliver(self, notifier: Notifier, notices: Sequence[Notice]) -> None:

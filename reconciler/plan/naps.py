@@ -125,7 +125,9 @@ def begin(draft: Draft, actions: Iterable[Action]) -> None:
     """Note the calls that this decision gives out: one that may be under way blocks its GPUs until it is over."""
     for nap in draft.naps.values():
         if nap.woken is not None:
-            draft.wakes.append(nap.woken.plus(ANSWER_S))
+            draft.wakes.append(
+                draft.now.plus(LOOK_AGAIN_S)
+            )  # who was seen awake before its call returned tells no news
         elif nap.slept is not None and nap.waking is None:
             draft.wakes.append(nap.slept.plus(MEMORY_TIMEOUT_S))
     for action in actions:

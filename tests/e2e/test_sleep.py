@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from box_driver import Box, free_ports, wait_for
 
@@ -111,3 +115,59 @@ def test_an_engine_that_dies_in_its_sleep_is_started_afresh(sleepy: Box) -> None
     sleepy.finish("render")
     after = sleepy.wait_healthy("ask")["ask"]
     assert after["pid"] != before["pid"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "asleep"), [("sleep_fails", False), ("wake_out_of_memory", True)], ids=["asleep never", "awake never"]
+)
+def test_a_nap_that_fails_costs_a_restart_and_nothing_else(sleepy: Box, fault: str, asleep: bool) -> None:
+    """The engine refuses to sleep, and is stopped; or it runs out of memory as it wakes up, and ends with 0."""
+    node = sleepy.root / "node.yaml"
+    node.write_text(
+        "gpus: [{name: Card, memory: 80GiB, count: 1}]\ntime_scale: 0.02\nrelease_delay: 100ms\n"
+        f"faults: [{{fault: {fault}, start: 1}}]\n"
+    )
+    sleepy.node = str(node)
+    sleepy.start()
+    before = sleepy.wait_healthy("ask")["ask"]
+    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    assert (sleepy.endpoints()["ask"]["pid"] == before["pid"]) == asleep
+    sleepy.finish("render")
+    sleepy.wait_overlay("render", "done")
+    after = sleepy.wait_healthy("ask")["ask"]
+    assert after["pid"] != before["pid"]
+    assert [kind for kind in said(sleepy) if kind.startswith("nap.")] == ["nap.slept", "nap.failed"][not asleep :]
+    assert gpu_used(sleepy) > 30 * GIB_MIB
+
+
+def test_requests_in_flight_are_answered_before_it_sleeps_and_none_is_lost(sleepy: Box) -> None:
+    sleepy.spec["endpoints"]["ask"]["stop"]["drain"] = "30s"
+    sleepy.write()
+    sleepy.start()
+    port = sleepy.wait_healthy("ask")["ask"]["port"]
+    answered: list[tuple[int, float]] = []
+
+    def ask() -> None:
+        body = {"model": "Qwen/Qwen3-1.7B", "prompt": "x", "max_tokens": 8000}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+        answered.append((answer.status_code, time.time()))
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for one in asking:
+        one.start()
+    wait_for(lambda: running(port) == 3, "three requests are being worked on")
+    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+    sleepy.wait_overlay("render", "active")
+    for one in asking:
+        one.join(60)
+    with JournalReader.open_readonly(sleepy.state / "journal.sqlite") as journal:
+        told = [e.wall for e in journal.events(subject="ask", limit=100) if e.kind == "act.sleep"]
+    assert [status for status, _ in answered] == [200, 200, 200]
+    assert max(at for _, at in answered) <= told[0], "it was told to sleep while requests were in flight"
+
+
+def running(port: int) -> float:
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    found = re.search(r"^vllm:num_requests_running\S* (\S+)$", page, re.MULTILINE)
+    return float(found[1]) if found else 0.0

@@ -79,6 +79,8 @@ class Plant:
     asleep: set[str] = field(default_factory=set)
     """Incarnations that sleep; they hold `residue` on each GPU."""
     residue: int = GIB
+    keeping: set[str] = field(default_factory=set)
+    """Incarnations that say that they sleep, and hold all that they held."""
     called: dict[str, tuple[float, Action]] = field(default_factory=dict)
     """Incarnation → the call that its engine is busy with, and when it answers."""
     answered: list[Action] = field(default_factory=list)
@@ -96,7 +98,7 @@ class Plant:
 
     def _gpu(self, index: int) -> Gpu:
         here = [
-            (i, self.residue if i.id in self.asleep else i.memory_bytes[i.gpus.index(uuid(index))])
+            (i, self.residue if i.id in self.asleep - self.keeping else i.memory_bytes[i.gpus.index(uuid(index))])
             for i in self.incarnations
             if uuid(index) in i.gpus
         ]

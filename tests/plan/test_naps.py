@@ -10,6 +10,8 @@ from plant import Behaviour, Plant, Run, names, overlay_state
 
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Timings
+from reconciler.plan.naps import called
+from reconciler.plan.planner import plan
 from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
 from reconciler.units import GIB
 
@@ -244,6 +246,25 @@ def test_an_overlay_withdrawn_while_the_engine_falls_asleep_wakes_it_once_it_sle
     assert ops(run, "ask") == ["start", "sleep", "wake"]
     assert run.plant.is_ready("ask")
     assert not run.plant.asleep
+
+
+def test_one_that_was_woken_is_looked_at_again_at_once_until_it_is_seen_awake() -> None:
+    """The engine may have been asked just before its call returned, and has nothing new to say afterwards."""
+    run = warm(sleeper())
+    add(run, render())
+    run.settle(until=lambda _: bool(run.plant.called) and run.ledger.endpoints["ask"].nap.waking is not None)  # type: ignore[union-attr]
+    run.plant.advance(run.plant.behaviour.wake_s)
+    nap = run.ledger.endpoints["ask"].nap
+    assert nap is not None
+    run.ledger, _ = called(run.ledger, run.plant.answered[0], None, run.plant.now)
+    seen = run.plant.observe()
+    earlier = run.plant.now.plus(-0.001)
+    stale = {name: replace(probe, at=earlier) for name, probe in seen.probes.items()}
+    decided = plan(run.spec, replace(seen, probes=stale), run.ledger, run.plant.now)
+    assert decided.ledger.endpoints["ask"].nap is not None
+    assert decided.next_wake is not None
+    assert decided.next_wake.since(run.plant.now) <= 0.25
+    assert plan(run.spec, seen, run.ledger, run.plant.now).ledger.endpoints["ask"].nap is None
 
 
 def test_nothing_sleeps_and_wakes_on_one_gpu_at_a_time() -> None:

@@ -117,6 +117,11 @@ class Box:
             exit_codes={d.name: d.codes for d in scenario.drops},
         )
         self.plant = Plant(totals=[scenario.gib * GIB] * scenario.gpus, now=self.began, behaviour=behaviour)
+        self.plant.host_bytes = scenario.host_gib * GIB
+        self.calls: dict[str, tuple[str, asyncio.Future[str | None]]] = {}
+        """Incarnation → what its engine is busy with, and what comes of it: a problem, or None."""
+        self.nap_faults: set[str] = set()
+        """What calls to sleep and to wake up meet at present."""
         self.dropped: dict[str, Drop] = {}
         """Overlays whose files people mean to be there."""
         self.trace: list[str] = []
@@ -551,9 +556,77 @@ class Box:
         self.disk_full = True
         return lambda: setattr(self, "disk_full", False)
 
+    def _nap_meets(self, kind: str) -> Callable[[], None]:
+        self.nap_faults.add(kind)
+        return lambda: self.nap_faults.discard(kind)
+
+    def _do_sleep_fails(self, _: Fault) -> Callable[[], None]:
+        return self._nap_meets("sleep_fails")
+
+    def _do_sleep_keeps(self, _: Fault) -> Callable[[], None]:
+        return self._nap_meets("sleep_keeps")
+
+    def _do_wake_fails(self, _: Fault) -> Callable[[], None]:
+        return self._nap_meets("wake_fails")
+
+    def _do_wake_dies(self, _: Fault) -> Callable[[], None]:
+        return self._nap_meets("wake_dies")
+
+    def _do_call_slow(self, _: Fault) -> Callable[[], None]:
+        return self._nap_meets("call_slow")
+
     def _do_look_slow(self, _: Fault) -> Callable[[], None]:
         self.look_s = 3.0
         return lambda: setattr(self, "look_s", 0.0)
+
+    # ------------------------------------------------------------ engines that sleep and wake up
+
+    def tell(self, target: Incarnation, what: str) -> None:
+        """An engine begins to do what it was told, unless it does already."""
+        if target.id in self.calls:
+            return
+        for other in self.plant.incarnations:
+            if other.id in self.calls and self.calls[other.id][0] != what and set(other.gpus) & set(target.gpus):
+                self.never(f"{target.id} is told to {what} while {other.id} does the other on one GPU")
+        behaviour = self.plant.behaviour
+        takes = behaviour.sleep_s if what == "sleep" else behaviour.wake_s
+        answered: asyncio.Future[str | None] = self.loop.create_future()
+        self.calls[target.id] = (what, answered)
+        self.note(f"told to {what} {target.id}")
+        self.loop.call_later(
+            takes * (100 if "call_slow" in self.nap_faults else 1), self._did, target.id, what, answered
+        )
+
+    def _did(self, name: str, what: str, answered: asyncio.Future[str | None]) -> None:
+        del self.calls[name]
+        self.catch_up()
+        target = next((i for i in self.plant.incarnations if i.id == name and i.alive), None)
+        problem: str | None = None
+        if target is None:
+            problem = "the connection was lost"
+        elif f"{what}_fails" in self.nap_faults:
+            problem = f"POST answered 500: it cannot {what}"
+        elif what == "sleep":
+            self.plant.asleep.add(name)
+            if "sleep_keeps" in self.nap_faults:
+                self.plant.keeping.add(name)
+        elif "wake_dies" in self.nap_faults or not self._has_room(target):
+            self.plant.ends_at[name] = (self.clock.now().mono, 0)  # as vLLM does: out of memory, exit code 0
+            problem = "the connection was lost"
+        else:
+            self.plant.asleep.discard(name)
+            self.plant.keeping.discard(name)
+        self.note(f"did {what} {name} {'not' if problem else ''}".rstrip())
+        self.reschedule()
+        if not answered.done():
+            answered.set_result(problem)
+
+    def _has_room(self, target: Incarnation) -> bool:
+        for gpu, size in zip(target.gpus, target.memory_bytes, strict=True):
+            seen = self.plant._gpu(next(i for i in range(len(self.plant.totals)) if uuid(i) == gpu))
+            if seen.used_bytes is not None and seen.used_bytes + size - self.plant.residue > seen.total_bytes:
+                return False
+        return True
 
     # ------------------------------------------------------------ lawful stops
 
@@ -630,7 +703,7 @@ class SimActor:
             if (seen.used_bytes or 0) + size > seen.total_bytes:
                 self.box.never(f"{launch.subject} does not fit on GPU {index}: {seen.used_bytes} in use")
             beside = [i for i in plant.incarnations if i.alive and gpu in i.gpus]
-            if beside and (launch.exclusive or any(i.exclusive for i in beside)):
+            if beside and (launch.exclusive or any(i.exclusive and i.id not in plant.asleep for i in beside)):
                 self.box.never(f"{launch.subject} shares GPU {index} with {beside[0].subject}, and one wants it whole")
 
     async def ensure_drain_requested(self, incarnation: str) -> None:
@@ -695,13 +768,30 @@ class SimActor:
 
 
 class SimEngines:
-    """`EngineActor`, on the plant: no engine here can sleep."""
+    """`EngineActor`, on the plant. What an engine was told it does, whether or not who told it lives on."""
 
     def __init__(self, box: Box) -> None:
         self.box = box
 
     async def ensure(self, order: Order, owns: object, *, timeout_s: float) -> None:
-        raise NotOurs(f"{order.incarnation} cannot sleep")
+        box, what = self.box, "sleep" if order.asleep else "wake"
+        box.boundary(f"before a {what}")
+        box.catch_up()
+        target = next((i for i in box.plant.incarnations if i.id == order.incarnation and i.alive), None)
+        if target is None or order.incarnation in box.unknown:
+            raise NotOurs(f"{order.incarnation} is not seen to listen")
+        if (order.incarnation in box.plant.asleep) == order.asleep and order.incarnation not in box.calls:
+            return
+        box.tell(target, what)
+        answered = box.calls[order.incarnation][1]
+        try:
+            async with asyncio.timeout(timeout_s):
+                problem = await asyncio.shield(answered)
+        except TimeoutError:
+            problem = "it did not answer"
+        box.boundary(f"after a {what}")
+        if problem is not None:
+            raise ActError(problem)
 
 
 class SimEyes:

@@ -6,11 +6,26 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-KINDS = (
+BREAKAGES = (
     "crash", "hang", "job_crash", "load_slow", "load_fails", "stop_slow", "unkillable", "memory_late", "driver_down",
     "gpu_unknown", "gpu_lost", "foreign", "port_taken", "identity_unknown", "setpoints_torn", "overlay_torn",
     "overlay_removed", "folder_gone", "clock_set", "kill", "disk_full", "look_slow",
 )  # fmt: skip
+NAP_FAULTS = ("sleep_fails", "sleep_keeps", "wake_fails", "wake_dies", "call_slow")
+"""An engine refuses to sleep; says that it sleeps and keeps its memory; refuses to wake up; runs out of memory as it
+wakes up, and ends with 0; takes its time."""
+KINDS = (*BREAKAGES, *NAP_FAULTS)
+DOZER = {
+    "executable": "serve",
+    "args": ["{port}"],
+    "residual": "1536MiB",
+    "load": "20s",
+    "sleep": {
+        "check": {"path": "/asleep", "field": "asleep"},
+        "level_1": {"sleep": [{"path": "/sleep?level=1"}], "wake": [{"path": "/wake"}]},
+        "level_2": {"sleep": [{"path": "/sleep?level=2"}], "wake": [{"path": "/wake"}]},
+    },
+}
 STEADY = ("crash", "hang", "job_crash", "gpu_lost", "load_fails")
 """Faults that have to be an incident each, wherever they strike what runs as it should."""
 
@@ -56,6 +71,7 @@ class Scenario:
     load_s: float = 20.0
     stop_s: float = 2.0
     memory_return_s: float = 1.0
+    host_gib: int = 256
     tended: bool = False
     """Somebody resets what was given up, a while after each fault."""
 
@@ -77,6 +93,7 @@ class Scenario:
             "node": {"name": "box"},
             "policy": {"resync": "30s"},
             "capabilities": {name: {"min_available": floor} for name, floor in self.floors.items()},
+            "engines": {"dozer": DOZER} if any(e["engine"] == "dozer" for e in self.endpoints.values()) else {},
             "endpoints": self.endpoints,
         }
 
@@ -105,13 +122,38 @@ class Draw:
         count = rng.choice((0, 1, 1, 2, 2, 3, 4, 6))
         faults = sorted(
             Fault(round(rng.uniform(1, 700), 1), kind, rng.randrange(8), self._lasts(kind))
-            for kind in (rng.choice(KINDS) for _ in range(count))
+            for kind in (rng.choice(BREAKAGES) for _ in range(count))
         )
-        return replace(base, faults=tuple(faults))
+        return self._sleepy(replace(base, faults=tuple(faults)), broken=True)
 
     def planned(self, overlays: int) -> Scenario:
         """Overlays that all keep their word, on a box where nothing breaks."""
-        return self._base(self.rng.choice((2, 3, 4)), overlays, careful=True)
+        return self._sleepy(self._base(self.rng.choice((2, 3, 4)), overlays, careful=True), broken=False)
+
+    def _sleepy(self, base: Scenario, *, broken: bool) -> Scenario:
+        """The same; on every other box some endpoints give way by sleeping, and some overlays leave room for that.
+
+        Drawn apart from the rest, which stays what it was.
+        """
+        rng = random.Random(f"naps {self.seed}")
+        if rng.random() < 0.5:
+            return base
+        endpoints = {}
+        for name, body in base.endpoints.items():
+            evict = {"method": "sleep", "level": rng.choice((1, 1, 2)), "weights": rng.choice(("10GiB", "30GiB"))}
+            sleeper = {k: v for k, v in body.items() if k != "command"}
+            sleeper |= {"engine": "dozer", "model": "m", "evict": evict}
+            endpoints[name] = sleeper if rng.random() < 0.7 else body
+        drops = []
+        for drop in base.drops:
+            memory = {"memory": rng.choice(("20GiB", "60GiB", "70GiB"))} if rng.random() < 0.8 else {}
+            drops.append(replace(drop, body={**drop.body, **memory}))
+        faults = list(base.faults)
+        for _ in range(rng.choice((0, 1, 1, 2)) if broken else 0):
+            lasts = rng.choice((30.0, 120.0, 500.0))
+            faults.append(Fault(round(rng.uniform(1, 700), 1), rng.choice(NAP_FAULTS), rng.randrange(8), lasts))
+        host = rng.choice((12, 40, 256))
+        return replace(base, endpoints=endpoints, drops=tuple(drops), faults=tuple(sorted(faults)), host_gib=host)
 
     def struck(self, overlays: int, faults: int) -> Scenario:
         """The same, and now and then something that nobody planned: far enough apart to tell one from the next."""

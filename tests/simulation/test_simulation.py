@@ -23,7 +23,9 @@ from verdicts import false_incidents, missed
 from reconciler.act.process import Launch
 from reconciler.journal.decisions import digest
 from reconciler.loop import daemon as daemon_module
+from reconciler.plan import graph, naps
 from reconciler.plan.actions import Plan
+from reconciler.plan.ledger import Nap
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
@@ -49,6 +51,8 @@ def test_the_seeds_strike_with_everything_and_make_things_happen() -> None:
     seen = [faulty(seed) for seed in range(40)]
     happened = {line.split(" ", 1)[1].split(" ")[0] for outcome in seen for line in outcome.trace}
     assert {"started", "evicted", "signalled", "ended", "killed", "dead", "incident", "settled"} <= happened
+    naps = {" ".join(line.split()[1:3]) for outcome in seen for line in outcome.trace}
+    assert {"told to", "did sleep", "did wake"} <= naps
 
 
 def test_a_seed_tells_the_same_story_in_another_process_with_other_hashes() -> None:
@@ -133,6 +137,15 @@ def _work_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimActor, "ensure_started", twice)
 
 
+def _a_sleepers_word_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rested(situation: Situation, _endpoint: Any, incarnation: Incarnation, nap: Nap) -> bool:
+        said = nap.slept is not None and nap.waking is None
+        return said and naps.says_asleep(nap, situation.probe(incarnation))
+
+    for module in (naps, graph):
+        monkeypatch.setattr(module, "rested", rested)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -142,6 +155,7 @@ def _work_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
         _the_dark_counts_as_empty,
         _starts_twice,
         _work_is_started_again,
+        _a_sleepers_word_is_enough,
     ],
 )
 def test_a_program_with_a_mistake_is_found_out(
