@@ -20,7 +20,7 @@ from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
 from reconciler.plan.together import Seat, begins_before, seat_together
 from reconciler.plan.why import tell
-from reconciler.plan.windows import ahead_of, keeping_off
+from reconciler.plan.windows import ahead_of, keeping_off, lead_s, not_to_hinder
 from reconciler.spec.spec import OverlaySpec
 
 LOOK_AGAIN_S = 1.0
@@ -31,13 +31,18 @@ def admit_all(draft: Draft) -> None:
     draft.windows = ()
     seat(draft)
 
-    def seek(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need], *, why: bool = True) -> _Answer:
-        due = draft.steps[overlay.name].record.window_start <= draft.now.wall
-        waive: frozenset[str] = frozenset() if due else frozenset({"CoolDown", "NoProvider"})  # may be over by then
-        return _seek(draft, overlay, board, off, waive=waive, why=why)
+    def seek(overlay: OverlaySpec, begin: float, board: Board, off: _Off, *, why: bool = True) -> _Answer:
+        if begin <= draft.now.wall:
+            return _seek(draft, overlay, board, off, why=why)
+        later = frozenset({"NoProvider"})
+        answer = _seek(draft, overlay, board, off, begin=begin, waive=later, why=False)
+        if isinstance(answer, tuple):
+            return answer
+        # A cool-down that is not known to be over by then may be all the same.
+        return _seek(draft, overlay, board, off, begin=begin, waive=later | {"CoolDown"}, why=why)
 
-    def fits(overlay: OverlaySpec, board: Board, off: Callable[[Need], Need]) -> bool:
-        return isinstance(seek(overlay, board, off, why=False), tuple)
+    def fits(overlay: OverlaySpec, begin: float, board: Board, off: _Off) -> bool:
+        return isinstance(seek(overlay, begin, board, off, why=False), tuple)
 
     draft.windows = reserve(draft, seek, fits)
     if draft.windows:
@@ -45,7 +50,7 @@ def admit_all(draft: Draft) -> None:
         seat(draft)
         for blocked in told:
             draft.block(blocked)
-    opens = {w.name: w.opens for w in draft.windows}
+    opens = {w.name: w.opens for w in reversed(draft.windows)}  # of several of one overlay the next
     due: list[OverlayStep] = []
     waiting = [s for s in draft.steps.values() if s.record.state == "pending" and s.spec is not None]
     for step in sorted(waiting, key=lambda s: (-s.record.priority, s.record.window_start, s.record.name)):
@@ -66,14 +71,16 @@ def admit_all(draft: Draft) -> None:
 
 
 _Answer = tuple[Placement, list[Need]] | Refusal | None
+_Off = Callable[[Need], Need]
 
 
 def _seek(
     draft: Draft,
     overlay: OverlaySpec,
     board: Board,
-    off: Callable[[Need], Need],
+    off: _Off,
     *,
+    begin: float | None = None,
     waive: frozenset[str] = frozenset(),
     why: bool = True,
 ) -> _Answer:
@@ -84,6 +91,7 @@ def _seek(
         overlay: who asks
         board: who has a place
         off: takes from a need the GPUs that it is kept off
+        begin: epoch seconds of its start; None: now
         waive: rules that do not count
         why: whether it is to be told why there is none
     """
@@ -91,7 +99,7 @@ def _seek(
     if own is None:
         return None
     board = board.without(frozenset(f"endpoint/{n}" for n in overlay.endpoints))
-    consents = consents_of(draft, overlay)
+    consents = consents_of(draft, overlay, begin)
     best: tuple[Placement, list[Need]] | None = None
     refusal: Refusal | None = None
     placeless = "NoProvider" in waive
@@ -162,7 +170,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         alone = Seat(overlay, tuple(needs), placement.gpus, placement.victims)
         hindrance = _hindrance(draft, alone, ())
         if hindrance is not None:
-            draft.block(hindrance)  # 5, 6
+            draft.block(hindrance)  # 5, 6, 8
             return
         _take(draft, alone, None)  # 7
         draft.want()
@@ -171,13 +179,13 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
     if rivalling:  # what stands in the way beside the windows is told, not how little they leave
         answer = _seek(draft, overlay, draft.board, lambda need: need)
         if isinstance(answer, tuple):
-            slot = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
+            slot = next_slot(draft, overlay, draft.now.wall, fits)
             draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
             return
     if answer is None:
         draft.block(_no_provider(draft, overlay))  # 4
         return
-    earliest = next_slot(draft, overlay, draft.now.wall, draft.windows, fits)
+    earliest = next_slot(draft, overlay, draft.now.wall, fits)
     cool = _cool(draft, overlay, rivalling) if answer.reason == "CoolDown" else None
     if cool is not None:
         cool_wall = draft.now.wall + cool.since(draft.now)
@@ -238,20 +246,40 @@ def _stopping(draft: Draft, overlay: OverlaySpec) -> frozenset[str]:
 
 
 def _hindrance(draft: Draft, found: Seat, beside: Sequence[Seat]) -> Blocked | None:
-    """Outcomes 5 and 6 of `_admit`: why a lawful place is not taken at this moment, `beside` being taken with it."""
+    """Outcomes 5, 6 and 8 of `_admit`: why a lawful place is not taken now, `beside` being taken with it."""
     subject = Subject("workload", found.overlay.name)
+    together = found.victims.union(*(other.victims for other in beside))
+    window = _crowded(draft, found, beside) or consents_of(draft, found.overlay).hinders(together)
+    if window is not None:
+        return window_taken(draft, found.overlay, draft.now.wall, [window], None)  # 8
     taken = _port_conflict(draft, found, beside)
     if taken is not None:
         return Blocked(subject, "PortInUse", taken, ("choose another port",), transient=True)  # 5
     beginning = _beginning(draft, found)
     if beginning:
-        message = f"{', '.join(beginning)} begins on a GPU that somebody would have to leave for it"
+        message = f"{', '.join(beginning)} begins on a GPU that somebody would have to leave, or load on, for it"
         return Blocked(subject, "WaitingForBegin", message, transient=True)  # 6
     returning = _returning(draft, found)
     if returning:
         message = f"it waits for the place that {', '.join(returning)} is giving back, rather than displace more"
         return Blocked(subject, "WaitingForLease", message, transient=True)  # 6
     return None
+
+
+def _crowded(draft: Draft, found: Seat, beside: Sequence[Seat]) -> Window | None:
+    """A window that leaves room beside itself for each of them, and not for all."""
+    for window in ahead_of(draft, found.overlay, draft.now.wall):
+        near = [found, *(s for s in beside if window in ahead_of(draft, s.overlay, draft.now.wall))]
+        for gpu, left in window.beside.items():
+            taken = [_share(each, gpu) for each in near]
+            if taken[0] and sum(taken) > left:
+                return window
+    return None
+
+
+def _share(found: Seat, gpu: str) -> int:
+    """Bytes that it gets on one GPU."""
+    return sum(need.memory_bytes[gpu] for need in found.needs if gpu in found.gpus[need.subject])
 
 
 def _port_conflict(draft: Draft, found: Seat, beside: Sequence[Seat]) -> str | None:
@@ -277,15 +305,25 @@ def _port_conflict(draft: Draft, found: Seat, beside: Sequence[Seat]) -> str | N
 
 
 def _beginning(draft: Draft, found: Seat) -> list[str]:
-    """Overlays, not less important, that are about to begin where its victims are: an eviction would delay them."""
-    gpus = {g for key in found.victims for g in draft.board.tenants[key].holds}
-    return sorted(
+    """Overlays, not less important, that begin where its victims are, or where its endpoints would still load then.
+
+    They would wait: on one GPU one engine comes or goes at a time.
+    """
+    loading = {g for need in found.needs if need.subject.kind == "endpoint" for g in found.gpus[need.subject]}
+    gpus = {g for key in found.victims for g in draft.board.tenants[key].holds} | loading
+    names = {
         name
         for name in draft.steps
         if begins_before(draft, name, found.overlay)
         and f"overlay/{name}" not in found.victims
         and any(lease.overlay == name and lease.gpu in gpus for lease in draft.leases)
-    )
+    }
+    base, own = draft.situation.spec.endpoints, found.overlay.endpoints
+    engines = [own.get(n.subject.name) or base[n.subject.name] for n in found.needs if n.subject.kind == "endpoint"]
+    loaded = draft.now.wall + lead_s(draft, (k.partition("/")[2] for k in found.victims))
+    loaded += max((draft.situation.timings(e).load_s for e in engines), default=0.0)
+    names |= {w.name for w in not_to_hinder(draft, found.overlay) if w.start < loaded and loading & w.beside.keys()}
+    return sorted(names)
 
 
 def _returning(draft: Draft, found: Seat) -> list[str]:
@@ -319,6 +357,11 @@ def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:
     overlay, now, name = found.overlay, draft.now, found.overlay.name
     step, vacated = draft.steps[name], _stopping(draft, overlay)
     cause = Cause("overlay", overlay.source, name)
+    near = ahead_of(draft, overlay, now.wall)
+    draft.windows = tuple(
+        replace(w, beside={g: max(0, left - _share(found, g)) for g, left in w.beside.items()}) if w in near else w
+        for w in draft.windows
+    )
     for need in found.needs:
         for gpu in found.gpus[need.subject]:
             lease = Lease(name, need.subject, gpu, need.memory_bytes[gpu], need.exclusive, now)

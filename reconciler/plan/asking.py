@@ -10,6 +10,7 @@ from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
 from reconciler.plan.settling import need_of, own_need
+from reconciler.plan.windows import hard_end, not_to_hinder
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
 
@@ -55,14 +56,23 @@ def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = Fa
         yield [unique[s] for s in sorted(unique)]
 
 
-def consents_of(draft: Draft, overlay: OverlaySpec) -> Consents:
-    """The rules of displacement that hold for it, as everybody is seated now."""
+def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) -> Consents:
+    """The rules of displacement that hold for it, as everybody is seated now, were it to begin at `begin` (None: now).
+
+    A window to come that it may not delay has to find its victims as lawful as they are now.
+    """
+    begin = draft.now.wall if begin is None else begin
+    windows = tuple(not_to_hinder(draft, overlay))
+    last = hard_end(draft, overlay, begin) if windows else begin
     stopping = frozenset(n for n in overlay.endpoints if would_stop(draft, overlay, n))
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
     placed = frozenset(n for n in draft.wanted if draft.has_place(n))
-    return Consents(draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving, placed)
+    return Consents(
+        draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving, placed,
+        draft.now.plus(begin - draft.now.wall), last, windows,
+    )  # fmt: skip
 
 
 def rivals_of(draft: Draft, overlay: OverlaySpec) -> list[str]:

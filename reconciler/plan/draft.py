@@ -64,6 +64,8 @@ class Window:
     """Endpoints that will give way to it, as it looks now."""
     beside: Mapping[str, int]
     """GPU → bytes that others may hold there while it lasts; 0 where it is alone."""
+    requires: tuple[str, ...] = ()
+    """Capabilities of which a provider has to be there."""
 
 
 @dataclass(slots=True)

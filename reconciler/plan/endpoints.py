@@ -209,8 +209,9 @@ def cooling_down(
     record: EndpointRecord, now: Instant, *, max_evictions_per_hour: int, min_ready_s: float
 ) -> str | None:
     """Why this endpoint must not be evicted right now, if it was evicted too often or too lately."""
-    if len(record.evictions) >= max_evictions_per_hour:
-        return f"evicted {len(record.evictions)} times within the hour (limit {max_evictions_per_hour})"
+    recent = sum(now.wall - moment < EVICTION_WINDOW_S for moment in record.evictions)
+    if recent >= max_evictions_per_hour:
+        return f"evicted {recent} times within the hour (limit {max_evictions_per_hour})"
     if record.evictions and record.evicted_by is None:
         ready_for = now.since(record.ready_since) if record.ready_since else 0.0
         if ready_for < min_ready_s:

@@ -16,7 +16,7 @@ from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import asleep_for, drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, OverlayStep, predicted_end
+from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, WORKLOAD_STOP_S, OverlayStep, predicted_end
 from reconciler.plan.progress import arrival
 from reconciler.plan.restoring import Return, returning
 from reconciler.spec.spec import EndpointSpec
@@ -261,7 +261,11 @@ class Graph:
                 timeout_s=KILL_SLACK_S, predicted_s=0.1, incarnation=incarnation.id,
             )  # fmt: skip
         endpoint = draft.situation.spec.endpoints.get(subject.name) if subject.kind == "endpoint" else None
-        times = draft.situation.timings(endpoint) if endpoint else Timings(load_s=0.0, drain_s=stop.drain_s, stop_s=1.0)
+        times = (
+            draft.situation.timings(endpoint)
+            if endpoint
+            else Timings(load_s=0.0, drain_s=stop.drain_s, stop_s=WORKLOAD_STOP_S)
+        )
         drained_until = draining(draft, incarnation, stop)
         if drained_until is not None:
             left = drained_until.since(draft.now)

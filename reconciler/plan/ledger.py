@@ -89,6 +89,8 @@ class OverlayRecord:
     """The parts of this run so far, in order."""
     last_run: tuple[Span, ...] = ()
     """The parts of the run before this one."""
+    seen: Instant | None = None
+    """When it was asked for; of a schedule: when the schedule was. Of equals, who was first keeps a place."""
 
     @property
     def failures(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Literal
 from zoneinfo import ZoneInfo
 
@@ -19,6 +20,8 @@ MEMORY_RETURN_S = 1.5
 """Predicted: memory usually comes back tens of ms to 1.5 s after the process is gone."""
 MOST_UNSTARTED = 3
 """Starts of one run's work that may come to nothing: somebody is killed now and then, more is a box that cannot."""
+WORKLOAD_STOP_S = 1.0
+"""Predicted: work ends soon after its signal."""
 RECORD_KEPT_S = 86400.0
 """How long the outcome of an overlay stays in view after its file is gone."""
 
@@ -50,11 +53,16 @@ class OverlayStep:
 def next_window(makespan: Makespan, after: float) -> float:
     """Epoch seconds of the next start later than `after`; `after` itself where nothing says when."""
     if makespan.schedule is not None:
-        from cronsim import CronSim
-
-        zone = ZoneInfo(makespan.timezone or "UTC")
-        return next(CronSim(makespan.schedule, datetime.fromtimestamp(after, zone))).astimezone(UTC).timestamp()
+        return _next_of_schedule(makespan.schedule, makespan.timezone or "UTC", after)
     return makespan.start if makespan.start is not None else after
+
+
+@lru_cache(maxsize=1024)  # windows to come are looked at anew by every decision
+def _next_of_schedule(schedule: str, timezone: str, after: float) -> float:
+    from cronsim import CronSim
+
+    local = datetime.fromtimestamp(after, ZoneInfo(timezone))
+    return next(CronSim(schedule, local)).astimezone(UTC).timestamp()
 
 
 def hard_end(record: OverlayRecord, makespan: Makespan) -> float | None:
@@ -102,6 +110,7 @@ def open_record(spec: OverlaySpec, now: Instant) -> OverlayRecord:
         placement_hash=spec.placement_hash,
         priority=spec.priority,
         source=spec.source,
+        seen=now,
     )
 
 
@@ -119,7 +128,8 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     elif spec is None and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
         return None
     elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
-        record = replace(open_record(spec, now), last_run=record.spans)
+        seen = record.seen if spec.makespan.schedule is not None else None
+        record = replace(open_record(spec, now), last_run=record.spans, seen=seen or now)
     if spec is not None:
         record = replace(record, priority=spec.priority, source=spec.source)
     if spec is not None or name not in situation.rejected:
@@ -168,7 +178,7 @@ def _withdrawn(record: OverlayRecord, spec: OverlaySpec | None, now: Instant) ->
     if record.placement_hash == spec.placement_hash:
         return record
     if record.state == "pending":
-        return replace(open_record(spec, now), since=record.since)
+        return replace(open_record(spec, now), since=record.since, seen=record.seen)
     return finish(record, None, now, "its file was replaced by other work (on_edit: replace)")
 
 

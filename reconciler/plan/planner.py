@@ -135,6 +135,7 @@ def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
                 r,
                 since=certain(r.since),
                 active_since=carried(r.active_since),
+                seen=carried(r.seen),
                 spans=tuple(replace(s, began=certain(s.began)) for s in r.spans),
             )
             for n, r in ledger.overlays.items()

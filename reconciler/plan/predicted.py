@@ -16,13 +16,12 @@ from reconciler.plan.departures import stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, Probe, StopProgress
-from reconciler.plan.overlays import MEMORY_RETURN_S, predicted_end
+from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, predicted_end
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Spec
 
 SHORTEST_S = 0.01
 """Whatever should have happened already happens this soon."""
-WORKLOAD_STOP_S = 1.0
 FIRST_PID = 1 << 22
 """Above every pid that Linux gives away, so that a predicted process is never taken for a real one."""
 

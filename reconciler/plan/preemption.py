@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
+from reconciler.clock import Instant
 from reconciler.plan.board import Board, Need, Tenant, Victims
-from reconciler.plan.endpoints import Standing, cooling_down
+from reconciler.plan.draft import Window
+from reconciler.plan.endpoints import EVICTION_WINDOW_S, Standing, cooling_down
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 from reconciler.units import format_size
 
-RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "CoolDown", "GpuUnknown")
+RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "NoEvictionLeft", "CoolDown", "GpuUnknown")
 """Every rule that can keep a tenant in its place, in the order in which they are named to people."""
 
 
@@ -46,6 +49,12 @@ class Consents:
     """Endpoints that are about to leave anyhow: ready they may be, but not for long."""
     placed: frozenset[str] = frozenset()
     """Wanted endpoints that run and stay, or are about to be started."""
+    begin: Instant | None = None
+    """When the overlay is to begin; None: now."""
+    last: float = inf
+    """Epoch seconds at which it has given its place back, whatever it does."""
+    windows: tuple[Window, ...] = ()
+    """Windows to come that it may not delay."""
 
     @cached_property
     def floors(self) -> Mapping[str, int]:
@@ -76,7 +85,7 @@ class Consents:
             return frozenset({"GpuUnknown"})
         tired = standing.current and cooling_down(
             standing.record,
-            self.situation.now,
+            self.begin or self.situation.now,
             max_evictions_per_hour=policy.max_evictions_per_hour,
             min_ready_s=policy.min_ready_s,
         )
@@ -84,17 +93,58 @@ class Consents:
             "NoConsent": not self.overlay.allow_baseline_eviction,
             "PriorityTooLow": tenant.priority >= self.overlay.priority,
             "NotPreemptible": not endpoint.preemptible,
+            "NoEvictionLeft": self._promised_to(name) is not None,
             "CoolDown": bool(tired),
             "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tuple(tenant.holds)),
         }
         return frozenset(rule for rule, holds in rules.items() if holds)
 
+    def _promised_to(self, name: str) -> str | None:
+        """The window that could not have an endpoint's place any more, within the hour, if this overlay took it now."""
+        begin, evictions = (self.begin or self.situation.now).wall, self.standings[name].record.evictions
+        here = [w for w in self.windows if name in w.victims]
+        for window in here:
+            hour = window.opens - EVICTION_WINDOW_S
+            spent = [*evictions, begin, *(w.opens for w in here if w.opens < window.opens)]
+            within = sum(hour < moment < window.opens for moment in spent)
+            if hour < begin < window.opens and within >= self.situation.spec.policy.max_evictions_per_hour:
+                return window.name
+        return None
+
+    def hinders(self, victims: Victims) -> Window | None:
+        """A window to come that could not displace whom it will, for want of providers, if these victims went.
+
+        What the overlay itself requires has to be there beside the window's victims. Only windows count that
+        open before all is back as it is.
+        """
+        if not self.windows:
+            return None
+        gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+        loads = [self.situation.timings(e).load_s for n in gone if (e := self.endpoints.get(n)) is not None]
+        back = self.last + max(loads, default=0.0)
+        for window in self.windows:
+            if window.opens >= back or window.end <= (self.begin or self.situation.now).wall:
+                continue
+            floors = {**self.floors, **{c: max(1, self.floors.get(c, 0)) for c in window.requires}}
+            for capability in {*floors, *self.overlay.requires}:
+                offering = {n for n in self.placed if capability in self.endpoints[n].capabilities}
+                left = offering.difference(window.victims)
+                least = min(floors.get(capability, 0), len(left))
+                if capability in self.overlay.requires and window.opens < self.last:
+                    least = max(least, min(1, len(offering)))
+                if len(left - gone) < least:
+                    return window
+        return None
+
     def floors_hold(self, victims: Victims) -> bool:
         """Whether every capability keeps its floor of ready providers once the victims are gone.
 
-        Of what the overlay itself requires, one provider has to stay that has a place, ready or not.
+        Of what the overlay itself requires, one provider has to stay that has a place, ready or not; and windows to
+        come keep their victims.
         """
         gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+        if self.hinders(victims) is not None:
+            return False
         if not all(self.floor_holds(capability, floor, gone) for capability, floor in self.floors.items()):
             return False
         for capability in self.overlay.requires:
@@ -102,6 +152,32 @@ class Consents:
             if providers and not providers - gone:
                 return False
         return True
+
+    def _floors_on(self, board: Board) -> Callable[[Victims], bool]:
+        """`floors_hold` for an overlay that begins now; for a window to come, as it will be on the board of its time.
+
+        Whoever has a place there is counted as ready by then; what has to be there is what the set points say, and what
+        overlays require that are not over by then.
+        """
+        if self.begin is None or self.begin.wall <= self.situation.now.wall:
+            return self.floors_hold
+        base = self.situation.spec.endpoints
+        names = [key.partition("/")[2] for key in board.tenants if key.startswith("endpoint/")]
+        there = {n: e for n in names if (e := self.endpoints.get(n) or base.get(n)) is not None}
+        floors = dict(self.situation.spec.floors)
+        lasting = [o for name, o in self.overlays.items() if f"overlay/{name}" in board.tenants]
+        for capability in (c for overlay in (*lasting, self.overlay) for c in overlay.requires):
+            floors[capability] = max(1, floors.get(capability, 0))
+
+        def hold(victims: Victims) -> bool:
+            gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+            for capability, floor in floors.items():
+                offering = {n for n, e in there.items() if capability in e.capabilities}
+                if len(offering - gone) < min(floor, len(offering)):
+                    return False
+            return self.hinders(victims) is None
+
+        return hold
 
     @cached_property
     def _ready(self) -> Mapping[str, frozenset[str]]:
@@ -129,7 +205,7 @@ class Consents:
 
     def seek(self, needs: Sequence[Need], board: Board, *, waive: frozenset[str] = frozenset()) -> Placement | None:
         """The best lawful placement; with `waive`, as if those rules did not exist."""
-        floors: Callable[[Victims], bool] = (lambda _: True) if "FloorWouldBreak" in waive else self.floors_hold
+        floors = (lambda _: True) if "FloorWouldBreak" in waive else self._floors_on(board)
         if not floors(frozenset()):
             return None
         return place(needs, board, may_displace=lambda t: self.broken_by(t) <= waive, may_displace_all=floors)
@@ -149,7 +225,7 @@ class Consents:
         placement = self.seek(needs, board, waive=frozenset(RULES))
         if placement is not None:  # 2
             broken = {r for key in placement.victims for r in self.broken_by(board.tenants[key])}
-            if not self.floors_hold(placement.victims):
+            if not self._floors_on(board)(placement.victims):
                 broken.add("FloorWouldBreak")
             return self._protected(tuple(r for r in RULES if r in broken), placement, board)
         return lacking(self.situation, needs)  # 3
@@ -163,13 +239,16 @@ class Consents:
             reason=rules[0],
             message="; and ".join(message for message, _ in chosen),
             alternatives=tuple(hint for _, hint in chosen),
-            transient=rules[0] in ("CoolDown", "GpuUnknown", "NotPreemptible"),
+            transient=rules[0] in ("NoEvictionLeft", "CoolDown", "GpuUnknown", "NotPreemptible"),
         )
 
     def _protected_by(self, rule: str, tenants: Sequence[Tenant]) -> str:
         """Names of those whose place it would need, and whom this rule keeps there."""
         victims = {tenant.key.partition("/")[2]: self.broken_by(tenant) for tenant in tenants}
         if rule == "FloorWouldBreak":
+            window = self.hinders(frozenset(tenant.key for tenant in tenants))
+            if window is not None:
+                return ", ".join(sorted({*victims, *self.vacated, *window.victims}))
             return ", ".join(sorted({*victims, *self.vacated}))
         return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
 
@@ -188,6 +267,9 @@ class Consents:
                 least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f)
                 message = f"without {names} fewer providers would be ready than have to be ({least})"
                 return message, "lower min_available, or add a provider"
+            case "NoEvictionLeft":
+                windows = ", ".join(sorted({w for n in names.split(", ") if (w := self._promised_to(n)) is not None}))
+                return f"{names} could then not give way to {windows} within the hour", "wait, or end before it"
             case "CoolDown":
                 return f"{names} was evicted too often or too lately", f"wait, or `reconciler reset {names}`"
             case _:

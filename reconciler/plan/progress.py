@@ -248,7 +248,8 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
     draft.drop_leases(name)
     if step.record.outcome is None:
         assert step.spec is not None  # noqa: S101 - an overlay without a file is cancelled, which is an outcome
-        again = replace(open_record(step.spec, draft.now), window_start=step.record.window_start)
+        fresh = open_record(step.spec, draft.now)
+        again = replace(fresh, window_start=step.record.window_start, seen=step.record.seen)
         draft.move(name, replace(again, reason=step.record.reason))
     else:
         draft.move(name, enter(step.record, "restoring", draft.now, step.record.reason))

@@ -1,32 +1,56 @@
 """Where each window that has not begun will be, found anew on every look from the files and what is seen.
 
 Nothing of it is remembered, and a window keeps its place all the same: the more important one comes first, and of
-equals the one that was seen first.
+equals the one that was seen first; and where there is a place that is free whatever happens before, it is that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, predicted_end
+from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, next_window, predicted_end
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.preemption import Refusal
 from reconciler.plan.settling import need_of
-from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s
+from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s, surely_over
 from reconciler.spec.spec import OverlaySpec
 
 MOST_SLOTS = 16
 """So many ends are looked at for a place: who waits for more of them waits for a different day."""
-Fits = Callable[[OverlaySpec, Board, Callable[[Need], Need]], bool]
+_KINDS = ("endpoint/", "overlay/")
+HORIZON_S = 86400.0
+"""So far ahead the windows of a schedule after its next one are held, for others to be told of them at once."""
+MOST_AHEAD = 24
+"""Of one schedule: an hourly one has as many within the horizon."""
+Fits = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], bool]
 """Whether there is such a placement."""
-Seek = Callable[[OverlaySpec, Board, Callable[[Need], Need]], tuple[Placement, list[Need]] | Refusal | None]
-"""The least lawful placement of an overlay on a board, its needs seen through a filter; why there is none; or None:
-its files ask for what cannot be."""
+Seek = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], tuple[Placement, list[Need]] | Refusal | None]
+"""The least lawful placement of an overlay that begins at a moment (epoch seconds) on a board, its needs seen through a
+filter; why there is none; or None: its files ask for what cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """One window that needs a place."""
+
+    step: OverlayStep
+    overlay: OverlaySpec
+    start: float
+    live: bool
+    """Its overlay is busy with the window before it."""
+
+    @property
+    def turn(self) -> tuple[int, float, str]:
+        """The most important first, and of equals who was seen first."""
+        record = self.step.record
+        return -record.priority, (record.seen or record.since).wall, record.name
 
 
 def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
@@ -37,17 +61,22 @@ def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
         2. other windows take it    → WindowTaken, with the next free slot
         3. it has none in any case  → the rule or the lack that stands in its way
     """
-    found: list[Window] = []
-    for step in sorted(_to_come(draft), key=lambda s: (-s.record.priority, s.record.since.wall, s.record.name)):
-        overlay, start = step.spec, max(draft.now.wall, step.record.window_start)
-        assert overlay is not None  # noqa: S101 - `_to_come` leaves out those without a file
-        rivals = ahead_of(draft, overlay, start, found)
-        answer = seek(overlay, _board_at(draft, start), keeping_off(rivals))
-        if isinstance(answer, tuple):
-            found.append(_window(draft, step, overlay, *answer))  # 1
-        elif answer is not None and start > draft.now.wall:
-            draft.block(_conflict(draft, overlay, start, found, answer, seek, fits))  # 2, 3
-    return tuple(found)
+    draft.windows = ()
+    for coming in sorted(_to_come(draft), key=lambda c: c.turn):
+        overlay, start = coming.overlay, coming.start
+        off = keeping_off(ahead_of(draft, overlay, start))
+        refusal: Refusal | None = None
+        for surely in (True, False):  # a place that nobody holds by then whatever happens, else one that is foreseen
+            board = _board_at(draft, start, surely=surely)
+            answer = seek(overlay, start, board, off)
+            if isinstance(answer, tuple):
+                draft.windows += _windows(draft, coming, board, *answer)  # 1
+                break
+            refusal = answer
+        else:
+            if refusal is not None and start > draft.now.wall and not coming.live:
+                draft.block(_conflict(draft, overlay, start, refusal, seek, fits))  # 2, 3
+    return draft.windows
 
 
 def window_taken(
@@ -65,20 +94,19 @@ def window_taken(
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
 
 
-def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, windows: Iterable[Window], fits: Fits) -> float | None:
+def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> float | None:
     """The first moment after `begin`, epoch seconds, at which the overlay is predicted to have a place.
 
-    Looked at are the predicted ends of live overlays and of these windows, in order; None: none of the next
-    `MOST_SLOTS` helps. It is the earliest: whoever else waits may be there first.
+    Looked at are the predicted ends of live overlays and of windows, in order; None: none of the next `MOST_SLOTS`
+    helps. It is the earliest: whoever else waits may be there first.
     """
-    windows = tuple(windows)
-    ends = {w.end for w in windows}
+    ends = {w.end for w in draft.windows}
     for step in draft.steps.values():
         if step.spec is not None and step.live:
             ends.add(predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S)
     for moment_ in sorted(end for end in ends if end > max(begin, draft.now.wall + MEMORY_RETURN_S))[:MOST_SLOTS]:
-        off = keeping_off(ahead_of(draft, overlay, moment_, windows))
-        if fits(overlay, _board_at(draft, moment_), off):
+        off = keeping_off(ahead_of(draft, overlay, moment_))
+        if fits(overlay, moment_, _board_at(draft, moment_, surely=False), off):
             return moment_
     return None
 
@@ -88,29 +116,41 @@ def moment(wall: float) -> str:
     return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _to_come(draft: Draft) -> list[OverlayStep]:
-    """Overlays that were seen before their time and have not begun: a window is kept until it is taken."""
-    return [
-        step
-        for step in draft.steps.values()
-        if step.spec is not None
-        and step.record.state == "pending"
-        and step.record.window_start > step.record.since.wall
-    ]
+def _to_come(draft: Draft) -> list[_Coming]:
+    """Windows of overlays that were seen before their time and have not begun: one is kept until it is taken.
 
-
-def _board_at(draft: Draft, wall: float) -> Board:
-    """Who will have a place then: without the overlays predicted to be over, and with whom they keep away.
-
-    Of one that should have ended already nobody knows when it will.
+    While a schedule is busy with a window, its next one is kept.
     """
-    over = {
-        name
-        for name, s in draft.steps.items()
-        if s.spec is None
-        or s.record.state not in OVERRIDING
-        or draft.now.wall < predicted_end(s.record, s.spec.makespan, draft.now.wall) <= wall
-    }
+    found = []
+    for step in draft.steps.values():
+        record, overlay = step.record, step.spec
+        if overlay is None:
+            continue
+        if record.state == "pending" and record.window_start > record.since.wall:
+            found.append(_Coming(step, overlay, max(draft.now.wall, record.window_start), live=False))
+        elif step.live and overlay.makespan.schedule is not None:
+            start = next_window(overlay.makespan, max(draft.now.wall, record.window_start))
+            found.append(_Coming(step, overlay, start, live=True))
+    return found
+
+
+def _board_at(draft: Draft, wall: float, *, surely: bool) -> Board:
+    """Who will have a place then: without the overlays that are over, and with whom they keep away.
+
+    With `surely` only those are over that something ends by then whatever they do; else those predicted to be. Of one
+    that should have ended already nobody knows when it will.
+    """
+
+    def is_over(step: OverlayStep) -> bool:
+        if surely:
+            return surely_over(draft, step) <= wall
+        if step.record.state not in OVERRIDING:
+            return True
+        if step.spec is None:  # its file cannot be read
+            return False
+        return draft.now.wall < predicted_end(step.record, step.spec.makespan, draft.now.wall) <= wall
+
+    over = {name for name, step in draft.steps.items() if is_over(step)}
     board = draft.board.without(frozenset(f"overlay/{name}" for name in over))
     baseline = draft.situation.spec.endpoints.values()
     for endpoint in sorted(baseline, key=lambda e: (-e.priority, e.name)):
@@ -125,38 +165,56 @@ def _board_at(draft: Draft, wall: float) -> Board:
     return board
 
 
-def _window(draft: Draft, step: OverlayStep, overlay: OverlaySpec, placement: Placement, needs: list[Need]) -> Window:
-    start = step.record.window_start
-    names = {k.partition("/")[2] for k in placement.victims if k.startswith("endpoint/")} | set(overlay.endpoints)
-    opens = start - lead_s(draft, names)
+def _windows(
+    draft: Draft, coming: _Coming, board: Board, placement: Placement, needs: list[Need]
+) -> tuple[Window, ...]:
+    """The window, and of a schedule those after it within the horizon, in the same place."""
+    record, overlay = coming.step.record, coming.overlay
+    start = coming.start if coming.live else record.window_start
+    victims = {kind: {k.partition("/")[2] for k in placement.victims if k.startswith(kind)} for kind in _KINDS}
+    names = victims["endpoint/"] | set(overlay.endpoints)
+    opens = start - lead_s(draft, names, victims["overlay/"])
     if opens > draft.now.wall:
         draft.wakes.append(draft.now.plus(opens - draft.now.wall))
     gone = placement.victims | {f"endpoint/{n}" for n in overlay.endpoints}
-    board = _board_at(draft, start).without(frozenset(gone))
+    board = board.without(frozenset(gone))
     beside: dict[str, int] = {}
     for need in needs:
         for gpu in placement.gpus[need.subject]:
             there = sum(t.holds[gpu].memory_bytes for t in board.on(gpu))
             left = beside.get(gpu, board.capacity[gpu] - there) - need.memory_bytes[gpu]
             beside[gpu] = 0 if need.exclusive else max(0, left)
-    end = predicted_end(step.record, overlay.makespan, draft.now.wall) + MEMORY_RETURN_S
-    return Window(overlay.name, overlay.priority, opens, start, end, tuple(sorted(names)), beside)
+    waits = replace(record, window_start=start, active_since=None)
+    end = predicted_end(waits, overlay.makespan, draft.now.wall) + MEMORY_RETURN_S
+    first = Window(overlay.name, overlay.priority, opens, start, end, tuple(sorted(names)), beside, overlay.requires)
+    if overlay.makespan.schedule is None:
+        return (first,)
+    return (first, *(_later(first, at - start) for at in islice(_starts_after(draft, overlay, start), MOST_AHEAD)))
+
+
+def _starts_after(draft: Draft, overlay: OverlaySpec, start: float) -> Iterator[float]:
+    """The starts of a schedule after this one, within the horizon."""
+    while (start := next_window(overlay.makespan, start)) < draft.now.wall + HORIZON_S:
+        yield start
+
+
+def _later(window: Window, seconds: float) -> Window:
+    return replace(window, opens=window.opens + seconds, start=window.start + seconds, end=window.end + seconds)
 
 
 def _conflict(
     draft: Draft,
     overlay: OverlaySpec,
     start: float,
-    found: list[Window],
     refusal: Refusal,
     seek: Seek,
     fits: Fits,
 ) -> Blocked:
-    rivals = ahead_of(draft, overlay, start, found)
+    rivals = ahead_of(draft, overlay, start)
     if rivals:  # what stands in the way beside the windows is told, not how little they leave
-        alone = seek(overlay, _board_at(draft, start), lambda need: need)
+        alone = seek(overlay, start, _board_at(draft, start, surely=False), lambda need: need)
         if isinstance(alone, tuple):
-            return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, found, fits))  # 2
+            return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, fits))  # 2
         refusal = alone or refusal
     subject = Subject("workload", overlay.name)
     message = f"its window at {moment(start)}: {refusal.message}"

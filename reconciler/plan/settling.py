@@ -14,7 +14,7 @@ from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
 from reconciler.plan.preemption import lacking
 from reconciler.plan.situation import Situation
-from reconciler.plan.windows import spared
+from reconciler.plan.windows import held_back, keeping_off, opening_soon
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 
@@ -49,19 +49,23 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
             draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
             return
         chosen = draft.places.get(endpoint.name, ())
-        kept = replace(need, candidates=tuple(g for g in need.candidates if g in chosen))
-        placement = (place([kept], draft.board) if chosen else None) or place([need], draft.board)
+        soon = opening_soon(draft, endpoint) if standing.current is None else []
+        spared = keeping_off(soon)(need)
+        kept = replace(spared, candidates=tuple(g for g in spared.candidates if g in chosen))
+        placement = (place([kept], draft.board) if chosen else None) or place([spared], draft.board)
         if placement is None:
-            draft.block(_no_place(draft, endpoint))
-            return
-        held = spared(draft, endpoint, need) if standing.current is None else None
-        if held is not None:
-            draft.block(held)
+            held = bool(soon) and place([need], draft.board) is not None
+            draft.block(held_back(subject, soon) if held else _no_place(draft, endpoint))
             return
         gpus = placement.gpus[subject]
         sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
         holds = {g: Hold(size, exclusive) for g, size in zip(gpus, sizes, strict=True)}
         draft.board.add(Tenant(endpoint_key(endpoint.name), endpoint.priority, holds))
+        beginning = _beginning(draft, endpoint, gpus)
+        if beginning:
+            message = f"{', '.join(beginning)} begins beside it; it loads after that"
+            draft.block(Blocked(subject, "WaitingForBegin", message, transient=True))
+            return
     if _port_blocked(draft, endpoint):
         return
     reason, cause = _why_started(draft, endpoint, standing)
@@ -88,6 +92,23 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         subject, gpus, sizes, exclusive, endpoint.process_hash, reason, cause,
         draft.owners.get(endpoint.name), not_before,
     )  # fmt: skip
+
+
+def _beginning(draft: Draft, endpoint: EndpointSpec, gpus: tuple[str, ...]) -> list[str]:
+    """Overlays whose work is about to begin on one of these GPUs: it would wait until an engine there has loaded.
+
+    Those that require what the endpoint offers are none: they wait for it.
+    """
+    found = []
+    for name, step in draft.steps.items():
+        overlay, begins = step.spec, step.record.state in ("evicting", "starting") and step.record.attempt == 0
+        if overlay is None or overlay.workload is None or not begins or step.workload is not None:
+            continue
+        if not set(overlay.requires) & set(endpoint.capabilities) and any(
+            x.overlay == name and x.gpu in gpus for x in draft.leases
+        ):
+            found.append(name)
+    return found
 
 
 def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tuple[str, Cause]:

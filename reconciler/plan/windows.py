@@ -8,10 +8,10 @@ from math import inf
 
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Need
-from reconciler.plan.draft import Draft, Window
-from reconciler.plan.overlays import MEMORY_RETURN_S
-from reconciler.plan.placement import place
-from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.plan.draft import OVERRIDING, Draft, Window
+from reconciler.plan.observed import Subject
+from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep
+from reconciler.spec.spec import EndpointSpec, OverlaySpec, Stop
 
 KILL_S = 10.0
 """How long a whole tree may take to vanish after SIGKILL: what ends hard is counted as there until then."""
@@ -23,14 +23,26 @@ def departure_s(draft: Draft, name: str) -> float:
     """Seconds from asking an endpoint to leave until its memory is back, as predicted; 0 for one that is not there."""
     standing = draft.standings.get(name)
     endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
-    if standing is None or standing.current is None or endpoint is None:
-        return 0.0
+    return 0.0 if standing is None or standing.current is None or endpoint is None else _way_out_s(draft, endpoint)
+
+
+def _way_out_s(draft: Draft, endpoint: EndpointSpec) -> float:
     return draft.situation.leaving_s(endpoint) + MEMORY_RETURN_S
 
 
-def lead_s(draft: Draft, victims: Iterable[str]) -> float:
-    """Seconds before a start at which its victims have to be asked to leave: they leave side by side."""
-    return max((departure_s(draft, name) for name in victims), default=0.0)
+def lead_s(draft: Draft, endpoints: Iterable[str], seized: Iterable[str] = ()) -> float:
+    """Seconds before a start at which its victims have to be asked to leave: they leave side by side.
+
+    Args:
+        draft: the decision so far
+        endpoints: those that give way
+        seized: overlays that do, with the endpoints that they run
+    """
+    names = set(endpoints)
+    seized = set(seized)
+    names.update(x.subject.name for x in draft.leases if x.overlay in seized and x.subject.kind == "endpoint")
+    ways = [departure_s(draft, name) for name in names] + [WORKLOAD_STOP_S + MEMORY_RETURN_S] * bool(seized)
+    return max(ways, default=0.0)
 
 
 def hard_end(draft: Draft, overlay: OverlaySpec, begin: float) -> float:
@@ -39,33 +51,63 @@ def hard_end(draft: Draft, overlay: OverlaySpec, begin: float) -> float:
     Infinite if nothing bounds it. Counted are its victims' predicted departure, every attempt, and a stop that needs
     all of its grace.
     """
-    makespan, work = overlay.makespan, overlay.workload
-    after = (work.stop.grace_s + KILL_S if work is not None else 0.0) + MEMORY_RETURN_S
+    victims = draft.standings if overlay.allow_baseline_eviction else overlay.endpoints
+    begun = inf if overlay.requires else begin + lead_s(draft, victims)
+    return _bound(overlay, begun, 1 + (overlay.workload.retries if overlay.workload is not None else 0))
+
+
+def surely_over(draft: Draft, step: OverlayStep) -> float:
+    """Epoch seconds at which a live overlay has given its place back, whatever it does; infinite: nothing bounds it."""
+    record, overlay = step.record, step.spec
+    if record.state not in OVERRIDING:  # it is being ended
+        return record.since.wall + _after_s(overlay)
+    if overlay is None:  # its file cannot be read
+        return inf
+    attempts = 1 + (overlay.workload.retries - record.attempt if overlay.workload is not None else 0)
+    if record.active_since is not None:
+        return _bound(overlay, record.active_since.wall, attempts)
+    admitted = min((x.since.wall for x in draft.leases if x.overlay == record.name), default=record.since.wall)
+    begun = max(draft.now.wall, record.window_start, admitted + lead_s(draft, record.evicted, record.seized))
+    return _bound(overlay, inf if overlay.requires else begun, attempts)
+
+
+def _bound(overlay: OverlaySpec, begun: float, attempts: int) -> float:
+    makespan, after = overlay.makespan, _after_s(overlay)
     ends = [inf if makespan.deadline is None else makespan.deadline + after]
-    if makespan.duration_s is not None and not overlay.requires:
-        victims = draft.standings if overlay.allow_baseline_eviction else overlay.endpoints
-        begun = begin + lead_s(draft, victims)
-        if work is None:
-            ends.append(begun + makespan.duration_s + after)
-        elif makespan.on_overrun == "stop":
-            ends.append(begun + (work.retries + 1) * (makespan.duration_s + makespan.grace_s + after))
+    if makespan.duration_s is not None and overlay.workload is None:
+        ends.append(begun + makespan.duration_s + after)
+    elif makespan.duration_s is not None and makespan.on_overrun == "stop":
+        ends.append(begun + attempts * (makespan.duration_s + makespan.grace_s + after))
     return min(ends)
 
 
-def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float, among: Iterable[Window] | None = None) -> list[Window]:
+def _after_s(overlay: OverlaySpec | None) -> float:
+    """Seconds from the moment at which an overlay is ended to that at which its memory is back, whatever it does."""
+    if overlay is not None and overlay.workload is None:
+        return MEMORY_RETURN_S
+    grace_s = overlay.workload.stop.grace_s if overlay is not None and overlay.workload is not None else Stop().grace_s
+    return grace_s + KILL_S + MEMORY_RETURN_S
+
+
+def not_to_hinder(draft: Draft, overlay: OverlaySpec) -> list[Window]:
+    """The windows that this overlay may not delay: those not less important.
+
+    One that has a window itself yields to those alone that came before it.
+    """
+    own = next((i for i, w in enumerate(draft.windows) if w.name == overlay.name), len(draft.windows))
+    return [w for w in draft.windows[:own] if w.priority >= overlay.priority]
+
+
+def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:
     """The windows whose place this overlay may not take, were it to begin at `begin`.
 
-    Those not less important, and not over by then, unless its hard end comes before they open. One that has a window
-    itself yields to those alone that came before it.
+    Those that it may not delay, and that are not over by then, unless its hard end comes before they open.
     """
-    windows = list(draft.windows if among is None else among)
+    windows = not_to_hinder(draft, overlay)
     if not windows:
         return []
     last = hard_end(draft, overlay, begin)
-    own = next((i for i, w in enumerate(windows) if w.name == overlay.name), len(windows))
-    windows = windows[:own]
-    others = [w for w in windows if w.priority >= overlay.priority]
-    return [w for w in others if begin < w.end and last > w.opens]
+    return [w for w in windows if begin < w.end and last > w.opens]
 
 
 def keeping_off(windows: Iterable[Window]) -> Callable[[Need], Need]:
@@ -79,19 +121,29 @@ def keeping_off(windows: Iterable[Window]) -> Callable[[Need], Need]:
     return lambda need: replace(need, candidates=tuple(g for g in need.candidates if fits(need, g)))
 
 
-def spared(draft: Draft, endpoint: EndpointSpec, need: Need) -> Blocked | None:
-    """Why an endpoint is not brought back now: its place would be taken again before it was worth the load.
+def opening_soon(draft: Draft, endpoint: EndpointSpec) -> list[Window]:
+    """The windows that would have an endpoint's place again before it was worth the load, were it brought back to it.
 
-    Only windows count that may displace it, and that open within twice its load time.
+    Only those count that may displace it, and that open within twice its load time; or, if it was displaced lately,
+    before it has been ready for so long that it may be displaced again: they would have to wait for that.
     """
-    until = draft.now.wall + WORTH_LOADS * draft.situation.timings(endpoint).load_s
-    soon = [w for w in draft.windows if endpoint.name in w.victims and w.opens < until]
-    if not soon:
-        return None
-    elsewhere = keeping_off(soon)(need)
-    if place([elsewhere], draft.board) is not None:
-        return None
+    load_s = draft.situation.timings(endpoint).load_s
+    worth_s = WORTH_LOADS * load_s
+    if draft.records[endpoint.name].evictions:
+        worth_s = max(worth_s, load_s + draft.situation.spec.policy.min_ready_s)
+    until, way_s = draft.now.wall + worth_s, _way_out_s(draft, endpoint)
+    return [w for w in draft.windows if min(w.opens, w.start - way_s) < until and _may_displace(draft, w, endpoint)]
+
+
+def _may_displace(draft: Draft, window: Window, endpoint: EndpointSpec) -> bool:
+    evicts = draft.situation.spec.overlays[window.name].allow_baseline_eviction
+    lower = evicts and endpoint.preemptible and endpoint.priority < window.priority
+    return lower or endpoint.name in window.victims
+
+
+def held_back(subject: Subject, soon: Iterable[Window]) -> Blocked:
+    """That an endpoint is not brought back in front of these windows."""
     last = max(soon, key=lambda w: w.end)
-    names = ", ".join(sorted(w.name for w in soon))
+    names = ", ".join(sorted({w.name for w in soon}))
     message = f"{names} would displace it again before it had been ready as long as it takes to load"
-    return Blocked(need.subject, "Held", message, (), last.end, transient=True)
+    return Blocked(subject, "Held", message, (), last.end, transient=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from builders import NOW, endpoint, observed, overlay, spec
 from builders import gpu as gpu_of
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from plant import Plant, Run, overlay_state
 from worlds import examples
@@ -163,25 +163,141 @@ def test_the_end_of_a_cool_down_wakes_the_planner() -> None:
     run.settle(until=overlay_state("two", "active"))
 
 
+def begun_late(run: Run, name: str, start: float) -> float:
+    """Seconds after its start at which an overlay's work began."""
+    run.settle(until=overlay_state(name, "active"))
+    since = run.ledger.overlays[name].active_since
+    assert since is not None
+    return since.wall - start
+
+
+def test_an_endpoint_is_not_brought_back_to_cool_down_into_a_window() -> None:
+    """It would be ready for 75 s by the time at which it has to leave, and it has to have been for 120 s."""
+    ask = endpoint("ask", 1, priority=40)
+    run = settled(ask)
+    night = overlay("night", 1, start=NOW.wall + 2000)
+    before = overlay("before", 1, start=NOW.wall + 1700, duration=100, on_overrun="stop")
+    run.plant.behaviour.run_s = {"before": 9000.0}
+    run.spec = spec(ask, night)
+    run.step()
+    run.spec = spec(ask, night, before)
+    assert begun_late(run, "night", NOW.wall + 2000) == 0.0
+    assert run.starts() == ["ask", "before", "night"]
+
+
+def test_the_evictions_that_a_window_will_need_are_not_spent_before_it() -> None:
+    ask = endpoint("ask", 1, priority=40)
+    run = settled(ask)
+    night = overlay("night", 1, start=NOW.wall + 2400)
+    early = [
+        overlay(f"r{i}", 1, start=NOW.wall + 200 + 600 * i, duration=50, deadline=NOW.wall + 270 + 600 * i)
+        for i in range(3)
+    ]
+    run.plant.behaviour.default_run_s = 40.0
+    run.spec = spec(ask, night)
+    run.step()
+    run.spec = spec(ask, night, *early)
+    decided = run.decide()
+    assert decided.ledger.overlays["night"].state == "pending"
+    said = blocked(decided, "r2")
+    assert said is not None
+    assert said.reason == "NoEvictionLeft"
+    assert "ask could then not give way to night within the hour" in said.message
+    assert begun_late(run, "night", NOW.wall + 2400) == 0.0
+    assert [n for n in run.starts() if n != "ask"] == ["r0", "r1", "night"]
+
+
+def test_work_does_not_take_the_provider_that_a_window_will_leave() -> None:
+    """Both offer what has to be ready once. The window is to have the one, so nobody below it gets the other."""
+    one, two = (endpoint(f"e{i}", [i], priority=40, capabilities=("chat",)) for i in range(2))
+    run = Run(spec(one, two, floors={"chat": 1}), Plant(totals=[80 << 30] * 2))
+    run.settle()
+    night = overlay("night", [0], start=NOW.wall + 600)
+    work = overlay("work", [1], priority=500)
+    run.spec = spec(one, two, night, floors={"chat": 1})
+    run.step()
+    run.spec = spec(one, two, night, work, floors={"chat": 1})
+    said = blocked(run.decide(), "work")
+    assert said is not None
+    assert said.reason == "FloorWouldBreak"
+    assert begun_late(run, "night", NOW.wall + 600) == 0.0
+
+
+def test_what_fits_beside_a_window_one_by_one_does_not_begin_together() -> None:
+    run = Run(spec(), Plant(totals=[80 << 30]))
+    night = overlay("night", 1, memory=40, start=NOW.wall + 600)
+    pair = [overlay(f"r{i}", 1, memory=20, priority=500) for i in range(2)]
+    run.spec = spec(night)
+    run.step()
+    run.spec = spec(night, *pair)
+    run.plant.behaviour.run_s = {"r0": 9000.0, "r1": 9000.0}
+    decided = run.decide()
+    assert [r.state for n, r in decided.ledger.overlays.items() if n != "night"] == ["starting", "pending"]
+    assert blocked(decided, "r1").reason == "WindowTaken"  # type: ignore[union-attr]
+    assert begun_late(run, "night", NOW.wall + 600) == 0.0
+
+
+def test_a_window_keeps_a_place_that_is_free_whatever_runs_longer_than_it_said() -> None:
+    """GPU 1 is foreseen to be free by then, for nothing; but only what runs on GPU 0 has to be gone by then."""
+    ask = endpoint("ask", [0], priority=40)
+    run = Run(spec(ask), Plant(totals=[80 << 30] * 2))
+    run.settle()
+    long = overlay("long", [1], priority=500, duration=300)
+    run.plant.behaviour.run_s = {"long": 9000.0}
+    run.spec = spec(ask, long)
+    run.settle(until=overlay_state("long", "active"))
+    start = run.plant.now.wall + 900
+    night = overlay("night", 1, start=start)
+    run.spec = spec(ask, long, night)
+    run.step()
+    other = overlay("other", [0], priority=500)
+    run.plant.behaviour.run_s["other"] = 9000.0
+    run.spec = spec(ask, long, night, other)
+    assert blocked(run.decide(), "other").reason == "WindowTaken"  # type: ignore[union-attr]
+    assert begun_late(run, "night", start) == 0.0
+
+
+def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are_told_of() -> None:
+    hourly = overlay("hourly", 1, duration=600)
+    hourly = replace(hourly, makespan=replace(hourly.makespan, schedule="0 * * * *", timezone="UTC"))
+    run = Run(spec(hourly), Plant(totals=[80 << 30]))
+    run.plant.behaviour.default_run_s = 500.0
+    run.settle(until=overlay_state("hourly", "active"))
+    patient = overlay("patient", 1, duration=600)
+    late = overlay("late", 1, start=NOW.wall + 5.1 * HOUR, duration=600)
+    run.spec = spec(hourly, patient, late)
+    said = blocked(run.decide(), "late")
+    assert said is not None
+    assert said.reason == "WindowTaken"
+    assert "hourly (2026-11-24 02:00:00Z to 2026-11-24 02:10:01Z)" in said.message
+    run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 2 * HOUR)
+    assert run.plant.begun == [NOW.wall + HOUR, NOW.wall + 2 * HOUR], "the patient one got in between"
+
+
 @st.composite
-def rivals(draw: st.DrawFn, gpus: int) -> list[OverlaySpec]:
+def rivals(draw: st.DrawFn, gpus: int, span: float) -> list[OverlaySpec]:
     """Lower and equal overlays of every kind, now and later."""
     made = []
-    for index in range(draw(st.integers(1, 4))):
-        start = draw(st.sampled_from([None, 100.0, 900.0, 1700.0, 2500.0]))
-        deadline = draw(st.sampled_from([None, None, 1500.0, 3000.0]))
+    for index in range(draw(st.integers(1, 5))):
+        start = draw(st.sampled_from([None, None, 0.05 * span, 0.4 * span, 0.8 * span, span - 30, span + 100]))
+        deadline = draw(st.sampled_from([None, None, 0.5 * span, span - 60, span + 600]))
+        late = None if deadline is None else NOW.wall + max(deadline, (start or 0.0) + 60) + 100
+        pins = st.lists(st.integers(0, gpus - 1), min_size=1, max_size=4, unique=True)
         made.append(
             overlay(
                 f"r{index}",
-                draw(st.one_of(st.integers(1, gpus), st.lists(st.integers(0, gpus - 1), min_size=1, unique=True))),
+                draw(st.one_of(st.integers(1, min(gpus, 4)), pins)),
                 memory=draw(st.sampled_from([None, 20, 40])),
                 priority=draw(st.sampled_from([100, 600])),
+                evict=draw(st.sampled_from([True, True, True, False])),
                 start=None if start is None else NOW.wall + start,
-                deadline=None if deadline is None else NOW.wall + 2600 + deadline,
-                duration=draw(st.sampled_from([100.0, 600.0, 3000.0])),
+                deadline=late,
+                duration=draw(st.sampled_from([30.0, 100.0, 600.0, 3000.0])),
                 on_overrun=draw(st.sampled_from(["continue", "stop"])),
+                requires=draw(st.sampled_from([(), (), (), ("ask",)])),
                 workload=draw(st.sampled_from([True, True, False])),
                 retries=draw(st.integers(0, 1)),
+                preemptible=draw(st.booleans()),
             )
         )
     return made
@@ -189,23 +305,39 @@ def rivals(draw: st.DrawFn, gpus: int) -> list[OverlaySpec]:
 
 @given(st.data())
 @examples(60)
-def test_an_admitted_reservation_is_never_delayed_by_a_lower_or_equal_one(data: st.DataObject) -> None:
-    gpus = data.draw(st.integers(1, 4))
-    base = [endpoint(f"e{i}", [i], memory=data.draw(st.sampled_from([None, 30])), priority=40) for i in range(gpus)]
-    run = settled(*base, gpus=gpus)
-    start = NOW.wall + data.draw(st.sampled_from([600.0, 2000.0]))
+def test_23_an_admitted_reservation_is_never_delayed_by_a_lower_or_equal_one(data: st.DataObject) -> None:
+    gpus = data.draw(st.sampled_from([1, 2, 3, 4, 6]))
+    most = min(gpus, 4)
+    offers = st.sampled_from([(), ("ask",), ("ask", "code")])
+    base = [
+        endpoint(
+            f"e{i}", data.draw(st.sampled_from([[i], 1])), memory=data.draw(st.sampled_from([None, 30])),
+            priority=data.draw(st.sampled_from([40, 50])), port=8000 + i, capabilities=data.draw(offers),
+        )
+        for i in range(gpus)
+    ]  # fmt: skip
+    floors = {c: 1 for c in ("ask", "code") if data.draw(st.booleans())}
+    run = Run(spec(*base, floors=floors), Plant(totals=[80 << 30] * gpus))
+    run.settle()
+    span = data.draw(st.sampled_from([600.0, 2000.0]))
+    start = NOW.wall + span
+    pins = st.lists(st.integers(0, gpus - 1), min_size=1, max_size=most, unique=True)
     night = overlay(
-        "night", data.draw(st.integers(1, gpus)), memory=data.draw(st.sampled_from([None, 40])),
-        priority=600, start=start, duration=600,
+        "night", data.draw(st.one_of(st.integers(1, most), pins)),
+        memory=data.draw(st.sampled_from([None, 40])), priority=600, start=start, duration=600,
     )  # fmt: skip
-    run.spec = spec(*base, night)
+    run.spec = spec(*base, night, floors=floors)
     decided, _ = run.step()
-    assert blocked(decided, "night").reason == "NotYet"  # type: ignore[union-attr]
-    run.plant.advance(data.draw(st.sampled_from([0.0, 50.0])))
-    added = data.draw(rivals(gpus))
-    run.plant.behaviour.run_s = {o.name: data.draw(st.sampled_from([50.0, 500.0, 9000.0])) for o in added}
+    assume(blocked(decided, "night").reason == "NotYet")  # type: ignore[union-attr]  # a floor may keep it out
+    added = data.draw(rivals(gpus, span))
+    run.plant.behaviour.stop_s = 1.0
+    run.plant.behaviour.run_s = {o.name: data.draw(st.sampled_from([20.0, 50.0, 500.0, 9000.0])) for o in added}
     run.plant.behaviour.exit_codes = {o.name: data.draw(st.sampled_from([(0,), (1,)])) for o in added}
-    run.spec = spec(*base, night, *added)
+    first = data.draw(st.integers(0, len(added)))
+    run.spec = spec(*base, night, *added[:first], floors=floors)
+    then = run.plant.now.plus(data.draw(st.sampled_from([0.0, 50.0, 300.0]))).mono
+    run.settle(until=lambda p: p.now.mono >= then)
+    run.spec = spec(*base, night, *added, floors=floors)
     run.settle(until=lambda p: p.ledger.overlays["night"].active_since is not None)
     since = run.ledger.overlays["night"].active_since
     assert since is not None
