@@ -95,20 +95,26 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
 
 
 def _beginning(draft: Draft, endpoint: EndpointSpec, gpus: tuple[str, ...]) -> list[str]:
-    """Overlays whose work is about to begin on one of these GPUs: it would wait until an engine there has loaded.
+    """More important windows whose work begins on one of these GPUs before an engine had loaded there: it would wait.
 
     Those that require what the endpoint offers are none: they wait for it.
     """
-    found = []
+    loaded = draft.now.wall + draft.situation.timings(endpoint).load_s
+    more = [w for w in draft.windows if w.priority > endpoint.priority]
+    found = [w.name for w in more if w.start < loaded and w.beside.keys() & set(gpus)]
     for name, step in draft.steps.items():
-        overlay, begins = step.spec, step.record.state in ("evicting", "starting") and step.record.attempt == 0
-        if overlay is None or overlay.workload is None or not begins or step.workload is not None:
+        overlay, record = step.spec, step.record
+        begins = record.state in ("evicting", "starting") and record.attempt == 0 and step.workload is None
+        reserved = record.seen is not None and record.window_start > record.seen.wall
+        if overlay is None or overlay.workload is None or not begins or not reserved:
+            continue
+        if overlay.priority <= endpoint.priority:
             continue
         if not set(overlay.requires) & set(endpoint.capabilities) and any(
             x.overlay == name and x.gpu in gpus for x in draft.leases
         ):
             found.append(name)
-    return found
+    return sorted(set(found))
 
 
 def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tuple[str, Cause]:
