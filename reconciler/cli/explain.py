@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
 from reconciler.plan.ledger import TERMINAL
+from reconciler.plan.render import in_zone
 from reconciler.plan.status import agenda_data, incident_data, iso, status_data
 from reconciler.units import format_duration
 
@@ -86,9 +88,11 @@ def explain(
         "endpoint": _tell_endpoint, "overlay": _tell_overlay, "gpu": _tell_gpu, "capability": _tell_capability,
         "incident": _tell_incident,
     }[kind]  # fmt: skip
-    lines = [*tell(seen, item), *_tell_next(seen, steps), *_tell_trouble(trouble), *_tell_past(past)]
+    lines = [*tell(seen, item), *_tell_next(seen, steps, item), *_tell_trouble(trouble), *_tell_past(past)]
+    zone = datetime.now().astimezone().tzinfo
+    assert zone is not None  # noqa: S101 - astimezone() gives one
     for line in lines:
-        face.line(line)
+        face.line(in_zone(line, zone))
     return 0
 
 
@@ -193,7 +197,8 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             for hint in blocked.alternatives:
                 yield f"  what would help: {hint}"
             if blocked.earliest_start is not None:
-                yield f"  not before {clock(iso(blocked.earliest_start))}"
+                word = "it begins at" if blocked.reason == "NotYet" else "not before"
+                yield f"  {word} {clock(iso(blocked.earliest_start))}"
 
 
 def _tell_makespan(which: str, spans: list[dict[str, Any]]) -> Iterator[str]:
@@ -257,9 +262,15 @@ def _tell_gpu(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             yield f"  leased to overlay {lease.overlay} since {clock(iso(lease.since.wall))}"
 
 
-def _tell_next(seen: wiring.Look, steps: list[Action]) -> Iterator[str]:
+def _waits(seen: wiring.Look, item: dict[str, Any]) -> bool:
+    """Whether it was told already for what it waits: then something is planned for it, if only to look again."""
+    return any(b.subject.name == item.get("name") for b in seen.plan.blocked)
+
+
+def _tell_next(seen: wiring.Look, steps: list[Action], item: dict[str, Any]) -> Iterator[str]:
     if not steps:
-        yield "Nothing further is planned for it."
+        if not _waits(seen, item):
+            yield "Nothing further is planned for it."
         return
     yield "What happens next:"
     for action in steps:

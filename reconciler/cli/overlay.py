@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from datetime import datetime
 from typing import Annotated
@@ -15,14 +16,14 @@ from reconciler.cli.face import Face
 from reconciler.cli.logs import write_raw
 from reconciler.cli.output_files import Tail
 from reconciler.cli.submission import DEFAULT_DURATION, Job, choose_name, overlay_text, write_overlay
-from reconciler.cli.values import Bytes, Seconds
+from reconciler.cli.values import TIME_HELP, Bytes, Moment, Seconds
 from reconciler.cli.waiting import changes
-from reconciler.errors import ReconcilerError, StateError, UnknownName
+from reconciler.errors import ReconcilerError, StateError, UnknownName, UsageError
 from reconciler.journal.layout import writer
 from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import TERMINAL, OverlayRecord
 from reconciler.plan.observed import Subject
-from reconciler.plan.render import blocked_data
+from reconciler.plan.render import blocked_data, in_zone
 from reconciler.spec.cautions import cautions
 from reconciler.spec.load import SourceText, Texts, read_texts
 
@@ -46,8 +47,16 @@ def submit(
             "--for",
             parser=Seconds.parse,
             metavar="D",
-            help=f"How long it is expected to take. [default: {DEFAULT_DURATION}]",
+            help=f"How long it is expected to take. [default: {DEFAULT_DURATION}, or until the deadline]",
         ),
+    ] = None,
+    start: Annotated[
+        Moment | None,
+        typer.Option(parser=Moment.parse, metavar="TIME", help=f"When to begin, {TIME_HELP}. [default: at once]"),
+    ] = None,
+    deadline: Annotated[
+        Moment | None,
+        typer.Option(parser=Moment.parse, metavar="TIME", help="Hard end: whatever it does, it is stopped then."),
     ] = None,
     priority: Annotated[
         str | None, typer.Option(metavar="P", help="A number, or a name from the set points. [default: 100]")
@@ -69,7 +78,11 @@ def submit(
     for if it cannot begin now: a window that has the place, with the next free slot, consent, GPUs.
 
     Example: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg
+    Example: reconciler overlay submit --gpus 2 --start 22:00 --deadline 06:00 --evict -- python train.py
     """
+    for option, moment in (("--start", start), ("--deadline", deadline)):
+        if moment is not None and moment.wall < time.time():
+            raise UsageError(f"{option} {moment.text} has passed")
     face = Face.of(ctx)
     texts = read_texts(wiring.setpoints_path(face.options))
     has_daemon = _has_daemon(face)
@@ -81,7 +94,9 @@ def submit(
         command=tuple(command),
         cwd=os.getcwd(),  # noqa: PTH109 - as the shell names it
         gpus=gpus,
-        duration=duration.text if duration else DEFAULT_DURATION,
+        duration=duration.text if duration else (None if deadline else DEFAULT_DURATION),
+        start=start.text if start else None,
+        deadline=deadline.text if deadline else None,
         priority=priority,
         evict=evict,
         memory=memory.text if memory else None,
@@ -173,10 +188,12 @@ def _outlook(face: Face, name: str) -> Blocked | None:
 
 
 def _tell_wait(name: str, blocked: Blocked) -> list[str]:
-    lines = [f"{name} waits: {blocked.reason}: {blocked.message}"]
-    lines += [f"  hint: {hint}" for hint in blocked.alternatives]
+    zone = datetime.now().astimezone().tzinfo
+    assert zone is not None  # noqa: S101 - astimezone() gives one
+    lines = [f"{name} waits: {blocked.reason}: {in_zone(blocked.message, zone)}"]
+    lines += [f"  hint: {in_zone(hint, zone)}" for hint in blocked.alternatives]
     if blocked.earliest_start is not None:
-        moment = datetime.fromtimestamp(blocked.earliest_start).astimezone()
+        moment = datetime.fromtimestamp(blocked.earliest_start, zone)
         lines.append(f"  not before {moment:%Y-%m-%d %H:%M:%S}")
     return lines
 

@@ -13,8 +13,7 @@ from reconciler.cli import wiring
 from reconciler.cli.arguments import INTERRUPTED, group
 from reconciler.cli.face import Face
 from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
-from reconciler.cli.values import Seconds
-from reconciler.errors import UsageError
+from reconciler.cli.values import TIME_HELP, Moment, Seconds
 from reconciler.plan.actions import Plan
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
 from reconciler.plan.status import problem_data
@@ -72,13 +71,17 @@ def plan(
     ctx: typer.Context,
     *,
     at: Annotated[
-        str | None, typer.Option(metavar="TIME", help="As if it were this time (ISO 8601 with offset, or local).")
+        Moment | None,
+        typer.Option(parser=Moment.parse, metavar="TIME", help=f"As if it were this time, {TIME_HELP}."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the plan, for `reconciler apply FILE`.")
     ] = None,
     detailed_exitcode: Annotated[
-        bool, typer.Option("--detailed-exitcode", help="Exit 2 when changes are pending.")
+        bool,
+        typer.Option(
+            "--detailed-exitcode", help="Exit 2 when changes are pending: something to do, or due and blocked."
+        ),
     ] = False,
 ) -> int:
     """Show what would be done, in which order and why; changes nothing.
@@ -86,7 +89,7 @@ def plan(
     Example: reconciler plan --at 2026-11-24T22:00:00+01:00
     """
     face = Face.of(ctx)
-    seen = wiring.look(face.options, at=None if at is None else _moment(at))
+    seen = wiring.look(face.options, at=None if at is None else at.wall)
     _tell_notes(face, seen)
     if out is not None:
         save(out, seen.plan, seen.observed)
@@ -96,7 +99,8 @@ def plan(
         _print_plan(face, seen)
         if out is not None:
             face.note(f"saved as {out}; `reconciler apply {out}` carries it out as long as nothing has moved")
-    return CHANGES_PENDING if detailed_exitcode and _pending(seen.plan) else 0
+    due = any(blocked.reason != "NotYet" for blocked in seen.plan.blocked)
+    return CHANGES_PENDING if detailed_exitcode and (due or _pending(seen.plan)) else 0
 
 
 @app.command()
@@ -175,17 +179,3 @@ def _tell_notes(face: Face, seen: wiring.Look) -> None:
         face.note(f"{problem}\n  (this file changes nothing until it is mended)")
     for note in seen.notes:
         face.note(note)
-
-
-def _moment(text: str) -> float:
-    """Epoch seconds.
-
-    Raises:
-        UsageError: not a time.
-    """
-    try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except (ValueError, OverflowError, OSError) as error:
-        raise UsageError(
-            f"{text!r} is not a time", hint="write it as 2026-11-24T22:00:00+01:00; without an offset it is local"
-        ) from error

@@ -29,7 +29,12 @@ class Job:
     command: tuple[str, ...]
     cwd: str
     gpus: int = 1
-    duration: str = DEFAULT_DURATION
+    duration: str | None = DEFAULT_DURATION
+    """None: until the deadline."""
+    start: str | None = None
+    """ISO 8601 with an offset; None: at once."""
+    deadline: str | None = None
+    """ISO 8601 with an offset; None: no hard end."""
     priority: str | None = None
     """A number, or a name from the set points' `priorities`; None: the format's default."""
     evict: bool = False
@@ -45,7 +50,8 @@ def overlay_text(job: Job) -> str:
         document["priority"] = int(job.priority) if job.priority.lstrip("-").isdecimal() else job.priority
     if job.evict:
         document["allow_baseline_eviction"] = True
-    document["makespan"] = {"duration": job.duration}
+    makespan = {"start": job.start, "duration": job.duration, "deadline": job.deadline}
+    document["makespan"] = {key: value for key, value in makespan.items() if value is not None}
     document["gpus"] = job.gpus
     if job.memory is not None:
         document["memory"] = job.memory

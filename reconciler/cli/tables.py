@@ -202,7 +202,7 @@ def clock(moment: str | None) -> str:
     if moment is None:
         return "-"
     local = datetime.fromisoformat(moment).astimezone()
-    return local.strftime("%H:%M:%S" if local.date() == datetime.now().astimezone().date() else "%Y-%m-%d %H:%M")
+    return local.strftime("%H:%M:%S" if local.date() == datetime.now().astimezone().date() else "%Y-%m-%d %H:%M:%S")
 
 
 def gpu_list(indices: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, tzinfo
 
@@ -44,7 +45,19 @@ def render_plan(plan: Plan, indices: Mapping[str, int], zone: tzinfo = UTC) -> s
         _victims_lines(plan),
         [_summary(plan)],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+    return in_zone("\n\n".join("\n".join(lines) for lines in parts if lines), zone)
+
+
+def in_zone(text: str, zone: tzinfo) -> str:
+    """A text with the moments that the planner wrote into it, in UTC, as this time zone shows them."""
+    if zone is UTC:
+        return text
+
+    def local(found: re.Match[str]) -> str:
+        moment = datetime.strptime(found[0], "%Y-%m-%d %H:%M:%SZ").replace(tzinfo=UTC)
+        return moment.astimezone(zone).strftime("%Y-%m-%d %H:%M:%S")
+
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", local, text)
 
 
 def _change_lines(plan: Plan, width: int, zone: tzinfo) -> list[str]:
@@ -120,7 +133,8 @@ def _gpus(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
 
 
 def _moment(wall: float, now: float, zone: tzinfo) -> str:
-    clock = datetime.fromtimestamp(wall, zone).strftime("%H:%M:%S")
+    local, today = datetime.fromtimestamp(wall, zone), datetime.fromtimestamp(now, zone).date()
+    clock = local.strftime("%H:%M:%S" if local.date() == today else "%Y-%m-%d %H:%M:%S")
     return f"~{clock}, in {format_duration(max(0.0, round(wall - now)))}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from reconciler.cli.main import run
 from reconciler.cli.submission import Job, choose_name, overlay_text
+from reconciler.cli.values import Moment
 from reconciler.spec.values import NAME
 
 
@@ -197,3 +199,60 @@ def test_followers_see_what_happens_after_they_began(busy_desk):
         _, err = interrupt(process)
         assert process.returncode == 130
         assert err == ""
+
+
+def test_a_job_for_later_is_written_with_its_start_and_hard_end_and_told_when_it_begins(desk, capsys):
+    words = ["--start", "2031-03-01T22:00:00+01:00", "--deadline", "2031-03-02T06:00:00+01:00"]
+    assert submit(desk, *words, "--name", "night", "--", "true") == 0
+    makespan = written(desk)["night.yaml"]["makespan"]
+    assert set(makespan) == {"start", "deadline"}, "without --for it takes until its deadline"
+    assert [datetime.fromisoformat(makespan[key]).timestamp() for key in ("start", "deadline")] == [
+        datetime.fromisoformat(word).timestamp() for word in (words[1], words[3])
+    ]
+    told = capsys.readouterr().err
+    assert "night waits: NotYet" in told
+    assert f"not before {datetime.fromisoformat(words[1]).astimezone():%Y-%m-%d %H:%M:%S}" in told
+    assert run([*desk.words, "explain", "night"]) == 0
+    told = capsys.readouterr().out
+    assert f"it begins at {datetime.fromisoformat(words[1]).astimezone():%Y-%m-%d %H:%M:%S}" in told
+    assert "Nothing further" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--start", "teatime"], "write it as 22:00 (the next one), +90m (from now)"),
+        (["--start", "2020-01-01T00:00"], "has passed"),
+        (["--deadline", "2020-01-01T00:00"], "has passed"),
+        (["--start", "+2h", "--deadline", "+1h"], "the deadline is not after the start"),
+    ],
+)
+def test_a_time_that_is_none_or_has_passed_is_refused(desk, capsys, words, said):
+    assert submit(desk, *words, "--", "true") != 0
+    assert said in capsys.readouterr().err
+    assert written(desk) == {}
+
+
+def test_an_hour_is_the_next_one_and_a_plus_counts_from_now():
+    now = datetime.now().astimezone()
+    in_a_minute, a_minute_ago = now + timedelta(minutes=1), now - timedelta(minutes=1)
+    assert 0 < Moment.parse(f"{in_a_minute:%H:%M:%S}").wall - now.timestamp() <= 60
+    assert 86000 < Moment.parse(f"{a_minute_ago:%H:%M:%S}").wall - now.timestamp() + 3600 < 90100, (
+        "or an hour of DST off"
+    )
+    assert 5399 < Moment.parse("+90m").wall - now.timestamp() < 5500
+    assert Moment.parse("2031-03-01T22:00:00+01:00").wall == 1930165200.0
+
+
+def test_more_gpus_than_there_are_is_told_at_once(desk, capsys):
+    assert submit(desk, "--gpus", "9", "--", "true") == 0
+    assert "InsufficientGpus: it wants 9 GPUs, and 4 of this node may serve it" in capsys.readouterr().err
+
+
+def test_what_waits_for_its_time_is_no_pending_change_and_what_is_due_and_blocked_is(desk):
+    desk.write("setpoints.yaml", "version: 1\nendpoints:\n  idle: {model: m, port: 18614, state: stopped}\n")
+    assert run([*desk.words, "plan", "--detailed-exitcode"]) == 0
+    assert submit(desk, "--start", "+2h", "--name", "later", "--", "true") == 0
+    assert run([*desk.words, "plan", "--detailed-exitcode"]) == 0
+    assert submit(desk, "--gpus", "9", "--", "true") == 0
+    assert run([*desk.words, "plan", "--detailed-exitcode"]) == 2
