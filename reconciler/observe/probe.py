@@ -7,6 +7,7 @@ question on a kept connection instead of 0.27.
 from __future__ import annotations
 
 import errno
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ class ProbeTarget:
     """With both, a page of metrics is read now and then: a hung engine still answers that it is healthy."""
     hung_s: float = 120.0
     """For how long a frozen counter is none."""
+    load_path: str | None = None
+    """Where its server tells the requests that it took and has not answered: an engine that stood still before they
+    came was never told of them, and shows nothing at work. None: it does not tell."""
     metrics_path: str = "/metrics"
     sleep_check: SleepCheck | None = None
     """How to ask whether it sleeps: an engine that does still answers that it is healthy. None: it never sleeps."""
@@ -115,7 +119,7 @@ class Connection:
         return Answer(  # 1
             ready=True,
             busy=sum_metrics(page, target.busy_metrics) if counts and page is not None else None,
-            running=sum_metrics(told, target.running_metrics) if told is not None else None,
+            running=self._at_work(target, told) if told is not None else None,
             progress=sum_metrics(told, target.progress_metrics) if told is not None else None,
             sleeping=self._sleeping(target),
             counted=target.busy and (page is not None or not target.busy_metrics),
@@ -124,6 +128,18 @@ class Connection:
     def close(self) -> None:
         """Drop the connection."""
         self._transport.close()
+
+    def _at_work(self, target: ProbeTarget, page: bytes) -> int | None:
+        """Requests that run by the engine's word; where that is none, those that its server has not answered."""
+        running = sum_metrics(page, target.running_metrics)
+        if running != 0 or target.load_path is None:
+            return running
+        told = self._page(target, target.load_path)
+        try:
+            load = json.loads(told)["server_load"] if told else 0
+        except (ValueError, TypeError, KeyError):
+            return running
+        return load if isinstance(load, int) else running
 
     def _sleeping(self, target: ProbeTarget) -> bool | None:
         check = target.sleep_check

@@ -181,6 +181,7 @@ def probe_targets(
             running_metrics=profile.running_metrics,
             progress_metrics=profile.progress_metrics,
             hung_s=endpoint.health.hung_s,
+            load_path=profile.load_path,
             metrics_path=profile.metrics_path or "/metrics",
             sleep_check=profile.sleep_check if endpoint.evict.method == "sleep" else None,
         )

@@ -185,6 +185,8 @@ class EngineProfile:
     """Their sum is the number of requests that are being worked on; empty: the engine does not say."""
     progress_metrics: tuple[str, ...] = ()
     """Their sum grows while any request is worked on: frozen with some running, it tells a hidden hang."""
+    load_path: str | None = None
+    """Answers `{"server_load": N}`: requests taken and not answered; None: it does not tell."""
     load_s: float = 30.0
     """Predicted start to ready, until history knows better."""
     drain_s: float = 5.0
@@ -212,9 +214,10 @@ PROFILES: Mapping[str, EngineProfile] = {
             name="vllm",
             executable="vllm",
             model_args=("serve", "{model}"),
-            base_args=("--host", "{host}", "--port", "{port}"),
+            # without the tracking /load is always 0
+            base_args=("--host", "{host}", "--port", "{port}", "--enable-server-load-tracking"),
             many_gpus_args=("--tensor-parallel-size", "{gpu_count}"),
-            drain_args=("--shutdown-timeout", "{drain}"),  # without it the server waits for its clients for minutes
+            drain_args=("--shutdown-timeout", "{drain}"),  # without it what is left is cut off
             fraction_args=("--gpu-memory-utilization", "{fraction}"),
             sleep_args=("--enable-sleep-mode",),
             sleep_env={"VLLM_SERVER_DEV_MODE": "1"},
@@ -240,6 +243,7 @@ PROFILES: Mapping[str, EngineProfile] = {
             busy_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
             running_metrics=("vllm:num_requests_running",),
             progress_metrics=("vllm:iteration_tokens_total_sum",),
+            load_path="/load",
             load_s=60.0,
             drain_s=10.0,
             stop_s=10.0,

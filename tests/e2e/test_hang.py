@@ -90,9 +90,10 @@ def test_a_hang_is_told_and_ended_and_what_is_idle_or_slow_is_left_alone(box: Bo
     box.start()
     before = box.wait_healthy(*NAMES)
     trees = {name: members(before[name]["pid"]) for name in NAMES}
+    # `stuck` stands still before anything is asked of it: its own figures will show nothing at work
+    os.kill(trees["stuck"]["VLLM::EngineCore"], signal.SIGSTOP)
     clients = [ask(before[name]) for name in ("stuck", "hung", "hung", "slow")]
     stutter = Stutter(trees["slow"]["VLLM::EngineCore"])
-    os.kill(trees["stuck"]["VLLM::EngineCore"], signal.SIGSTOP)
     os.kill(trees["idle"]["VLLM::EngineCore"], signal.SIGSTOP)
     os.kill(before["deaf"]["pid"], signal.SIGSTOP)
     began = time.monotonic()

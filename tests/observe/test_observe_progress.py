@@ -77,3 +77,34 @@ def test_silence_adds_nothing():
     silent = [Answer(ready=False, detail="timeout")] * 100
     assert hung(*[working(2, 41)] * 3, *silent) == 30.0
     assert hung(*silent) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("load", "at_work"),
+    [
+        (b'{"server_load": 3}', 3),
+        (b'{"server_load": 0}', 0),
+        (b'{"server_load": "x"}', 0),
+        (b"[]", 0),
+        (b"not JSON", 0),
+        (None, 0),
+    ],
+)
+def test_where_the_engine_shows_nothing_at_work_its_server_is_asked(box, clock, load, at_work):
+    """An engine that stood still before the requests came was never told of them."""
+    box.answers["/metrics"] = (200, PAGE.replace(b'running{engine="0"} 2.0', b'running{engine="0"} 0.0'))
+    if load is not None:
+        box.answers["/load"] = (200, load)
+    target = replace(TARGET, port=box.port, load_path="/load")
+    connection = Connection(target, clock)
+    assert connection.ask(target).running == at_work
+    connection.close()
+
+
+def test_a_server_is_not_asked_for_what_its_engine_tells(box, clock):
+    box.answers["/metrics"] = (200, PAGE)
+    target = replace(TARGET, port=box.port, load_path="/load")
+    connection = Connection(target, clock)
+    assert connection.ask(target).running == 2
+    connection.close()
+    assert "/load" not in box.asked

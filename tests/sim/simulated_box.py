@@ -163,6 +163,7 @@ class Box:
 MODELS = {
     "tiny": ModelFigures(load_s=30.0, weights_bytes=2 * GIB),
     "slow": ModelFigures(load_s=200.0, weights_bytes=2 * GIB),
+    "glacial": ModelFigures(load_s=3000.0, weights_bytes=2 * GIB),
     "big": ModelFigures(load_s=30.0, weights_bytes=100 * GIB),
 }
 

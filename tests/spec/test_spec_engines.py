@@ -23,30 +23,41 @@ def start(fields: str, gpus: list[int], total: int = 24 * GIB) -> Launch:
     return launch(endpoint, gpu_indices=gpus, gpu_total_bytes=[total] * len(gpus), port=endpoint.port)
 
 
+GIVEN = "o/m --host 127.0.0.1 --port 80 --enable-server-load-tracking"
+
+
 @pytest.mark.parametrize(
     ("fields", "gpus", "command"),
     [
-        ("model: o/m, port: 80", [2], "vllm serve o/m --host 127.0.0.1 --port 80 --shutdown-timeout 15"),
-        ("model: o/m, port: 80, stop: {drain: 0s}", [2], "vllm serve o/m --host 127.0.0.1 --port 80"),
+        (
+            "model: o/m, port: 80",
+            [2],
+            f"vllm serve {GIVEN} --shutdown-timeout 15",
+        ),
+        (
+            "model: o/m, port: 80, stop: {drain: 0s}",
+            [2],
+            f"vllm serve {GIVEN}",
+        ),
         (
             "model: o/m, port: 80, gpus: 2",
             [0, 3],
-            "vllm serve o/m --host 127.0.0.1 --port 80 --tensor-parallel-size 2 --shutdown-timeout 15",
+            f"vllm serve {GIVEN} --tensor-parallel-size 2 --shutdown-timeout 15",
         ),
         (
             "model: o/m, port: 80, memory: 0.45, args: [--seed, '1']",
             [0],
-            "vllm serve o/m --host 127.0.0.1 --port 80 --gpu-memory-utilization 0.45 --shutdown-timeout 15 --seed 1",
+            f"vllm serve {GIVEN} --gpu-memory-utilization 0.45 --shutdown-timeout 15 --seed 1",
         ),
         (
             "model: o/m, port: 80, memory: 16GiB",
             [0],
-            "vllm serve o/m --host 127.0.0.1 --port 80 --gpu-memory-utilization 0.6666 --shutdown-timeout 15",
+            f"vllm serve {GIVEN} --gpu-memory-utilization 0.6666 --shutdown-timeout 15",
         ),
         (
             "model: o/m, port: 80, evict: {method: sleep}, executable: /opt/v",
             [0],
-            "/opt/v serve o/m --host 127.0.0.1 --port 80 --shutdown-timeout 15 --enable-sleep-mode",
+            f"/opt/v serve {GIVEN} --shutdown-timeout 15 --enable-sleep-mode",
         ),
         (
             "model: o/m, port: 80, engine: sglang, gpus: 2, memory: 0.5",
@@ -163,9 +174,7 @@ def test_a_profile_of_ones_own_is_a_variant_of_one_that_comes_with_the_program()
     spec = read(OWN)
     fast = spec.endpoints["a"]
     made = launch(fast, gpu_indices=[0], gpu_total_bytes=[24 * GIB], port=80)
-    assert " ".join(made.argv) == (
-        "/opt/fast/bin/vllm serve o/m --host 127.0.0.1 --port 80 --shutdown-timeout 15 --enable-sleep-mode"
-    )
+    assert " ".join(made.argv) == (f"/opt/fast/bin/vllm serve {GIVEN} --shutdown-timeout 15 --enable-sleep-mode")
     assert (made.env["FAST"], made.env["VLLM_SERVER_DEV_MODE"]) == ("1", "1")
     assert (fast.health.startup_s, fast.stop.grace_s) == (1200.0, 45.0)
     assert fast.profile.sleep_check == PROFILES["vllm"].sleep_check

@@ -2,9 +2,8 @@
 
 1. Until the engine core is spawned, a signal ends it, as it ends any program.
 2. While the engine loads: SIGTERM is lost; SIGINT ends everything, 16 s later, by SIGINT. The engine dies: exit 1.
-3. Ready: SIGTERM or SIGINT while idle ends everything, exit 0 half a second later. With requests in flight and
-   `--shutdown-timeout N` they may finish for N s; without it the engine ends at once and the server waits for its
-   clients.
+3. Ready: SIGTERM or SIGINT ends everything, exit 0 half a second later. With `--shutdown-timeout N` requests in flight
+   may finish for N s; what is left then, or at once without it, is answered with what there is of it.
 4. The engine dies after readiness: `/health` 503 at once, exit 0 after 4.7 s.
 5. In whatever way it is leaving, further signals are ignored.
 """
@@ -112,17 +111,13 @@ class Server:
             return None
         say("INFO:     Shutting down")
         self.close_port()
-        if self.phase == "dead" or not self.desk.jobs:
+        if self.phase == "dead" or not self.desk.jobs or self.grace_s <= 0:
             time.sleep(IDLE_STOP_S * self.node.scale)
             return self.leave_now()
         self.phase = "leaving"
-        if self.grace_s > 0:
-            # the drain ends when the last request does (see `run`), or here
-            self.desk.on_empty = self.set_exit
-            self.set_exit(self.grace_s)
-        else:
-            say("INFO:     Waiting for connections to close. (CTRL+C to force quit)")
-            self.end_engine()
+        # the drain ends when the last request does (see `run`), or here
+        self.desk.on_empty = self.set_exit
+        self.set_exit(self.grace_s)
         return None
 
     def set_exit(self, after_s: float = 0.0) -> None:
@@ -177,6 +172,8 @@ class Server:
     def leave_now(self) -> int:
         """Nothing is left to wait for."""
         self.end_engine()
+        self.desk.abort()
+        self.flush()
         say("INFO:     Application shutdown complete.")
         return 0
 

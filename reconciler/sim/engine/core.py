@@ -222,6 +222,7 @@ class Core:
         self.slots = int(options.get("max-num-seqs", "256"))
         self.jobs: dict[str, float] = {}
         self.asleep = False
+        self.told = (0, 0)
         self.token_s = TOKEN_S * gang.node.scale
 
     def run(self) -> NoReturn:
@@ -248,6 +249,14 @@ class Core:
             if running:
                 self.step(running, (now - last) / self.token_s)
             last = now
+            self.count()
+
+    def count(self) -> None:
+        """Tell how many requests run and wait: the API server knows no more of it. Asleep it is silent."""
+        running = min(len(self.jobs), self.slots)
+        if not self.asleep and self.told != (running, len(self.jobs) - running):
+            self.told = (running, len(self.jobs) - running)
+            tell(self.channel, "count {} {}".format(*self.told))
 
     def suffer(self) -> None:
         """What the fault script has in store for now."""

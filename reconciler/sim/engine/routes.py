@@ -31,12 +31,16 @@ class Desk:
         self.root = options["model"]
         self.api_key = options.get("api-key", os.environ.get("VLLM_API_KEY", ""))
         self.max_model_len = int(options["max-model-len"]) if options.get("max-model-len", "").isdecimal() else 32768
+        self.limited = "max-model-len" in options
+        """Without it the limit is the model's own, which is not known here: anything fits."""
         self.slots = int(options.get("max-num-seqs", "256"))
         self.tracks_load = "enable-server-load-tracking" in options
         self.jobs: dict[str, Job] = {}
         self.moving: list[Connection] = []
         """Clients that wait for a sleep or a wake, oldest first."""
         self.asleep = self.dead = False
+        self.running = self.waiting = 0
+        """As the engine core last told: one that stands still since it was idle shows nothing at work."""
         self.count = self.finished = self.steps = 0
         self.tokens = 0.0
         self.on_empty: Callable[[], None] | None = None
@@ -78,6 +82,8 @@ class Desk:
         if verb == "tokens":
             self.steps += 1
             self.tokens += float(argument)
+        elif verb == "count":
+            self.running, self.waiting = (int(word) for word in argument.split())
         elif verb == "done" and argument in self.jobs:
             self.finish(self.jobs.pop(argument))
         elif verb in ("slept", "awake"):
@@ -98,6 +104,12 @@ class Desk:
         self.moving.clear()
         for connection in waiting:
             self.error(connection, 500, "InternalServerError", "EngineCore encountered an issue.")
+
+    def abort(self) -> None:
+        """The engine was ended: what it had at hand is answered with what there is of it."""
+        self.on_empty = None
+        while self.jobs:
+            self.finish(self.jobs.popitem()[1], "abort")
 
     def forget(self, connection: Connection) -> None:
         """A client is gone: its job is aborted."""
@@ -129,9 +141,14 @@ class Desk:
             self.error(connection, 404, "NotFoundError", f"The model `{asked['model']}` does not exist.")
             return
         chat = request.path == COMPLETIONS[1]
+        prompt = len(str(asked.get("prompt") or asked.get("messages") or "")) // 8  # a token is no longer than that
         wanted = asked.get("max_completion_tokens") or asked.get("max_tokens") or (128 if chat else 16)
         if not isinstance(wanted, int) or wanted < 1:
             self.error(connection, 400, "BadRequestError", "max_tokens must be at least 1")
+            return
+        if self.limited and prompt + wanted > self.max_model_len:
+            message = f"This model's maximum context length is {self.max_model_len} tokens."
+            self.error(connection, 400, "BadRequestError", message)
             return
         if self.dead:
             self.error(connection, 500, "InternalServerError", "EngineCore encountered an issue.")
@@ -143,11 +160,11 @@ class Desk:
             connection.open_stream()
         self.tell_engine(f"job {job.number} {wanted}")
 
-    def finish(self, job: Job) -> None:
-        """The engine has made all its tokens."""
+    def finish(self, job: Job, reason: str = "length") -> None:
+        """The engine has made all its tokens, or was ended."""
         self.finished += 1
         text = "token " * min(job.tokens, 64)
-        said: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+        said: dict[str, Any] = {"index": 0, "finish_reason": reason}
         if job.chat:
             said["delta" if job.stream else "message"] = {"role": "assistant", "content": text}
         else:
@@ -187,11 +204,10 @@ class Desk:
     def metrics(self) -> str:
         """Prometheus text, with the names of vLLM's v1 engine."""
         label = f'{{engine="0",model_name="{self.names[0]}"}}'
-        running = 0 if self.asleep else min(len(self.jobs), self.slots)
         rows = (
-            ("num_requests_running", "gauge", "", float(running)),
-            ("num_requests_waiting", "gauge", "", float(len(self.jobs) - running)),
-            ("kv_cache_usage_perc", "gauge", "", min(1.0, running / self.slots)),
+            ("num_requests_running", "gauge", "", float(self.running)),
+            ("num_requests_waiting", "gauge", "", float(self.waiting)),
+            ("kv_cache_usage_perc", "gauge", "", min(1.0, self.running / self.slots)),
             ("generation_tokens_total", "counter", "", self.tokens),
             ("request_success_total", "counter", "", float(self.finished)),
             ("iteration_tokens_total", "histogram", "_sum", self.tokens),
