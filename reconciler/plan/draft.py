@@ -9,7 +9,7 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Event, Verdict
 from reconciler.plan.board import Board, Residents
 from reconciler.plan.calm import Standings, calm_ones
-from reconciler.plan.endpoints import as_tenant, stand
+from reconciler.plan.endpoints import Standing, as_tenant, stand
 from reconciler.plan.ledger import EndpointRecord, Lease, Nap, OverlayRecord, Quarantine
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import OverlayStep, advance
@@ -126,15 +126,20 @@ class Draft:
         """Judge every endpoint that is not calm."""
         situation, remembered = self.situation, self.situation.ledger.endpoints
         base, wanted = situation.spec.endpoints, self.wanted
-        self.standings = Standings(names, lambda name: stand(situation, name, wanted.get(name) or base.get(name)))
+
+        def judge(name: str) -> Standing:
+            if name in calm:
+                return Standing(name, "healthy", "", calm[name], remembered[name], must_restart=None, wake=None)
+            return stand(situation, name, wanted.get(name) or base.get(name))
+
         spoken_of = self._spoken_of()
-        self.calm = {name: run for name, run in calm_ones(situation).items() if name not in spoken_of}
+        calm = {name: run for name, run in calm_ones(situation).items() if name not in spoken_of}
+        self.calm, self.standings = dict(calm), Standings(names, judge)
         self.records = {n: remembered[n] if n in self.calm else self.standings[n].record for n in self.standings}
         for name in self.stirring():
             wake = self.standings[name].wake
             if wake is not None:
                 self.wakes.append(wake)
-        calm = dict(self.calm)
         self.residents = Residents(
             lambda: (as_tenant(situation, run, situation.running[name], ready=True) for name, run in calm.items())
         )
@@ -164,6 +169,8 @@ class Draft:
 
     def has_place(self, name: str) -> bool:
         """Whether an endpoint runs and stays, awake, or is about to be started: as seated last."""
+        if name in self.calm:
+            return True
         current, nap = self.standings[name].current, self.naps.get(name)
         if Subject("endpoint", name) in self.arriving:
             return True

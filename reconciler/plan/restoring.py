@@ -41,7 +41,9 @@ def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
             holds = {g: Hold(s, item.exclusive) for g, s in zip(item.gpus, item.memory_bytes, strict=True)}
             board.add(Tenant(endpoint_key(item.subject.name), 0, holds))
     baseline = draft.situation.spec.endpoints
-    for name, endpoint in sorted(baseline.items(), key=lambda item: (-item[1].priority, item[0])):
+    displaced = {n for step in draft.steps.values() for n in step.record.evicted if n in baseline}
+    for name in sorted(displaced, key=lambda n: (-baseline[n].priority, n)):
+        endpoint = baseline[name]
         holders = tuple(o for o in draft.evicted_from(name) if o in ending)
         subject = Subject("endpoint", name)
         current = draft.standings[name].current

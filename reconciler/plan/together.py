@@ -104,10 +104,13 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
     if not options:
         return None
     consents = consents_of(draft, overlay)
+    rights: dict[str, bool] = {}  # asked for twice, by the search for victims and by that for others
     begun = frozenset(x.gpu for x in draft.leases if begins_before(draft, x.overlay, overlay))
 
     def may(tenant: Tenant) -> bool:
-        return not begun & tenant.holds.keys() and not consents.broken_by(tenant)
+        if tenant.key not in rights:
+            rights[tenant.key] = not begun & tenant.holds.keys() and not consents.broken_by(tenant)
+        return rights[tenant.key]
 
     wish = Wish(
         key=f"overlay/{overlay.name}",
