@@ -92,3 +92,10 @@ def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
         there |= set(re.findall(r"^def (test_[a-z0-9_]+)", file.read_text("utf-8"), re.MULTILINE))
     assert len(named) > 30
     assert named <= there
+
+
+def test_each_of_the_planners_promises_has_a_test() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| .* \| `test_[a-z0-9_]+` \|", (ROOT / "docs/reliability.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert [int(number) for number in rows] == list(range(1, 27))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from accounting import Account
 from builders import spec
 from hypothesis import given
+from hypothesis import strategies as st
 from plant import Run, describe
 from worlds import World, examples, worlds
 
@@ -56,6 +57,15 @@ def assert_is_the_baseline(run: Run, last: Plan) -> None:
         current = run.plant.current(name)
         assert current is None or current.process_hash == item.process_hash or name in blocked
     assert {i.subject.name for i in run.plant.incarnations} <= set(wanted)
+
+
+@given(worlds(), st.integers(0, 7))
+@examples(30)
+def test_20_nothing_destructive_is_done_on_a_gpu_that_falls_silent(world: World, index: int) -> None:
+    world = replace(world, unknown=frozenset({index % len(world.sizes)}))
+    run = watched(world)
+    world.happen(run)
+    run.settle()
 
 
 def backwards(spec: Spec) -> Spec:
