@@ -244,13 +244,16 @@ def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, asked:
 def _watch_progress(before: Probe, told: Probe, answer: Answer, asked: Instant) -> Probe:
     """Since when the counter of work has stood still with requests running; an answer without it changes nothing.
 
-    1. asleep, nothing runs, the counter moved, or it is seen for the first time → it moves: since now
-    2. requests run, and the counter is where it was                              → since when it was seen there
+    1. asleep, or nothing runs                                                → it stands still for good reason: None
+    2. requests run, and the counter moved or nothing ran at the last reading → since now
+    3. requests run, and the counter is where it was when they ran before     → since when it was seen there first
     """
     if answer.progress is None or answer.running is None:
         return told
-    frozen = not answer.sleeping and answer.running > 0 and before.progress == answer.progress  # 2
-    since = before.moved or asked if frozen else asked
+    if answer.sleeping or answer.running <= 0:
+        since = None  # 1
+    else:
+        since = before.moved if before.moved and before.progress == answer.progress else asked  # 2, 3
     return replace(told, progress=answer.progress, moved=since, progress_at=asked)
 
 

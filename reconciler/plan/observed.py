@@ -140,7 +140,7 @@ class Probe:
     progress: int | None = None
     """Its counter of work done, when it was last read."""
     moved: Instant | None = None
-    """When that counter was last seen to move, or nothing to be running."""
+    """Since when that counter is where it is, with requests running all the while; None: none runs."""
     progress_at: Instant | None = None
     """When it was last read."""
 

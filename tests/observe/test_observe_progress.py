@@ -73,6 +73,13 @@ def test_any_movement_an_idle_moment_or_sleep_begins_anew():
     assert hung(*still, working(2, 42), working(2, 42)) == 15.0
 
 
+def test_time_without_requests_is_not_counted():
+    idle = [working(0, 41)] * 100
+    assert hung(*idle, working(1, 41)) == 0.0
+    assert hung(*idle, working(1, 41), working(1, 41)) == 15.0
+    assert hung(working(1, 41), *idle, working(1, 41), working(1, 41)) == 15.0
+
+
 def test_silence_adds_nothing():
     silent = [Answer(ready=False, detail="timeout")] * 100
     assert hung(*[working(2, 41)] * 3, *silent) == 30.0
