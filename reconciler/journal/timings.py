@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Measure = Literal["load", "drain", "stop", "run", "sleep1", "sleep2", "wake1", "wake2"]
-"""load: spawn to ready; drain: ask to nothing in flight; stop: signal to gone; run: a workload from start to exit;
+Measure = Literal["load", "drain", "stop", "memory", "run", "sleep1", "sleep2", "wake1", "wake2"]
+"""load: spawn to ready; drain: ask to nothing in flight; stop: signal to gone; memory: gone to its memory seen
+free; run: a workload from start to exit;
 sleep1: told to sleep at level 1 until it has; wake1: told to wake up until it is ready."""
 
 KEPT_PER_KEY = 50

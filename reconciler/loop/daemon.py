@@ -216,7 +216,7 @@ class Daemon:
         for request in uncommitted:
             if not request.done():
                 request.set_result(None)
-        record_durations(parts.journal, before, plan.ledger, observed, self._began)
+        record_durations(parts.journal, before, plan.ledger, observed, self._began, plan.archive)
         incidents = self._assess(in_force, observed, plan, now)
         self._notifying.offer(in_force.spec, incidents)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, assert_never
 
@@ -25,6 +25,7 @@ class _Learnt:
     load_s: float | None = None
     drain_s: float | None = None
     stop_s: float | None = None
+    memory_s: float | None = None
     sleep_s: dict[int, float] = field(default_factory=dict)
     wake_s: dict[int, float] = field(default_factory=dict)
 
@@ -48,6 +49,8 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
                 entry.drain_s = seconds
             case "stop":
                 entry.stop_s = seconds
+            case "memory":
+                entry.memory_s = seconds
             case "sleep1" | "sleep2":
                 entry.sleep_s[int(what[-1])] = seconds
             case "wake1" | "wake2":
@@ -57,8 +60,9 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
             case _:
                 assert_never(what)
     answer: dict[str, Timings] = {}
+    temporary = {n: e for _, overlay in sorted(spec.overlays.items()) for n, e in overlay.endpoints.items()}
     for name, entry in sorted(learnt.items()):
-        endpoint = spec.endpoints.get(name)
+        endpoint = spec.endpoints.get(name) or temporary.get(name)
         if endpoint is None:
             continue
         default = endpoint.profile
@@ -68,6 +72,7 @@ def predicted(measured: Mapping[tuple[str, Measure], Sequence[float]], spec: Spe
             stop_s=min(default.stop_s, endpoint.stop.grace_s) if entry.stop_s is None else entry.stop_s,
             sleep_s=entry.sleep_s,
             wake_s=entry.wake_s,
+            memory_s=entry.memory_s,
         )
     return answer
 
@@ -83,12 +88,18 @@ def learn(ledger: Ledger, measured: Mapping[tuple[str, Measure], Sequence[float]
     return replace(ledger, timings=predicted(measured, spec), runs=usual_runs(measured))
 
 
-def record_durations(journal: Journal, before: Ledger, after: Ledger, observed: Observed, since: Instant) -> None:
+def record_durations(
+    journal: Journal, before: Ledger, after: Ledger, observed: Observed, since: Instant, archived: Collection[str] = ()
+) -> None:
     """Measure what this decision saw come to its end: a load, a stop, a nap's step, or work that went well.
 
-    Not the step of a nap that began before `since`, when this daemon did: it waited for a daemon, too.
+    Not what began before `since`, when this daemon did, if it waits to be seen: it waited for a daemon, too. Of those
+    incarnations that are `archived` the memory is seen free.
     """
     incarnations = {i.id: i for i in observed.incarnations}
+    for one in (incarnations[name] for name in archived if name in incarnations):
+        if one.subject.kind == "endpoint" and one.gpus and one.exited is not None and one.exited.mono >= since.mono:
+            journal.record_timing(one.subject.name, "memory", max(0.0, observed.at.since(one.exited)))
     for name, record in after.endpoints.items():
         old = before.endpoints.get(name)
         ready = record.ready_incarnation

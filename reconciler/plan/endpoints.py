@@ -10,7 +10,7 @@ from reconciler.plan.board import Hold, Tenant, endpoint_key
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
 from reconciler.plan.naps import follow, serves
 from reconciler.plan.observed import Incarnation, Probe, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S
+from reconciler.plan.overlays import memory_return_s
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
 
@@ -104,7 +104,7 @@ def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: Endpoint
     """One that runs, with what it holds and what it costs that it leaves: only one that is ready loses readiness."""
     times = situation.timings(endpoint)
     lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities)) if ready else 0.0
-    departure_s = situation.leaving_s(endpoint) + MEMORY_RETURN_S
+    departure_s = situation.leaving_s(endpoint) + memory_return_s(situation.timings(endpoint))
     return Tenant(
         endpoint_key(endpoint.name),
         endpoint.priority,

@@ -16,7 +16,14 @@ from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import asleep_for, drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, MEMORY_TIMEOUT_S, WORKLOAD_STOP_S, OverlayStep, predicted_end
+from reconciler.plan.overlays import (
+    MEMORY_RETURN_S,
+    MEMORY_TIMEOUT_S,
+    WORKLOAD_STOP_S,
+    OverlayStep,
+    memory_return_s,
+    predicted_end,
+)
 from reconciler.plan.progress import arrival
 from reconciler.plan.restoring import Return, returning
 from reconciler.spec.spec import EndpointSpec
@@ -284,9 +291,12 @@ class Graph:
 
     def _memory(self, incarnation: Incarnation, needs: tuple[int, ...], reason: str, cause: Cause) -> None:
         self._vacating.append(incarnation)
+        endpoint = self.draft.situation.spec.endpoints.get(incarnation.subject.name)
+        known = endpoint if incarnation.subject.kind == "endpoint" else None
+        predicted_s = MEMORY_RETURN_S if known is None else memory_return_s(self.draft.situation.timings(known))
         self._vacated_by[incarnation.id] = self._add(
             "wait_memory", incarnation.subject, incarnation.gpus, needs, reason=reason, cause=cause,
-            timeout_s=MEMORY_TIMEOUT_S, predicted_s=MEMORY_RETURN_S, incarnation=incarnation.id,
+            timeout_s=MEMORY_TIMEOUT_S, predicted_s=predicted_s, incarnation=incarnation.id,
         )  # fmt: skip
 
     def _after_departures(self, subject: Subject, gpus: tuple[str, ...], port: int | None) -> list[int]:

@@ -199,6 +199,8 @@ class Timings:
     """By sleep level, of those that were measured."""
     wake_s: Mapping[int, float] = field(default_factory=dict)
     """The same."""
+    memory_s: float | None = None
+    """From its end until its memory is seen free; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

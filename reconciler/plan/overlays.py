@@ -9,7 +9,7 @@ from typing import Literal
 from zoneinfo import ZoneInfo
 
 from reconciler.clock import Instant
-from reconciler.plan.ledger import LIVE, TERMINAL, OverlayRecord, OverlayState
+from reconciler.plan.ledger import LIVE, TERMINAL, OverlayRecord, OverlayState, Timings
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Makespan, OverlaySpec
@@ -24,6 +24,11 @@ WORKLOAD_STOP_S = 1.0
 """Predicted: work ends soon after its signal."""
 RECORD_KEPT_S = 86400.0
 """How long the outcome of an overlay stays in view after its file is gone."""
+
+
+def memory_return_s(times: Timings) -> float:
+    """Predicted seconds from the end of an endpoint until its memory is seen free: learnt, else as it usually is."""
+    return MEMORY_RETURN_S if times.memory_s is None else times.memory_s
 
 
 @dataclass(frozen=True, slots=True)

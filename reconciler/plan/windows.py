@@ -10,7 +10,7 @@ from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Need
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep
+from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, memory_return_s
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, Stop
 
 KILL_S = 10.0
@@ -27,7 +27,7 @@ def departure_s(draft: Draft, name: str) -> float:
 
 
 def _way_out_s(draft: Draft, endpoint: EndpointSpec) -> float:
-    return draft.situation.leaving_s(endpoint) + MEMORY_RETURN_S
+    return draft.situation.leaving_s(endpoint) + memory_return_s(draft.situation.timings(endpoint))
 
 
 def lead_s(draft: Draft, endpoints: Iterable[str], seized: Iterable[str] = ()) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from reconciler.clock import Instant
 from reconciler.loop.history import predicted, record_durations, usual_runs
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
-from reconciler.plan.observed import Observed
+from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.spec.load import SourceText, resolve
 from reconciler.spec.spec import Spec
 
@@ -105,3 +105,31 @@ def test_how_long_work_usually_runs_is_the_95th_percentile_of_its_runs() -> None
 
 def test_endpoints_and_work_that_the_files_no_longer_know_are_left_out() -> None:
     assert predicted({("gone", "load"): [3.0], ("render", "run"): [300.0]}, read()) == {}
+
+
+def test_the_return_of_memory_is_measured_where_it_was_waited_for_and_predicted_from_that() -> None:
+    ended = Incarnation(
+        id="ask-1", subject=Subject("endpoint", "ask"), process_hash="x", gpus=("GPU-0",), memory_bytes=(1,),
+        exclusive=True, port=8001, started=at(0), phase="exited", pid=None, strays=(), exit_code=0, exited=at(10),
+    )  # fmt: skip
+    seen = replace(OBSERVED, at=at(14), incarnations=(ended,))
+    for since, measured in ((0.0, [("ask", "memory", 4.0)]), (12.0, [])):
+        journal = Recorder()
+        record_durations(journal, Ledger(), Ledger(), seen, at(since), (ended.id,))  # type: ignore[arg-type]
+        assert journal.measured == measured
+    found = predicted({("ask", "memory"): [4.0, 3.0]}, read())
+    assert found["ask"].memory_s == 4.0
+
+
+def test_an_endpoint_that_an_overlay_alone_knows_is_learnt_of_as_well() -> None:
+    text = """\
+version: 1
+makespan: {duration: 1h}
+set:
+  guest: {model: m, gpus: 1, port: 8009}
+"""
+    files = resolve(
+        SourceText("setpoints.yaml", SETPOINTS), [SourceText("overlays/evening.yaml", text)], hostname="box",
+        read_env_file=lambda _: b"",
+    )  # fmt: skip
+    assert predicted({("guest", "load"): [7.0]}, files)["guest"].load_s == 7.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from builders import NOW, endpoint, observed, overlay, spec
+from builders import NOW, endpoint, incarnation, observed, overlay, spec
 from builders import gpu as gpu_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from plant import Plant, Run, overlay_state
 from worlds import examples
 
 from reconciler.plan.actions import Blocked, Plan
-from reconciler.plan.ledger import Ledger
+from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.planner import plan
 from reconciler.spec.spec import EndpointSpec, OverlaySpec, WholeGpu
 
@@ -49,6 +49,17 @@ def test_the_gpu_is_free_and_the_work_begins_at_the_start_not_later_and_not_earl
     assert 0 < early < 60, "room is made shortly before the start"
     run.settle(until=overlay_state("night", "active"))
     assert begun(run, "night") == 2 * HOUR
+
+
+def test_room_is_made_in_time_for_the_memory_to_be_back_as_late_as_it_was_measured_to_be() -> None:
+    ask = endpoint("ask", 1, priority=40)
+    night = overlay("night", 1, start=NOW.wall + HOUR)
+    for memory_s, lead in ((None, 3.5), (4.0, 6.0)):
+        learnt = {"ask": Timings(load_s=40.0, drain_s=0.0, stop_s=2.0, memory_s=memory_s)}
+        seen = observed(gpu_of(0), incarnations=[incarnation(ask, [0])])
+        wake = plan(spec(ask, night), seen, Ledger(timings=learnt), NOW).next_wake
+        assert wake is not None
+        assert NOW.wall + HOUR - wake.wall == lead
 
 
 def test_work_without_a_hard_end_does_not_begin_in_front_of_a_window_and_is_told_its_next_slot() -> None:
