@@ -180,11 +180,11 @@ def status(options: Options) -> dict[str, Any]:
     Raises:
         ReconcilerError: as for `look`.
     """
-    from reconciler.plan.status import status_data
-
     answer = _ask(state_dir(options), "status")
     if answer is not None:
         return dict(answer)
+    from reconciler.plan.status import status_data  # the planner and all that it knows: the daemon has them already
+
     seen = look(options, last_good=True)
     return status_data(seen.spec, seen.observed, seen.plan, seen.incidents, None, seen.problems)
 
