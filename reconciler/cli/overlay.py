@@ -194,7 +194,8 @@ def _tell_wait(name: str, blocked: Blocked) -> list[str]:
     lines += [f"  hint: {in_zone(hint, zone)}" for hint in blocked.alternatives]
     if blocked.earliest_start is not None:
         moment = datetime.fromtimestamp(blocked.earliest_start, zone)
-        lines.append(f"  not before {moment:%Y-%m-%d %H:%M:%S}")
+        word = "it begins at" if blocked.reason == "NotYet" else "not before"
+        lines.append(f"  {word} {moment:%Y-%m-%d %H:%M:%S}")
     return lines
 
 

@@ -211,7 +211,7 @@ def test_a_job_for_later_is_written_with_its_start_and_hard_end_and_told_when_it
     ]
     told = capsys.readouterr().err
     assert "night waits: NotYet" in told
-    assert f"not before {datetime.fromisoformat(words[1]).astimezone():%Y-%m-%d %H:%M:%S}" in told
+    assert f"it begins at {datetime.fromisoformat(words[1]).astimezone():%Y-%m-%d %H:%M:%S}" in told
     assert run([*desk.words, "explain", "night"]) == 0
     told = capsys.readouterr().out
     assert f"it begins at {datetime.fromisoformat(words[1]).astimezone():%Y-%m-%d %H:%M:%S}" in told
