@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,10 @@ import yaml
 from reconciler.cli import wiring
 from reconciler.cli.wiring import Options
 from reconciler.errors import Problem, SpecError
+from reconciler.plan import solver
 from reconciler.spec.cautions import cautions
 from reconciler.spec.load import read_texts, resolve_texts
+from reconciler.spec.spec import Spec
 from reconciler.spec.texts import read_source
 
 _OVERLAY_KEYS = frozenset({"makespan", "workload", "requires", "allow_baseline_eviction", "set", "on_edit"})
@@ -57,13 +59,23 @@ def _check_setpoints(path: Path) -> Checked:
     except SpecError as error:
         return Checked((path,), error.problems)
     overlays = texts.overlays or ()
+    doubtful = [caution for source in (texts.setpoints, *overlays) for caution in cautions(source)]
     try:
-        problems = resolve_texts(texts.setpoints, overlays).problems
+        spec = resolve_texts(texts.setpoints, overlays)
+        problems = spec.problems
+        doubtful += _never_moved(spec)
     except SpecError as error:
         problems = error.problems
     unread = [problem for problem in texts.problems if problem not in problems]
-    doubtful = [caution for source in (texts.setpoints, *overlays) for caution in cautions(source)]
     return Checked((path, *(Path(overlay.path) for overlay in overlays)), (*problems, *unread), tuple(doubtful))
+
+
+def _never_moved(spec: Spec) -> Iterator[Problem]:
+    """Endpoints that may be moved, where nothing is installed that could tell whom to move."""
+    for name, endpoint in sorted(spec.endpoints.items()):
+        if endpoint.movable and not solver.is_available():
+            at, message = endpoint.source, f'`movable: true` of endpoint "{name}" has no effect without the solver'
+            yield Problem(at.file, at.line, at.column, message, f"{solver.INSTALL}, where reconciler is installed")
 
 
 def _check_overlay(options: Options, file: Path) -> Checked:

@@ -183,8 +183,10 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             if record.state not in TERMINAL
             else (f"It had GPU {', '.join(map(str, item['gpus']))}.")
         )
-    if item["evicted"]:
-        yield f"It displaced {', '.join(item['evicted'])}." + (f" {record.why}" if record.why else "")
+    leavers = [f"It displaced {', '.join(item['evicted'])}."] if item["evicted"] else []
+    leavers += [f"It had {', '.join(item['moved'])} moved."] if item["moved"] else []
+    if leavers:
+        yield " ".join([*leavers, *([record.why] if record.why else [])])
     yield from _tell_makespan("This run: ", item["makespan"])
     yield from _tell_makespan("The run before: ", item["last_run"])
     if item["exit_code"] is not None:

@@ -7,10 +7,12 @@ from datetime import datetime
 from reconciler.cli import wiring
 from reconciler.cli.face import Face
 from reconciler.errors import StateError, UsageError
-from reconciler.journal.decisions import Decision, digest
+from reconciler.journal.decisions import Decision, digest, maker
 from reconciler.journal.reader import JournalReader
+from reconciler.plan.actions import Plan
 from reconciler.plan.planner import plan
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
+from reconciler.plan.solver import INSTALL
 from reconciler.plan.status import iso
 
 NEWEST = "last"
@@ -45,7 +47,7 @@ def replay(face: Face, which: str, name: str | None) -> int:
         assert zone is not None  # noqa: S101 - astimezone() gives one
         face.line(render_plan(again, gpu_indices(inputs.observed), zone))
         face.line("")
-        face.line(_verdict(found, same=same))
+        face.line(_verdict(found, again, same=same))
     return 0 if same else 1
 
 
@@ -63,11 +65,11 @@ def _number(journal: JournalReader, which: str, name: str | None) -> int | None:
     raise StateError(f"no decision about {name!r} is kept", hint=f"`reconciler events --subject {name}`")
 
 
-def _verdict(found: Decision, *, same: bool) -> str:
+def _verdict(found: Decision, again: Plan, *, same: bool) -> str:
     made = f"Decision {found.id} of {datetime.fromtimestamp(found.wall).astimezone():%Y-%m-%d %H:%M:%S}"
     if same:
         return f"{made}: made again, the plan is the same, byte for byte."
-    from importlib.metadata import version
-
-    versions = f"It was made by version {found.version}, and again by {version('reconciler')}."
+    versions = f"It was made by version {found.version}, and again by {maker(again)}."
+    if "ortools" in found.version and not again.solved:
+        versions += f" Without that solver nobody is moved: `{INSTALL}`."
     return f"{made}: made again, the plan is another one. {versions}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from reconciler.clock import Instant
 from reconciler.journal.codec import decode, encode
+from reconciler.plan import solver
 from reconciler.plan.actions import WAITS, Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Observed
@@ -51,7 +52,7 @@ class Decision:
     wall: float
     """Epoch seconds."""
     version: str
-    """Of the program that made it."""
+    """Of the program that made it, and of the solver if it was asked (`maker`)."""
     inputs: Inputs
     outcome: str
     """`digest` of the plan that came out."""
@@ -64,6 +65,14 @@ def digest(plan: Plan) -> str:
         TypeError, ValueError: it holds what has no text (a number that is not finite).
     """
     return hashlib.sha256(encode(plan).encode()).hexdigest()
+
+
+def maker(plan: Plan) -> str:
+    """What made a plan, and makes it again from the same inputs: the version, and the solver's if that was asked."""
+    from importlib.metadata import version  # 20 ms, and only the daemon needs it
+
+    own = version("reconciler")
+    return f"{own} with {solver.version()}" if plan.solved else own
 
 
 def deeds(plan: Plan) -> tuple[tuple[str, str, str | None], ...]:

@@ -6,7 +6,6 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +21,7 @@ from reconciler.journal.decisions import (
     Made,
     deeds,
     digest,
+    maker,
     packed_rest,
     packed_spec,
 )
@@ -256,7 +256,7 @@ class Journal(JournalReader):
         self._connection.execute(
             "INSERT INTO decisions (id, wall, version, spec, observed, ledger, now, outcome)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (number, wall, _version(), key, *rest, outcome),
+            (number, wall, maker(made.plan), key, *rest, outcome),
         )
         if number % PRUNE_DECISIONS_EVERY == 0:
             self._connection.execute("DELETE FROM decisions WHERE id <= ?", (number - DECISIONS_KEPT,))
@@ -265,13 +265,6 @@ class Journal(JournalReader):
 
     def _set_meta(self, key: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
-
-
-@cache
-def _version() -> str:
-    from importlib.metadata import version  # 20 ms, and only the daemon needs it
-
-    return version("reconciler")
 
 
 def _rows(ledger: Ledger) -> dict[_Key, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from reconciler.clock import Instant
@@ -26,7 +26,10 @@ Symbol = Literal["+", "-", "!", "<", "~", "?", "x"]
 class Cause:
     """Why: ends at a line of a file, an overlay, or an observed fact."""
 
-    kind: Literal["setpoint", "edit", "removed", "overlay", "evict", "restore", "drift", "cancel", "request", "cleanup"]
+    kind: Literal[
+        "setpoint", "edit", "removed", "overlay", "evict", "restore", "drift", "cancel", "request", "cleanup",
+        "move",
+    ]  # fmt: skip
     source: Source | None = None
     overlay: str | None = None
     detail: str = ""
@@ -127,6 +130,9 @@ class Verdict:
     """Nothing costs less than this."""
     steps: int
     """Of the search, the one for the runner-up included."""
+    moves: Mapping[str, str] = field(default_factory=dict)
+    """Who is started on other GPUs → the overlay for which it makes room; both by name. The runner-up of a choice with
+    moves is the best one without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +188,7 @@ class Plan:
     """Ended incarnations whose end is in `ledger`: their records may be put away."""
     verdicts: tuple[Verdict, ...] = ()
     """Of the admissions of this decision that displace somebody."""
+    notes: tuple[str, ...] = ()
+    """What else people should know: that nobody was moved because nothing is installed that could tell whom."""
+    solved: bool = False
+    """The solver was asked; another version of it, or none, may come to another plan."""

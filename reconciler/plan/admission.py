@@ -12,6 +12,7 @@ from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import Draft, Window
 from reconciler.plan.endpoints import cool_again
 from reconciler.plan.ledger import Lease
+from reconciler.plan.moving import begin
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
 from reconciler.plan.placement import Placement
@@ -130,6 +131,7 @@ def _admit_together(draft: Draft, due: Sequence[OverlayStep]) -> None:
             fit = [overlay for overlay in fit if overlay.name not in hindered]
             continue
         draft.places |= found.places
+        draft.unmoved = found.unmoved
         verdict = found.why()
         if verdict is not None:
             draft.verdicts.append(verdict)
@@ -310,7 +312,8 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
     They would wait: on one GPU one engine comes or goes at a time.
     """
     loading = {g for need in found.needs if need.subject.kind == "endpoint" for g in found.gpus[need.subject]}
-    gpus = {g for key in found.victims for g in draft.board.tenants[key].holds} | loading
+    loading.update(g for places in found.moves.values() for g in places)
+    gpus = {g for key in found.leavers for g in draft.board.tenants[key].holds} | loading
     names = {
         name
         for name in draft.steps
@@ -327,13 +330,14 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
 
 
 def _returning(draft: Draft, found: Seat) -> list[str]:
-    """Overlays that are over and about to return leases with which fewer would have to give way; empty: none."""
+    """Overlays that are over and about to return leases with which fewer would have to leave; empty: none."""
     ending = sorted(n for n, s in draft.steps.items() if s.record.state == "completing")
-    if not found.victims or not ending:
+    if not found.leavers or not ending:
         return []
     gone = {f"endpoint/{n}" for n in found.overlay.endpoints} | {f"overlay/{n}" for n in ending}
     later = consents_of(draft, found.overlay).seek(found.needs, draft.board.without(frozenset(gone)))
-    return ending if later is not None and len(later.victims) < len(found.victims) else []
+    spared = later is not None and len(later.victims) < len(found.leavers) and len(later.victims) <= len(found.victims)
+    return ending if spared else []
 
 
 def _no_provider(draft: Draft, overlay: OverlaySpec) -> Blocked:
@@ -378,16 +382,19 @@ def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:
         draft.records[victim] = replace(remembered, evicted_by=name, evictions=times)
         draft.standings[victim] = replace(draft.standings[victim], record=draft.records[victim])
         draft.say("evicted", victim, f"gives way to {name}", Cause("evict", overlay.source, name))
+    for endpoint, places in sorted(found.moves.items()):
+        begin(draft, endpoint, places, name)
     for victim in seized:
         lower = draft.steps[victim]
         draft.move(victim, finish(lower.record, None, now, f"displaced by {name}"))
         draft.say("displaced", victim, f"gives way to {name}", cause)
     gpus = found.gpus.get(Subject("workload", name), ())
-    why = " ".join(tell(verdict)) if verdict is not None and found.victims else ""
+    why = " ".join(tell(verdict)) if verdict is not None and found.leavers else ""
     record = replace(
         enter(step.record, "evicting", now),
         gpus=gpus,
         evicted=tuple(evicted),
+        moved=tuple(sorted(found.moves)),
         seized=tuple(seized),
         outcome=None,
         why=why,

@@ -19,7 +19,7 @@ SLACK_S = 60.0
 SLACK_FACTOR = 2.0
 """An entry lasts for twice the predicted time and a minute: predictions are p95 of a short history at best."""
 
-PLANNED_CAUSES = ("setpoint", "edit", "removed", "overlay", "evict", "restore", "request")
+PLANNED_CAUSES = ("setpoint", "edit", "removed", "overlay", "evict", "restore", "request", "move")
 LEAVING_STATES: tuple[EndpointState, ...] = ("sleeping", "stopping", "stopped", "pending")
 RETURNING_STATES: tuple[EndpointState, ...] = ("starting", "healthy")
 

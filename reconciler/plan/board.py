@@ -21,6 +21,14 @@ def endpoint_key(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """A tenant's part of one GPU."""
+
+    memory_bytes: int
+    exclusive: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """One subject's all-or-nothing wish: so many GPUs, so many bytes on each."""
 
@@ -34,13 +42,9 @@ class Need:
     prefer: tuple[str, ...] = ()
     """Where it ran last; other GPUs count as moves."""
 
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """A tenant's part of one GPU."""
-
-    memory_bytes: int
-    exclusive: bool
+    def holds(self, gpus: Iterable[str]) -> dict[str, Hold]:
+        """What it holds once it has these GPUs."""
+        return {gpu: Hold(self.memory_bytes[gpu], self.exclusive) for gpu in gpus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,9 @@ class Tenant:
     """Predicted time from asking it to leave until its memory is back."""
     offers: tuple[str, ...] | None = None
     """Its capabilities: two that offer the same and cost the same are alike. None: it is like no other."""
+    moves: int = 0
+    """GPUs that it would be started on where it does not run, a place there being kept for it, if it had to leave; 0:
+    none is, and it would be a victim."""
 
 
 class Residents:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from reconciler.plan.board import Board, Tenant, Victims
 from reconciler.plan.observed import Subject
-from reconciler.plan.wishes import BROKEN, LOST, Cost, Levels, Wish, add
+from reconciler.plan.wishes import BROKEN, LOST, MOVES, Cost, Levels, Wish, add
 
 
 class Gang:
@@ -113,7 +113,9 @@ class Bounds:
             if not any(self._may(wish, tenant) for wish in asking):
                 return None
             cost[LOST] += tenant.lost_ms
-            if tenant.priority < lowest:
+            if tenant.moves:
+                cost[MOVES] += tenant.moves
+            elif tenant.priority < lowest:
                 cost[self._levels.victim(asking[0].key, tenant.priority)] += 1
         cost[BROKEN] = self._board.capacity[gpu] >> 20
         return tuple(cost)
@@ -139,7 +141,8 @@ class Bounds:
                 return None
             rights = tuple(self._may(w, tenant) for w in self._wishes)
             hold = tenant.holds[gpu]
-            worth = (tenant.priority, tenant.lost_ms, tenant.departure_ms, tenant.offers) if self._displacing else ()
+            price = (tenant.priority, tenant.moves, tenant.lost_ms, tenant.departure_ms, tenant.offers)
+            worth = price if self._displacing else ()
             tenants.append((rights, hold.memory_bytes, hold.exclusive, worth))
         needs = [need for wish in self._wishes for option in wish.options for need in option]
         asked = [(gpu in need.candidates and need.memory_bytes[gpu], gpu in need.prefer) for need in needs]

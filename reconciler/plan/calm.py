@@ -22,7 +22,7 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
         1. it runs once, whole and verified, and nobody asked it to stop
         2. what runs is what its set point asks for, on as many GPUs or on the pinned ones
         3. it answers, was seen ready before, is awake and does not hang
-        4. of its past nothing counts any more: no eviction, end in a row, nap, failure, or clean start to come
+        4. of its past nothing counts any more: no eviction, end in a row, nap, move, failure, or clean start to come
     """
     remembered, probes, found = situation.ledger.endpoints, situation.observed.probes, {}
     for name, endpoint in situation.running.items():
@@ -49,6 +49,7 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
             and record.evicted_by is None
             and record.unhealthy_since is None
             and record.nap is None
+            and record.move is None
             and record.failed is None
             and record.renew_before is None  # 4
         ):

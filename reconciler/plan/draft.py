@@ -93,6 +93,10 @@ class Draft:
     """Endpoint without a place → the GPUs chosen for it together with what others want."""
     # what seating produces; made anew each time it runs
     board: Board = field(default_factory=lambda: Board({}, {}))
+    solved: bool = False
+    """The solver was asked for moves."""
+    unmoved: tuple[str, ...] = ()
+    """Endpoints that might have been moved, and nobody tried."""
     windows: tuple[Window, ...] = ()
     """Windows to come that have a place."""
     naps: dict[str, Nap] = field(default_factory=dict)
@@ -151,11 +155,11 @@ class Draft:
             self.roused.add(name)
 
     def _spoken_of(self) -> set[str]:
-        """Endpoints that an overlay displaces, sets or asks for."""
+        """Endpoints that an overlay displaces, has moved, sets or asks for."""
         spoken = {x.subject.name for x in self.leases if x.subject.kind == "endpoint"} | self.owners.keys()
         for step in self.steps.values():
             if step.record.state in HOLDING:
-                spoken.update(step.record.evicted)
+                spoken.update((*step.record.evicted, *step.record.moved))
         return spoken
 
     def stirring(self) -> list[str]:
@@ -226,7 +230,8 @@ class Draft:
     def evicted_from(self, name: str) -> dict[str, set[str]]:
         """The overlays that displaced this endpoint and still hold, each with the GPUs it holds against it.
 
-        An overlay that runs another version of the endpoint itself holds none against it.
+        Among those are the places promised to who moves for it. An overlay that runs another version of the endpoint
+        itself holds none against it.
         """
         found: dict[str, set[str]] = {}
         for step in self.steps.values():
@@ -234,6 +239,10 @@ class Draft:
                 leases = [x for x in self.leases if x.overlay == step.record.name]
                 own = any(x.subject == Subject("endpoint", name) for x in leases)
                 found[step.record.name] = set() if own else {x.gpu for x in leases}
+                for other in step.record.moved if not own else ():
+                    move = self.records[other].move if other in self.records else None
+                    if move is not None and move.by == step.record.name:
+                        found[step.record.name].update(move.gpus)
         return found
 
     def block(self, blocked: Blocked) -> None:

@@ -129,7 +129,8 @@ class _Tape:
         for name, endpoint in self.spec.endpoints.items():
             view = plan.endpoints.get(name)
             out = endpoint.state == "running" and view is not None and view.state != "healthy"
-            overlay = plan.ledger.endpoints[name].evicted_by if name in plan.ledger.endpoints else None
+            record = plan.ledger.endpoints.get(name)
+            overlay = record.evicted_by or (record.move.by if record.move is not None else None) if record else None
             if out:
                 begin, before = self._out.get(name, (now, None))
                 self._out[name] = (begin, before or overlay)
@@ -143,10 +144,12 @@ class _Tape:
         indices = {gpu.uuid: gpu.index for gpu in observed.gpus}
         for name, record in plan.ledger.overlays.items():
             before, self._states[name] = self._states.get(name, "pending"), record.state
-            evicted = ", ".join(record.evicted)
-            if record.state in LIVE and evicted and self._evicted.get(name) != f"{record.window_start} {evicted}":
-                self._evicted[name] = f"{record.window_start} {evicted}"
-                self.moments.append(Moment(now, "evict", name, f"displaces {evicted}"))
+            told = [f"displaces {', '.join(record.evicted)}"] if record.evicted else []
+            told += [f"has {', '.join(record.moved)} moved"] if record.moved else []
+            leave = " and ".join(told)
+            if record.state in LIVE and leave and self._evicted.get(name) != f"{record.window_start} {leave}":
+                self._evicted[name] = f"{record.window_start} {leave}"
+                self.moments.append(Moment(now, "evict", name, leave))
             if record.state == before:
                 continue
             if record.state == "active" and before != "overrun":

@@ -72,6 +72,8 @@ class OverlayRecord:
     """UUIDs of the workload's or reservation's GPUs, kept for display after the leases are gone."""
     evicted: tuple[str, ...] = ()
     """Endpoints it displaced."""
+    moved: tuple[str, ...] = ()
+    """Endpoints that were started on other GPUs to make room for it."""
     seized: tuple[str, ...] = ()
     """Lower overlays it displaced."""
     active_since: Instant | None = None
@@ -134,6 +136,19 @@ class Nap:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Where an endpoint is started anew, so that another has room where it runs; recorded before it is stopped."""
+
+    incarnation: str
+    """The one that leaves."""
+    gpus: tuple[str, ...]
+    """UUIDs: the place that is kept for it."""
+    by: str
+    """The overlay for which it makes room."""
+    since: Instant
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointRecord:
     """What is remembered of one endpoint between ticks and over restarts of the daemon."""
 
@@ -153,7 +168,7 @@ class EndpointRecord:
     """Why it is failed; sticky until `failed_hash` no longer matches, or `reset`."""
     failed_hash: str | None = None
     evictions: tuple[float, ...] = ()
-    """Epoch seconds of past evictions, within the last hour and the last one before it."""
+    """Epoch seconds of past evictions and moves, within the last hour and the last one before it."""
     evicted_by: str | None = None
     """The overlay that displaced it; None once it is ready again."""
     renew_before: Instant | None = None
@@ -162,6 +177,8 @@ class EndpointRecord:
     """Where it last ran: preferred when it comes back."""
     nap: Nap | None = None
     """It sleeps, or is about to, or wakes up."""
+    move: Move | None = None
+    """It is moved, until it is ready where it was to go."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ from collections import defaultdict
 from dataclasses import replace
 
 from reconciler.clock import Instant
+from reconciler.plan import solver
 from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Op, Plan, Symbol
 from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
+from reconciler.plan.moving import remembered
 from reconciler.plan.naps import asleep_for, begin
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
@@ -73,7 +75,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         runs=ledger.runs,
     )
     blocked = tuple(sorted(draft.blocked.values(), key=lambda b: b.subject))
-    victims = _victims(draft)
+    victims, moved = _victims(draft), sorted({name for verdict in draft.verdicts for name in verdict.moves})
     return Plan(
         spec_hash=spec.digest,
         observed_fingerprint=fingerprint(observed, situation),
@@ -86,7 +88,8 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         budgets=_budgets(draft),
         objective={
             "victims": float(len(victims)),
-            "lost_readiness_s": sum(draft.situation.timings(spec.endpoints[n]).load_s for n in victims),
+            "moves": float(len(moved)),
+            "lost_readiness_s": sum(draft.situation.timings(spec.endpoints[n]).load_s for n in (*victims, *moved)),
         },
         proof=_proof(draft),
         agenda=forecast_entries(draft, agenda, actions),
@@ -96,7 +99,19 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         next_wake=min((w for w in draft.wakes if w.mono > now.mono), key=lambda w: w.mono, default=None),
         archive=_archive(draft),
         verdicts=tuple(draft.verdicts),
+        notes=_notes(draft),
+        solved=draft.solved,
     )
+
+
+def _notes(draft: Draft) -> tuple[str, ...]:
+    """What people should know beyond the plan."""
+    if not draft.unmoved:
+        return ()
+    names = ", ".join(draft.unmoved)
+    if solver.is_available():
+        return (f"{names} may be moved, and the box is too large to look for moves",)
+    return (f"{names} may be moved to make room, and nobody is without the solver: `{solver.INSTALL}`",)
 
 
 def _proof(draft: Draft) -> str:
@@ -278,7 +293,12 @@ def _records(draft: Draft) -> dict[str, EndpointRecord]:
             "endpoint", name
         )  # nothing of it is left, and it is not its turn to start: displaced, blocked
         fulfilled = fulfilled or not (subject in draft.arriving or draft.situation.incarnations(subject))
-        kept[name] = replace(record, renew_before=None if fulfilled else record.renew_before, nap=draft.naps.get(name))
+        kept[name] = replace(
+            record,
+            renew_before=None if fulfilled else record.renew_before,
+            nap=draft.naps.get(name),
+            move=remembered(draft, name),
+        )
     return kept
 
 
@@ -350,7 +370,7 @@ def _symbol(first: Action, phase: str, *, edited: bool) -> Symbol:
     rules: tuple[tuple[bool, Symbol], ...] = (
         (phase == "ends" and first.cause.kind == "evict", "!"),
         (first.cause.kind == "restore", "<"),
-        (edited and first.cause.kind in ("edit", "overlay", "request", "drift"), "~"),
+        (edited and first.cause.kind in ("edit", "overlay", "request", "drift", "move"), "~"),
         (phase == "ends", "-"),
     )
     return next((symbol for holds, symbol in rules if holds), "+")

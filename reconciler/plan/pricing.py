@@ -63,6 +63,7 @@ class Pricing:
         """The least that a branch not looked at may cost."""
         self._board = board
         self._lawful = lawful
+        self._waiting = frozenset(w.key for w in wishes if w.waits)
         self._rights: dict[tuple[str, str], bool] = {}
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
         self._several = len(wishes) > 1
@@ -99,13 +100,13 @@ class Pricing:
     def _roughly(self, wish: Wish, gpu: str, room: Room) -> Cost:
         """A quick lower bound of what room on one GPU costs: how many victims of the highest priority that is needed.
 
-        Who holds other GPUs as well may be a victim already, and is taken to cost nothing.
+        Who holds other GPUs as well may be a victim already, and is taken to cost nothing; who moves is no victim.
         """
         cost = list(self.levels.zero)
         missing = room.missing
         classes: dict[int, list[int]] = {}
         for tenant in room.shared:
-            if len(tenant.holds) > 1:
+            if len(tenant.holds) > 1 or tenant.moves:
                 missing -= tenant.holds[gpu].memory_bytes
             else:
                 classes.setdefault(tenant.priority, []).append(tenant.holds[gpu].memory_bytes)
@@ -159,13 +160,13 @@ class Pricing:
                 return None
             there = held.memory_bytes if held is not None else 0
             return NOBODY if need.memory_bytes[gpu] + there <= size else None
-        movable: list[Tenant] = []
+        yielding: list[Tenant] = []
         fixed = [hold for _, hold in branch.taken.get(gpu, ())]
         for tenant in self._board.on(gpu):
             if tenant.key in branch.gone:
                 continue
-            if self.may(wish, tenant) and not (branch.taken and _delays(tenant, wish, branch)):
-                movable.append(tenant)
+            if self.may(wish, tenant) and not (branch.taken and self._delays(tenant, wish, branch)):
+                yielding.append(tenant)
             else:
                 fixed.append(tenant.holds[gpu])
         wanted, capacity = need.memory_bytes[gpu], self._board.capacity[gpu]
@@ -175,10 +176,15 @@ class Pricing:
         if missing > 0:
             return None
         if need.exclusive:
-            return Room(frozenset(t.key for t in movable), [], 0)
-        must = frozenset(t.key for t in movable if t.holds[gpu].exclusive)
-        shared = [t for t in movable if t.key not in must]
+            return Room(frozenset(t.key for t in yielding), [], 0)
+        must = frozenset(t.key for t in yielding if t.holds[gpu].exclusive)
+        shared = [t for t in yielding if t.key not in must]
         return Room(must, shared, missing + sum(t.holds[gpu].memory_bytes for t in shared))
+
+    def _delays(self, tenant: Tenant, wish: Wish, branch: Branch) -> bool:
+        """Whether a wish that came first would have to wait for this tenant's end, though it needs none."""
+        indifferent = {wish.key, *self._waiting}
+        return any(owner not in indifferent for gpu in tenant.holds for owner, _ in branch.taken.get(gpu, ()))
 
     def openings(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> list[Victims]:
         """The inclusion-minimal further victims that make room on one GPU; empty when nothing does."""
@@ -222,7 +228,8 @@ class Pricing:
             cost, freed = base.copy(), 0
             for tenant in (board.tenants[key] for key in way):
                 parts, size = len(tenant.holds), tenant.holds[gpu].memory_bytes
-                cost[self.levels.victim(wish.key, tenant.priority)] += SCALE // parts
+                level, count = self.levels.departure(wish.key, tenant)
+                cost[level] += SCALE * count // parts
                 cost[LOST] += SCALE * tenant.lost_ms // parts
                 if parts == 1:
                     freed += size
@@ -238,7 +245,8 @@ class Pricing:
         cost, board, delays = list(branch.cost), self._board, branch.delays
         for key in extra:
             tenant = board.tenants[key]
-            cost[self.levels.victim(wish.key, tenant.priority)] += 1
+            level, count = self.levels.departure(wish.key, tenant)
+            cost[level] += count
             cost[LOST] += tenant.lost_ms
             delays = self._vacate(tenant, branch, cost, delays)
         for tenant in board.on(gpu):
@@ -284,11 +292,6 @@ class Pricing:
     def miss(self, at_least: Cost) -> None:
         """Note what a branch that is not looked at may cost at the least."""
         self.missed = at_least if self.missed is None else min(self.missed, at_least)
-
-
-def _delays(tenant: Tenant, wish: Wish, branch: Branch) -> bool:
-    """Whether a wish that came first would have to wait for this tenant's end, though it needs none."""
-    return any(owner != wish.key for gpu in tenant.holds for owner, _ in branch.taken.get(gpu, ()))
 
 
 def _later_of(delays: Mapping[str, int], wish: str, until: int) -> Mapping[str, int]:

@@ -43,6 +43,7 @@ def render_plan(plan: Plan, indices: Mapping[str, int], zone: tzinfo = UTC) -> s
         [_action_line(a, plan.now.wall, indices) for a in plan.actions],
         [f"Budget: {line}" for line in plan.budgets],
         _victims_lines(plan),
+        [f"Note: {note}" for note in plan.notes],
         [_summary(plan)],
     ]
     return in_zone("\n\n".join("\n".join(lines) for lines in parts if lines), zone)
@@ -142,7 +143,8 @@ def _victims_lines(plan: Plan) -> list[str]:
     lines = []
     for verdict in plan.verdicts:
         first, *more = tell(verdict)
-        lines += [f"Why these victims: {first}", *(f"    {sentence}" for sentence in more)]
+        who = " and ".join(word for word, some in (("victims", verdict.victims), ("moves", verdict.moves)) if some)
+        lines += [f"Why these {who}: {first}", *(f"    {sentence}" for sentence in more)]
     return lines
 
 
@@ -182,6 +184,7 @@ def plan_data(plan: Plan, observed: Observed) -> dict[str, object]:
         "objective": dict(plan.objective),
         "proof": plan.proof,
         "verdicts": [_verdict_data(v) for v in plan.verdicts],
+        "notes": list(plan.notes),
     }
 
 
@@ -226,6 +229,7 @@ def _verdict_data(verdict: Verdict) -> dict[str, object]:
     runner_up = verdict.runner_up
     return {
         "victims": dict(verdict.victims),
+        "moves": dict(verdict.moves),
         "cost": dict(verdict.cost),
         "runner_up": None
         if runner_up is None

@@ -15,7 +15,7 @@ GPUs are tried cheapest first and then in NVML order, and ties keep the first: e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from reconciler.plan.board import Board, Need
@@ -46,6 +46,7 @@ def solve(
     board: Board,
     lawful: Lawful = lambda _victims, _seated: True,
     *,
+    may_be: Callable[[Branch], bool] = lambda _: True,
     limit: int = LIMIT,
 ) -> Choice | None:
     """The least way to seat `wishes` together, or None when those that have to be seated do not fit.
@@ -55,9 +56,11 @@ def solve(
         board: who has a place
         lawful: may these tenants be displaced together, and these wishes be seated? Monotone: once it refuses two sets
             it refuses all larger ones
+        may_be: is this, with everybody decided on, an answer? Asked of those alone that cost less than the best so far
         limit: steps after which the best answer so far is taken
     """
     search = _Search(tuple(wishes), board, lawful, limit, None)
+    search.may_be = may_be
     return search.answer()
 
 
@@ -80,6 +83,7 @@ class _Search(Pricing):
         self._seated = None if other_than is None else frozenset(other_than.seated)
         self._bounds = Bounds(wishes, board, self.levels, self.may)
         self.best: Branch | None = None
+        self.may_be: Callable[[Branch], bool] = lambda _: True
 
     def answer(self) -> Choice | None:
         """The least way that is found; None: none is."""
@@ -103,7 +107,7 @@ class _Search(Pricing):
         if self._cut(add(branch.cost, self._bounds.later(index, branch.taken, branch.gone))):
             return
         if index == len(self._wishes):
-            if branch.victims != self._not_these:
+            if branch.victims != self._not_these and self.may_be(branch):
                 self.best = branch
             return
         wish = self._wishes[index]
@@ -226,8 +230,8 @@ class _Search(Pricing):
             tenant = self._board.tenants[key]
             if len(tenant.holds) > 1:
                 parts = len(tenant.holds.keys() & set(chosen))
-                level = self.levels.victim(wish.key, tenant.priority)
-                cost[level] -= SCALE - parts * (SCALE // len(tenant.holds))
+                level, count = self.levels.departure(wish.key, tenant)
+                cost[level] -= SCALE * count - parts * (SCALE * count // len(tenant.holds))
                 cost[LOST] -= SCALE * tenant.lost_ms - parts * (SCALE * tenant.lost_ms // len(tenant.holds))
         return tuple(cost)
 

@@ -7,6 +7,7 @@ started where, and who is wanted and finds no place.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Literal
@@ -15,6 +16,7 @@ from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Draft, Leaving
 from reconciler.plan.endpoints import Standing, as_tenant, holds_of
+from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
@@ -59,29 +61,37 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         elif draft.records[name].failed is None:
             homeless.append(endpoint)
     rise(draft)
-    moved = _carry_out_edits(draft, sorted(edited, key=_by_priority), homeless)
-    pins: Counter[str] = Counter()
-    for endpoint in (*homeless, *moved):
-        if isinstance(endpoint.gpus, GpuPins):
-            pins.update(situation.resolve_pins(endpoint.gpus) or ())
-    for step in draft.steps.values():
-        if step.spec is not None and step.record.state == "pending" and isinstance(step.spec.gpus, GpuPins):
-            pins.update(situation.resolve_pins(step.spec.gpus) or ())
-    draft.board.contested = pins
-    # Who ran up to now keeps its place before one that had none: nothing was stopped in vain. Whose place an overlay
-    # takes comes last: it is no reason for another one to lose the place that it has found.
+    anew = _carry_out_edits(draft, sorted(edited, key=_by_priority), homeless)
+    draft.board.contested = _contested(draft, (*homeless, *anew))
+    # Who moves has been promised its place. Who ran up to now keeps its place before one that had none: nothing was
+    # stopped in vain. Whose place an overlay takes comes last: it is no reason for another one to lose the place that
+    # it has found.
+    moved: list[EndpointSpec] = []
     ran: list[EndpointSpec] = []
     new: list[EndpointSpec] = []
     displaced: list[EndpointSpec] = []
     for endpoint in sorted(homeless, key=_by_priority):
         if draft.evicted_from(endpoint.name):
             displaced.append(endpoint)
+        elif under_way(draft, endpoint.name) is not None:
+            moved.append(endpoint)
         else:
             (ran if situation.incarnations(Subject("endpoint", endpoint.name)) else new).append(endpoint)
-    asking = [ran, list(moved), new, displaced]
+    asking = [moved, ran, list(anew), new, displaced]
     for endpoint in sorted(chain.from_iterable(asking), key=lambda e: draft.places.get(e.name) == ()):
         settle(draft, endpoint, draft.standings[endpoint.name])
     return asking
+
+
+def _contested(draft: Draft, asking: Iterable[EndpointSpec]) -> Counter[str]:
+    """How many pins of those that look for a place, or wait, name each GPU."""
+    waiting = (s.spec for s in draft.steps.values() if s.spec is not None and s.record.state == "pending")
+    claims = [*(endpoint.gpus for endpoint in asking), *(overlay.gpus for overlay in waiting)]
+    pins: Counter[str] = Counter()
+    for claim in claims:
+        if isinstance(claim, GpuPins):
+            pins.update(draft.situation.resolve_pins(claim) or ())
+    return pins
 
 
 def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str, tuple[str, ...]]:
@@ -94,7 +104,8 @@ def _places_together(draft: Draft, asking: list[list[EndpointSpec]]) -> dict[str
     for endpoint in chain.from_iterable(asking):
         need, blocked = need_elsewhere(draft, endpoint), draft.blocked.get(Subject("endpoint", endpoint.name))
         held = blocked is not None and blocked.reason == "Held"
-        if need is not None and not held and not draft.leased(need.subject):
+        fixed = held or under_way(draft, endpoint.name) is not None
+        if need is not None and not fixed and not draft.leased(need.subject):
             needs[endpoint.name] = need
     if not 1 < len(needs) <= MOST_TOGETHER:
         return {}
@@ -180,8 +191,9 @@ def _must_leave(
     2. an overlay displaced it
     3. nobody wants it (any more)
     4. it does not serve: its leader is gone, unhealthy for too long, or never ready
-    5. a stop is under way already: it is seen through; or its engine failed to sleep or to wake up
-    6. a clean start was asked for
+    5. it is moved
+    6. a stop is under way already: it is seen through; or its engine failed to sleep or to wake up
+    7. a clean start was asked for
     """
     situation = draft.situation
     if standing.state == "unknown":
@@ -190,7 +202,8 @@ def _must_leave(
         if gpus & set(current.gpus):
             step = draft.steps[overlay]
             cause = Cause("evict", step.record.source, overlay)
-            return Leaving(current, f"gives way to {overlay}", cause, overlay)  # 2
+            waits = any(x.overlay == overlay and x.gpu in current.gpus for x in draft.leases)
+            return Leaving(current, f"gives way to {overlay}", cause, overlay if waits else None)  # 2
     owner = draft.owners.get(name)
     if endpoint is None:  # 3
         if owner is not None:
@@ -205,14 +218,17 @@ def _must_leave(
         return Leaving(current, standing.reason, Cause("drift", endpoint.source, detail="leftovers"))  # 4
     if standing.must_restart is not None:
         return Leaving(current, standing.must_restart, Cause("drift", endpoint.source, detail="unhealthy"))  # 4
+    move = under_way(draft, name)
+    if move is not None and move.incarnation == current.id:
+        return Leaving(current, *in_words(draft, move))  # 5
     if current.stop is not None:
-        return Leaving(current, "a stop is under way", Cause("cleanup", endpoint.source))  # 5
+        return Leaving(current, "a stop is under way", Cause("cleanup", endpoint.source))  # 6
     nap = draft.records[name].nap
     if nap is not None and nap.failed is not None:
-        return Leaving(current, nap.failed, Cause("drift", endpoint.source, detail="sleep"))  # 5
+        return Leaving(current, nap.failed, Cause("drift", endpoint.source, detail="sleep"))  # 6
     renew = draft.records[name].renew_before
     if renew is not None and current.started.mono < renew.mono:
-        return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 6
+        return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 7
     return None
 
 

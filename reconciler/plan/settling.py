@@ -9,6 +9,7 @@ from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
@@ -48,7 +49,8 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
             message = "it is pinned to a GPU that this node does not have"
             draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
             return
-        chosen = draft.places.get(endpoint.name, ())
+        move = under_way(draft, endpoint.name)
+        chosen = draft.places.get(endpoint.name, move.gpus if move is not None else ())
         soon = opening_soon(draft, endpoint) if standing.current is None else []
         spared = keeping_off(soon)(need)
         kept = replace(spared, candidates=tuple(g for g in spared.candidates if g in chosen))
@@ -124,6 +126,9 @@ def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tu
         return f"overlay {owner} asks for it", Cause("overlay", draft.steps[owner].record.source, owner)
     for overlay in sorted(o for o, held in draft.evicted_from(endpoint.name).items() if held):
         return f"{overlay} took its place; it moves", Cause("evict", draft.steps[overlay].record.source, overlay)
+    move = under_way(draft, endpoint.name)
+    if move is not None:
+        return in_words(draft, move)
     if record.evicted_by is not None:
         overlay = record.evicted_by
         return f"{overlay} no longer needs its place", Cause("restore", endpoint.source, overlay)

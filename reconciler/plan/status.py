@@ -230,6 +230,8 @@ class _View:
         found: list[dict[str, Any]] = []
         if record is not None and record.evicted_by:
             found.append(_condition("EvictedBy", record.evicted_by))
+        if record is not None and record.move is not None:
+            found.append(_condition("Moving", f"it makes room for {record.move.by}"))
         if record is not None and record.failed:
             found.append(_condition("Failed", record.failed))
         if run is not None and run.alive and spec is not None and run.process_hash != spec.process_hash:
@@ -303,6 +305,7 @@ class _View:
             "end": iso(self._end(record, spec)),
             "deadline": iso(spec.makespan.deadline) if spec else None,
             "evicted": list(record.evicted),
+            "moved": list(record.moved),
             "pid": run.pid if run is not None and run.phase == "running" else None,
             "exit_code": record.exit_code,
             "reason": record.reason or self._waits_for(record.name),

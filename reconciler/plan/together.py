@@ -6,20 +6,24 @@ Nothing is taken here; `admission` carries the choice out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
+from reconciler.plan import solver
 from reconciler.plan.actions import Verdict
 from reconciler.plan.asking import consents_of, own_needs, provider_choices, running
-from reconciler.plan.board import Need, Tenant, Victims
+from reconciler.plan.board import Board, Need, Tenant, Victims, endpoint_key
 from reconciler.plan.draft import Draft
+from reconciler.plan.moves import Answer, can_move, improve, way_back
+from reconciler.plan.moving import under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
 from reconciler.plan.search import next_best, solve
 from reconciler.plan.settling import need_elsewhere
-from reconciler.plan.why import judge
+from reconciler.plan.solver import PLACES, Mover, Problem
+from reconciler.plan.why import judge, judge_moves
 from reconciler.plan.windows import ahead_of, keeping_off
-from reconciler.plan.wishes import MOST_TOGETHER, Choice, Wish
+from reconciler.plan.wishes import MOST_TOGETHER, Choice, MayDisplace, Wish
 from reconciler.spec.spec import GpuCount, OverlaySpec
 
 MOST_CHOICES = 64
@@ -33,6 +37,8 @@ class Asker:
     overlay: OverlaySpec
     wish: Wish
     consents: Consents
+    may_move: MayDisplace
+    """Whom it may have started on other GPUs: the rules are those for victims, less that these need be preemptible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,13 @@ class Seat:
     gpus: Mapping[Subject, tuple[str, ...]]
     victims: Victims
     """Whom it displaces."""
+    moves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Endpoint that makes room for it -> the GPUs that it is started on in exchange."""
+
+    @property
+    def leavers(self) -> Victims:
+        """The keys of all who leave for it."""
+        return self.victims | {endpoint_key(name) for name in self.moves}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,9 @@ class Together:
     """Endpoint that looks for a place → the GPUs left to it."""
     why: Callable[[], Verdict | None]
     """Finds out why these victims, by a search for others; None: there are none."""
+    unmoved: tuple[str, ...] = ()
+    """Endpoints that it was not tried to move, though it might have spared somebody: there is no solver, or they are
+    too many."""
 
 
 def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
@@ -78,19 +94,49 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
     def law(victims: Victims, seated: frozenset[str]) -> bool:
         return lawful(askers, victims, seated)
 
-    choice = solve(wishes, board, law)
-    if choice is None:  # the work is bounded: everybody stays where they are, and is decided on one by one
+    core = solve(wishes, board, law)
+    if core is None:  # the work is bounded: everybody stays where they are, and is decided on one by one
         return Together((), {}, lambda: None)
+    movers = {} if _nobody_waits(askers, core) else _movers(draft, askers, board)
+    few = sum(len(m.need.candidates) * len(m.askers) for m in movers.values()) <= PLACES
+    tried = bool(movers) and few and solver.is_available()
+    answer = Answer(core, {}, {})
+    if tried:
+        draft.solved = True
+        answer = improve(Problem(tuple(wishes), board, movers, way_back(draft, board), law), core)
+    choice = answer.choice
     places = {s.name: g for s, g in choice.gpus.items() if choice.owners[s] == f"endpoint/{s.name}"}
-    seats = tuple(_seat(a, choice) for a in askers if a.wish.key in choice.seated)
+    seats = tuple(_seat(a, answer) for a in askers if a.wish.key in choice.seated)
 
     def why() -> Verdict | None:
+        if answer.places:
+            return judge_moves(choice, core, answer.by, answer.places)
         if not choice.victims:
             return None
         runner_up, all_seen = next_best(choice, wishes, board, law)
         return judge(choice, runner_up, all_seen=all_seen)
 
-    return Together(seats, places, why)
+    unmoved = () if tried else tuple(key.partition("/")[2] for key in sorted(movers))
+    return Together(seats, places, why, unmoved)
+
+
+def _nobody_waits(askers: Sequence[Asker], choice: Choice) -> bool:
+    """Whether all are seated and nobody gives way: no move makes that better."""
+    return not choice.victims and all(a.wish.key in choice.seated for a in askers)
+
+
+def _movers(draft: Draft, askers: Sequence[Asker], board: Board) -> dict[str, Mover]:
+    """Who may be moved, by whom, and where to: not where a window to come has its place."""
+    asking = {a.overlay.name for a in askers}
+    off = keeping_off(w for w in draft.windows if w.name not in asking)
+    found: dict[str, Mover] = {}
+    for key, tenant in sorted(board.tenants.items()):
+        need = can_move(draft, tenant)
+        by = frozenset(a.wish.key for a in askers if a.may_move(tenant)) if need is not None else frozenset[str]()
+        if need is not None and by:
+            need = off(need)
+            found[key] = Mover(replace(need, candidates=tuple(g for g in need.candidates if g in board.capacity)), by)
+    return found
 
 
 def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
@@ -112,6 +158,9 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
             rights[tenant.key] = not begun & tenant.holds.keys() and not consents.broken_by(tenant)
         return rights[tenant.key]
 
+    def may_move(tenant: Tenant) -> bool:
+        return not begun & tenant.holds.keys() and consents.broken_by(tenant) <= {"NotPreemptible"}
+
     wish = Wish(
         key=f"overlay/{overlay.name}",
         options=options,
@@ -119,7 +168,7 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
         may_displace=may,
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
     )
-    return Asker(overlay, wish, consents)
+    return Asker(overlay, wish, consents, may_move)
 
 
 def begins_before(draft: Draft, name: str, overlay: OverlaySpec) -> bool:
@@ -158,6 +207,8 @@ def _restless(draft: Draft) -> dict[str, Need]:
         endpoint = draft.wanted.get(subject.name) if subject.kind == "endpoint" else None
         if endpoint is None or not isinstance(endpoint.gpus, GpuCount) or draft.leased(subject):
             continue
+        if under_way(draft, endpoint.name) is not None:  # its place was promised, and others' way back hangs on it
+            continue
         need = need_elsewhere(draft, endpoint)
         if (
             need is not None
@@ -190,9 +241,11 @@ def lawful(askers: Sequence[Asker], victims: Victims, seated: frozenset[str]) ->
     return True
 
 
-def _seat(asker: Asker, choice: Choice) -> Seat:
-    key = asker.wish.key
+def _seat(asker: Asker, answer: Answer) -> Seat:
+    key, choice = asker.wish.key, answer.choice
     needs = {n.subject: n for option in asker.wish.options for n in option if choice.owners.get(n.subject) == key}
     gpus = {subject: choice.gpus[subject] for subject in needs}
-    victims = frozenset(victim for victim, by in choice.victims.items() if by == key)
-    return Seat(asker.overlay, tuple(needs.values()), gpus, victims)
+    mine = [victim for victim, by in choice.victims.items() if answer.by.get(victim, by) == key]
+    victims = frozenset(victim for victim in mine if victim not in answer.places)
+    moves = {k.partition("/")[2]: answer.places[k] for k in mine if k in answer.places}
+    return Seat(asker.overlay, tuple(needs.values()), gpus, victims, moves)

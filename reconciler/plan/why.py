@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from reconciler.plan.actions import Verdict
 from reconciler.plan.wishes import Choice, Cost
@@ -42,14 +42,37 @@ def judge(choice: Choice, runner_up: Choice | None, *, all_seen: bool) -> Verdic
     )
 
 
+def judge_moves(choice: Choice, without: Choice, by: Mapping[str, str], moved: Container[str]) -> Verdict:
+    """The verdict on a choice with moves, beside the best one without any.
+
+    Args:
+        choice: what was chosen
+        without: the least choice in which nobody moves
+        by: who leaves, as a victim or by moving → the wish for which it is
+        moved: those of them who move
+    """
+    leavers = {k: by.get(k, taker) for k, taker in choice.victims.items()}
+    return Verdict(
+        victims={_name(k): _name(taker) for k, taker in leavers.items() if k not in moved},
+        cost=_parts(choice.levels, choice.cost),
+        runner_up=(_names(without), _parts(without.levels, without.cost)),
+        worse=_worse(choice.levels, choice.cost, without.cost),
+        all_seen=True,
+        optimal=choice.proof.optimal,
+        bound=_parts(choice.levels, choice.proof.bound),
+        steps=choice.proof.steps,
+        moves={_name(k): _name(taker) for k, taker in leavers.items() if k in moved},
+    )
+
+
 def tell(verdict: Verdict) -> list[str]:
     """A verdict in sentences: who, why not the next best, and how sure it is."""
-    takers: dict[str, list[str]] = {}
-    for victim, by in verdict.victims.items():
-        takers.setdefault(by, []).append(victim)
-    who = "; ".join(f"{', '.join(victims)} for {by}" for by, victims in takers.items())
-    told = [f"{who}: {_cost(verdict.cost)}."]
-    if verdict.runner_up is not None:
+    who = [*_by_taker(verdict.victims, "{} for {}"), *_by_taker(verdict.moves, "{} moved for {}")]
+    told = [f"{'; '.join(who)}: {_cost(verdict.cost)}."]
+    if verdict.moves and verdict.runner_up is not None:
+        others = ", ".join(verdict.runner_up[0])
+        told.append(f"Without moves: {others or 'nobody gives way'} ({verdict.worse}).")
+    elif verdict.runner_up is not None:
         told.append(f"The next best: {', '.join(verdict.runner_up[0]) or 'nobody'} ({verdict.worse}).")
     else:
         told.append("No other victims would do." if verdict.all_seen else "No other victims that would do were found.")
@@ -61,9 +84,17 @@ def tell(verdict: Verdict) -> list[str]:
     return told
 
 
+def _by_taker(leavers: Mapping[str, str], form: str) -> list[str]:
+    """Who leaves, together for each for whom it is."""
+    takers: dict[str, list[str]] = {}
+    for name, by in leavers.items():
+        takers.setdefault(by, []).append(name)
+    return [form.format(", ".join(names), by) for by, names in takers.items()]
+
+
 def _cost(parts: Mapping[str, int]) -> str:
-    """The victims and what they cost, for people: nothing of who waits, nor of places."""
-    told = ("displaced@", "lost_readiness_ms")
+    """The victims, the moves and what they cost, for people: nothing of who waits, nor of places."""
+    told = ("displaced@", "lost_readiness_ms", "moves")
     return ", ".join(_value(name, value) for name, value in parts.items() if name.startswith(told))
 
 

@@ -50,6 +50,8 @@ class Wish:
     """Wishes beside which it cannot be seated."""
     yields: tuple[frozenset[str], int] | None = None
     """Of one that has to be seated: the wishes that may take its place, and the priority at which it counts then."""
+    waits: bool = False
+    """Others may have whom they like leave its GPUs: it is no matter when it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,10 @@ class Levels:
     def victim(self, by: str, priority: int) -> int:
         """Where a victim of this priority counts that makes room for the wish `by`."""
         return self._position[self._group[by], priority, 1]
+
+    def departure(self, by: str, tenant: Tenant) -> tuple[int, int]:
+        """Where it counts, and how much, that a tenant leaves for the wish `by`: as a victim, or as a move."""
+        return (MOVES, tenant.moves) if tenant.moves else (self.victim(by, tenant.priority), 1)
 
     def seat(self, wish: Wish) -> int:
         """Where it counts that this wish is left out."""

@@ -184,10 +184,11 @@ def resolve_endpoint(
         _check_engine(name, model, node, key_at, profile, findings)
     context.check_variables(child(node, "env"))
     context.check_user(model.user, at("user"))
-    if model.movable:
-        hint = "leave it out; who gives way to an overlay is restarted elsewhere where it fits"
-        findings.add(at("movable"), "`movable: true` is not supported: what runs is not moved to make room", hint)
     gpus = model.gpus if model.gpus is not None else GpuCount(1)
+    if model.movable and home is None and (isinstance(gpus, GpuPins) or not gpus.count):
+        why = "it is pinned to its GPUs" if gpus.count else "it needs no GPU"
+        hint = "leave `movable` out, or write how many GPUs it needs instead of which: `gpus: 1`"
+        findings.add(at("movable"), f"`movable: true`, and {why}: there is nowhere else to move to", hint)
     context.check_gpus(gpus, at("gpus"))
     env_file, secrets = context.env_file(model.env_file, at("env_file"))
     health, ending = _health(model.health), stop(model.stop)

@@ -43,6 +43,7 @@ class Account:
         self.no_prefix_oversubscribes()
         self.starts_wait_for_those_who_leave()
         self.victims_are_lawful()
+        self.moves_are_lawful()
         self.floors_hold()
         self.gangs_are_whole()
         self.the_unknown_is_left_alone()
@@ -194,6 +195,25 @@ class Account:
         for name, record in self.plan.ledger.overlays.items():
             if record.state == "pending":
                 assert not any(x.overlay == name for x in self.plan.ledger.leases)
+
+    def moves_are_lawful(self) -> None:
+        """Who begins to move consented, is strictly lower, counts its GPUs, and has a place elsewhere in the plan."""
+        movers = {n: r.move for n, r in self.plan.ledger.endpoints.items() if r.move is not None}
+        known = {n for n, r in self.before.endpoints.items() if r.move is not None}
+        for name, move in movers.items():
+            if name in known:
+                continue
+            asking, endpoint = self.spec.overlays[move.by], self.spec.endpoints[name]
+            assert move.by in self.admitted, f"{name} moves for {move.by}, which is not admitted"
+            assert name in self.plan.ledger.overlays[move.by].moved
+            assert asking.allow_baseline_eviction, f"{move.by} has {name} moved without consent"
+            assert endpoint.movable, f"{name} is moved without consent"
+            assert endpoint.priority < asking.priority, f"{move.by} has {name} moved, which is not lower"
+            runs = next(i for i in self.observed.incarnations if i.id == move.incarnation)
+            assert len(set(move.gpus)) == endpoint.gpus.count
+            assert set(move.gpus) != set(runs.gpus), f"{name} is moved to where it is"
+            later = [a for a in starts(self.plan) if a.subject == runs.subject]
+            assert [set(a.gpus) for a in later] == [set(move.gpus)], f"{name} is not started where it is to go"
 
     def floors_hold(self) -> None:
         """No admission takes a capability below its floor, or further below it."""

@@ -37,7 +37,7 @@ def _short(item: EndpointSpec | OverlaySpec) -> str:
     claims = f"{item.name} gpus={getattr(item.gpus, 'refs', None) or (item.gpus.count if item.gpus else None)}"
     claims += f" memory={item.memory} priority={item.priority}"
     if isinstance(item, EndpointSpec):
-        flags = "" if item.preemptible else " not preemptible"
+        flags = ("" if item.preemptible else " not preemptible") + (" movable" if item.movable else "")
         return f"{claims} {item.state}{flags} offers={item.capabilities} hash={item.process_hash} {item.stop.drain_s}"
     work = item.workload and f"work retries={item.workload.retries} preemptible={item.workload.preemptible}"
     sets = [_short(e) for e in item.endpoints.values()]
@@ -114,6 +114,7 @@ def endpoints(draw: st.DrawFn, gpus: int, index: int, *, plain: bool = False) ->
         priority=draw(st.sampled_from(PRIORITIES)),
         state="running" if plain else draw(st.sampled_from(["running", "running", "running", "standby", "stopped"])),
         preemptible=draw(st.sampled_from([True, True, True, False])),
+        movable=draw(st.booleans()),
         port=8000 + index,
         stop=Stop(drain_s=draw(st.sampled_from([0.0, 15.0]))),
     )
