@@ -15,7 +15,7 @@ from worlds import World, examples, worlds
 from reconciler.plan import draft as drafts
 from reconciler.plan.actions import Plan
 from reconciler.plan.calm import calm_ones
-from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap
+from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Move, Nap
 from reconciler.plan.observed import Incarnation, StopProgress
 from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
@@ -89,6 +89,7 @@ def test_one_that_runs_otherwise_is_decided_on(run: Incarnation) -> None:
         {"evicted_by": "render"},
         {"unhealthy_since": AN_HOUR_AGO},
         {"nap": Nap(RUNS.id, 1, NOW)},
+        {"move": Move(RUNS.id, RUNS.gpus, "render", NOW)},
         {"failed": "given up"},
         {"renew_before": NOW},
         {"ready_incarnation": "an older one"},
