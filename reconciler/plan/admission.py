@@ -307,7 +307,7 @@ def _port_conflict(draft: Draft, found: Seat, beside: Sequence[Seat]) -> str | N
 
 
 def _beginning(draft: Draft, found: Seat) -> list[str]:
-    """Overlays, not less important, that begin where its victims are, or where its endpoints would still load then.
+    """Overlays, not less important, that begin where its leavers are, or where its endpoints would still load then.
 
     They would wait: on one GPU one engine comes or goes at a time.
     """
@@ -323,7 +323,8 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
     }
     base, own = draft.situation.spec.endpoints, found.overlay.endpoints
     engines = [own.get(n.subject.name) or base[n.subject.name] for n in found.needs if n.subject.kind == "endpoint"]
-    loaded = draft.now.wall + lead_s(draft, (k.partition("/")[2] for k in found.victims))
+    engines += [base[name] for name in found.moves]
+    loaded = draft.now.wall + lead_s(draft, (k.partition("/")[2] for k in found.leavers))
     loaded += max((draft.situation.timings(e).load_s for e in engines), default=0.0)
     names |= {w.name for w in not_to_hinder(draft, found.overlay) if w.start < loaded and loading & w.beside.keys()}
     return sorted(names)
