@@ -193,7 +193,7 @@ class Graph:
                         timeout_s=endpoint.stop.drain_s, predicted_s=draft.situation.timings(endpoint).drain_s,
                     )
                 ]  # fmt: skip
-        if nap.slept is None:
+        if nap.slept is None and draft.situation.sees(current.gpus):  # what was told already is seen through
             needs = [
                 self._add(
                     "sleep", current.subject, current.gpus, needs, reason=reason, cause=cause,

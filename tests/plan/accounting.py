@@ -7,9 +7,11 @@ from functools import cached_property
 
 from reconciler.plan.actions import Action, Plan
 from reconciler.plan.ledger import LIVE, Ledger
+from reconciler.plan.naps import rested
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 from reconciler.plan.planner import plan
-from reconciler.spec.spec import Spec
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import EndpointSpec, Spec
 
 DESTRUCTIVE = ("drain", "stop", "kill", "sleep", "stop_workload")
 
@@ -81,6 +83,40 @@ class Account:
                 ends[action.subject.name] = frozenset({action.id})
         return ends
 
+    def _nap_shares(self, i: Incarnation) -> list[_Share]:
+        """One that sleeps, or is about to: what it keeps, what it holds until it is asleep, and from its waking on."""
+        nap = self.plan.ledger.endpoints[i.subject.name].nap
+        endpoint = next(e for e in self._known if e.name == i.subject.name)
+        kept = endpoint.profile.residual_bytes
+        seen = any(a.op == "wait_memory" and a.incarnation == i.id for a in self.plan.actions)
+        asleep = (
+            rested(Situation(self.spec, self.observed, self.before, self.plan.now), endpoint, i, nap) if nap else False
+        )
+        wakes = [a.id for a in self.plan.actions if a.op == "wake" and a.incarnation == i.id]
+        ends = self._incarnation_ends(i)
+        found = []
+        for gpu, size in zip(i.gpus, i.memory_bytes, strict=True):
+            found.append(_Share(f"{i.id} asleep", gpu, min(kept, size), False, None, frozenset()))
+            if not asleep:
+                freed = frozenset(a.id for a in self.plan.actions if a.op == "wait_memory" and a.incarnation == i.id)
+                found.append(
+                    _Share(
+                        f"{i.id} falling asleep", gpu, max(0, size - kept), i.exclusive, None, freed if seen else ends
+                    )
+                )
+            for wake in wakes:
+                found.append(_Share(f"#{wake} {i.id} waking", gpu, max(0, size - kept), i.exclusive, wake, frozenset()))
+        return found
+
+    @property
+    def _known(self) -> list[EndpointSpec]:
+        return [*self.spec.endpoints.values(), *(e for o in self.spec.overlays.values() for e in o.endpoints.values())]
+
+    def _naps(self, i: Incarnation) -> bool:
+        record = self.plan.ledger.endpoints.get(i.subject.name) if i.subject.kind == "endpoint" else None
+        going = any(a.incarnation == i.id and a.op in ("stop", "kill") for a in self.plan.actions)
+        return record is not None and record.nap is not None and record.nap.incarnation == i.id and not going
+
     def _incarnation_ends(self, incarnation: Incarnation) -> frozenset[int]:
         own = {a.id for a in self.plan.actions if a.op == "wait_memory" and a.incarnation == incarnation.id}
         leases = self.plan.ledger.leases
@@ -92,7 +128,9 @@ class Account:
         """Everybody who holds something now or is started by the plan."""
         found = []
         for i in self.observed.incarnations:
-            if i.alive or i.id not in self.plan.archive:
+            if self._naps(i):
+                found += self._nap_shares(i)
+            elif i.alive or i.id not in self.plan.archive:
                 ends = self._incarnation_ends(i)
                 for gpu, size in zip(i.gpus, i.memory_bytes, strict=True):
                     found.append(_Share(i.id, gpu, size, i.exclusive, None, ends))
@@ -252,6 +290,8 @@ class Account:
         seen = {i.id: i for i in self.observed.incarnations}
         for action in self.plan.actions:
             if action.op in DESTRUCTIVE:
+                if action.op == "drain" and action.incarnation is None:
+                    continue  # waited for only: nothing is recorded, and nobody told
                 target = seen[action.incarnation or ""]
                 assert target.phase != "unknown"
                 if target.subject.kind == "endpoint":

@@ -336,6 +336,20 @@ def test_a_daemon_that_died_between_telling_and_noting_tells_again() -> None:
     assert ops(run, "ask") == ["start", "sleep", "sleep"]
 
 
+def test_nothing_is_told_to_sleep_again_on_a_gpu_that_fell_silent() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.step()
+    run.plant.called.clear()  # the call was lost with the daemon
+    run.plant.overrides[0] = {"state": "unknown"}
+    assert "sleep" not in [a.op for a in run.decide().actions]
+    run.settle()
+    assert ops(run, "ask") == ["start", "sleep"]
+    run.plant.overrides.clear()
+    run.settle(until=overlay_state("render", "active"))
+    assert ops(run, "ask") == ["start", "sleep", "sleep"]
+
+
 def test_unknown_is_not_asleep() -> None:
     run = warm(sleeper())
     add(run, render())

@@ -48,6 +48,24 @@ def test_every_run_comes_to_rest_and_every_plan_on_the_way_is_lawful(world: Worl
     assert_is_the_baseline(run, last)
 
 
+@given(worlds(sleepers=True))
+@examples(60)
+def test_5_6_12_15_18_20_hold_as_well_where_endpoints_sleep_refuse_to_or_keep_too_much(world: World) -> None:
+    run = watched(world)
+    world.happen(run)
+    run.settle()
+    run.plant.foreign, run.plant.overrides = {}, {}
+    run.settle()
+    run.spec = spec(*world.after.endpoints.values(), floors=world.after.floors)
+    last = run.settle()
+    assert last.ledger.leases == ()
+    assert last.actions == ()
+    assert_is_the_baseline(run, last)
+    wanted = {n for n, e in run.spec.endpoints.items() if e.state == "running"}
+    awake = {i.subject.name for i in run.plant.incarnations if i.id not in run.plant.asleep}
+    assert {i.subject.name for i in run.plant.incarnations} - awake <= {b.subject.name for b in last.blocked}, wanted
+
+
 def assert_is_the_baseline(run: Run, last: Plan) -> None:
     """What should run is ready or says why not, and nothing else runs."""
     wanted = {n: e for n, e in run.spec.endpoints.items() if e.state == "running"}

@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from plant import Behaviour, Plant, Run
 
-from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec, Stop
+from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
 from reconciler.units import GIB
 
 SCALE = int(os.environ.get("PLAN_EXAMPLES", "0"))
 CAPABILITIES = ("ask", "code")
 PRIORITIES = (10, 20, 30, 900)
+REFUSALS = (frozenset(), frozenset(), frozenset({"sleep"}), frozenset({"wake"}))
 
 
 def examples(count: int) -> settings:
@@ -59,6 +60,9 @@ class World:
     foreign: dict[int, int] = field(default_factory=dict)
     unknown: frozenset[int] = frozenset()
     numa: dict[int, int] = field(default_factory=dict)
+    residue_gib: int = 1
+    """What engines keep while they sleep; more than is planned makes their sleep a stop."""
+    host_gib: int = 256
 
     def __repr__(self) -> str:
         lines = [f"  before {_short(e)}" for e in self.before.endpoints.values()]
@@ -78,7 +82,9 @@ class World:
 
     def plant(self) -> Plant:
         """The box with nothing on it."""
-        return Plant(totals=list(self.sizes), behaviour=self.behaviour, numa=self.numa)
+        plant = Plant(totals=list(self.sizes), behaviour=self.behaviour, numa=self.numa)
+        plant.residue, plant.host_bytes = self.residue_gib * GIB, self.host_gib * GIB
+        return plant
 
     def happen(self, run: Run) -> None:
         """From the baseline to the end of all overlays, with strangers and silent GPUs all the while."""
@@ -104,8 +110,8 @@ _memories = st.sampled_from([None, None, None, 0.25, 0.5, 0.9, 10, 20])
 
 
 @st.composite
-def endpoints(draw: st.DrawFn, gpus: int, index: int, *, plain: bool = False) -> EndpointSpec:
-    """One endpoint; `plain`: running, with at least one GPU."""
+def endpoints(draw: st.DrawFn, gpus: int, index: int, *, plain: bool = False, sleepers: bool = False) -> EndpointSpec:
+    """One endpoint; `plain`: running, with at least one GPU; `sleepers`: it may give way by sleeping."""
     made = endpoint(
         f"e{index}",
         draw(_claims(gpus)),
@@ -117,6 +123,9 @@ def endpoints(draw: st.DrawFn, gpus: int, index: int, *, plain: bool = False) ->
         movable=draw(st.booleans()),
         port=8000 + index,
         stop=Stop(drain_s=draw(st.sampled_from([0.0, 15.0]))),
+        evict=draw(st.sampled_from([Evict(), Evict(), Evict("sleep", 1, 4 * GIB), Evict("sleep", 2)]))
+        if sleepers
+        else Evict(),
     )
     return replace(made, gpus=replace(made.gpus, count=1)) if plain and made.gpus.count == 0 else made
 
@@ -149,16 +158,19 @@ def overlays(draw: st.DrawFn, gpus: int, index: int, known: list[EndpointSpec]) 
 
 
 @st.composite
-def worlds(draw: st.DrawFn, most_gpus: int = 8) -> World:
-    """A box with a baseline, then overlays, edits, strangers and silent GPUs."""
+def worlds(draw: st.DrawFn, most_gpus: int = 8, *, sleepers: bool = False) -> World:
+    """A box with a baseline, then overlays, edits, strangers and silent GPUs.
+
+    `sleepers`: who can may give way by sleeping, and no endpoint is edited.
+    """
     gpus = draw(st.integers(1, most_gpus))
     sizes = [draw(st.sampled_from([24, 80])) * GIB] * gpus
     if draw(st.integers(0, 3)) == 0:
         sizes = [draw(st.sampled_from([24, 80])) * GIB for _ in range(gpus)]
-    baseline = [draw(endpoints(gpus, i)) for i in range(draw(st.integers(1, min(7, gpus + 2))))]
+    baseline = [draw(endpoints(gpus, i, sleepers=sleepers)) for i in range(draw(st.integers(1, min(7, gpus + 2))))]
     floors = {c: draw(st.integers(1, 2)) for c in CAPABILITIES if draw(st.integers(0, 2)) == 0}
     later = list(baseline)
-    if baseline and draw(st.integers(0, 2)) == 0:  # one is edited, or another one in its stead
+    if baseline and not sleepers and draw(st.integers(0, 2)) == 0:  # one is edited, or another one in its stead
         index = draw(st.integers(0, len(baseline) - 1))
         later[index] = draw(endpoints(gpus, index))
     if len(later) > 1 and draw(st.integers(0, 4)) == 0:
@@ -177,7 +189,14 @@ def worlds(draw: st.DrawFn, most_gpus: int = 8) -> World:
         between_s=draw(st.sampled_from([0.0, 20.0, 100.0, 400.0])),
         after=spec(*later, *added, floors=floors),
         sizes=sizes,
-        behaviour=Behaviour(run_s=runs, exit_codes=codes, stop_s=draw(st.sampled_from([0.5, 30.0, 90.0]))),
+        behaviour=Behaviour(
+            run_s=runs,
+            exit_codes=codes,
+            stop_s=draw(st.sampled_from([0.5, 30.0, 90.0])),
+            failing=draw(st.sampled_from(REFUSALS)) if sleepers else frozenset(),
+        ),
+        residue_gib=draw(st.sampled_from([1, 1, 5])) if sleepers else 1,
+        host_gib=draw(st.sampled_from([256, 9])) if sleepers else 256,
         foreign={i: min(size * GIB, sizes[i] - GIB) for i, size in busy.items()},
         unknown=frozenset(silent),
         numa={i: i * 2 // gpus for i in range(gpus)},

@@ -124,13 +124,13 @@ class Draw:
             Fault(round(rng.uniform(1, 700), 1), kind, rng.randrange(8), self._lasts(kind))
             for kind in (rng.choice(BREAKAGES) for _ in range(count))
         )
-        return self._sleepy(replace(base, faults=tuple(faults)), broken=True)
+        return self._sleepy(replace(base, faults=tuple(faults)))
 
     def planned(self, overlays: int) -> Scenario:
         """Overlays that all keep their word, on a box where nothing breaks."""
-        return self._sleepy(self._base(self.rng.choice((2, 3, 4)), overlays, careful=True), broken=False)
+        return self._base(self.rng.choice((2, 3, 4)), overlays, careful=True)
 
-    def _sleepy(self, base: Scenario, *, broken: bool) -> Scenario:
+    def _sleepy(self, base: Scenario) -> Scenario:
         """The same; on every other box some endpoints give way by sleeping, and some overlays leave room for that.
 
         Drawn apart from the rest, which stays what it was.
@@ -149,7 +149,7 @@ class Draw:
             memory = {"memory": rng.choice(("20GiB", "60GiB", "70GiB"))} if rng.random() < 0.8 else {}
             drops.append(replace(drop, body={**drop.body, **memory}))
         faults = list(base.faults)
-        for _ in range(rng.choice((0, 1, 1, 2)) if broken else 0):
+        for _ in range(rng.choice((0, 1, 1, 2))):
             lasts = rng.choice((30.0, 120.0, 500.0))
             faults.append(Fault(round(rng.uniform(1, 700), 1), rng.choice(NAP_FAULTS), rng.randrange(8), lasts))
         host = rng.choice((12, 40, 256))
