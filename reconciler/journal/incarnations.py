@@ -394,9 +394,12 @@ def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
         _sync(state.run)
     past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])
     for _, name, log in past[: max(0, len(past) - keep)]:
-        shutil.rmtree(state.ended / name, ignore_errors=True)
         if log is not None and Path(log).parent == state.logs:
-            Path(log).unlink(missing_ok=True)
+            Path(log).unlink(missing_ok=True)  # first: once its records are gone nobody knows of it any more
+        with suppress(OSError):
+            (state.ended / name).rename(state.ended / f".{name}")
+    for forgotten in state.ended.glob(".*"):  # and what a daemon that died here left of others
+        shutil.rmtree(forgotten, ignore_errors=True)
 
 
 def _past(state: StateDir, incarnation: str) -> Iterator[tuple[float, str, str | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -370,6 +371,27 @@ def test_the_last_of_each_subject_stay_and_older_ones_go_with_their_logs(state: 
     assert list_ended(state) == ("a2", "a3", "a4", "b0", "b1", "b2")
     assert len(list(state.logs.iterdir())) == 6
     assert read(state.ended / "a4").intent is not None
+
+
+def test_a_crash_while_one_is_forgotten_leaves_nothing_that_stays(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_path(state, "endpoint", "thinking", "abc")
+    log.touch()
+    write_intent(state, intent(log=str(log)))
+
+    def killed(path: Path, **_: object) -> None:
+        (path / "intent.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        archive(state, "abc", keep=0)
+    assert not log.exists()
+    assert list_ended(state) == ()
+    write_intent(state, intent("def"))
+    archive(state, "def", keep=1)
+    assert [p.name for p in state.ended.iterdir()] == ["def"]
 
 
 def test_putting_away_deletes_no_file_outside_the_logs(state: StateDir, tmp_path: Path) -> None:
