@@ -18,7 +18,7 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.pricing import Branch
 from reconciler.plan.search import solve
 from reconciler.plan.settling import own_need
-from reconciler.plan.solver import Back, Places, Problem, compared, propose
+from reconciler.plan.solver import Back, Places, Problem, Work, compared, propose
 from reconciler.plan.wishes import Choice, Cost, MayDisplace, Wish
 from reconciler.spec.spec import GpuCount
 
@@ -52,10 +52,11 @@ def improve(problem: Problem, core: Choice) -> Answer:
     """
     best = Answer(core, {}, {})
     tried: list[Places] = []
+    work = Work()
     bound: Cost | None = None
     proved = core.proof.optimal
     for _ in range(TRIES):
-        proposal = propose(problem, core, tried)
+        proposal = propose(problem, core, tried, work)
         if proposal is None:
             bound = None
             break

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
 INSTALL = "pip install 'reconciler[solver]'"
-WORK = 2.0
-"""Of CP-SAT's deterministic units, each about a second, for one part of the objective."""
+WORK = 1.0
+"""Of CP-SAT's deterministic units, each about a second, for one choice; a quarter for one part of a proposal."""
 MOST_CUTS = 50
 """So many sets of leavers that a floor forbids are ruled out for one proposal."""
 PLACES = 20_000
@@ -81,6 +81,13 @@ class Proposal:
     """Of the first parts, moves included: no answer that was not tried before costs less."""
 
 
+@dataclass(slots=True)
+class Work:
+    """What one decision may still spend on proposals."""
+
+    left: float = WORK
+
+
 @cache  # looking for it takes a millisecond, and it is asked in every decision that may move somebody
 def is_available() -> bool:
     """Whether ortools can be imported; it is not."""
@@ -99,15 +106,16 @@ def version() -> str:
         return ""
 
 
-def propose(problem: Problem, hint: Choice, tried: Sequence[Places]) -> Proposal | None:
+def propose(problem: Problem, hint: Choice, tried: Sequence[Places], work: Work) -> Proposal | None:
     """The moves of the least answer that was not tried yet; None: none was found within the work allowed.
 
     Args:
         problem: what is asked
         hint: the core's answer, without any move, to begin with
         tried: places that the core's search has carried out already
+        work: what may still be spent, and is spent here
     """
-    model = _Model(problem, tried)
+    model = _Model(problem, tried, work)
     model.hint(hint)
     return model.solve()
 
@@ -134,11 +142,12 @@ class _Sum:
 
 
 class _Model:
-    def __init__(self, problem: Problem, tried: Sequence[Places]) -> None:
+    def __init__(self, problem: Problem, tried: Sequence[Places], work: Work) -> None:
         from ortools.sat.python import cp_model
 
         self._problem, self._board = problem, problem.board
         self._model = cp_model.CpModel()
+        self._work = work
         self._levels = Levels(problem.wishes, problem.board)
         self._parts = [_Sum() for _ in self._levels.names]
         self._hints: dict[str, bool] = {}
@@ -396,8 +405,8 @@ class _Model:
                 weight *= part.widest
             expression = sum(p.expression(w) for p, w in zip(chunk, reversed(weights), strict=True))
             model.minimize(expression)
-            solver = _solver()
-            if not _has_answer(solver, model):
+            solver = _solver(self._work)
+            if not _has_answer(solver, model, self._work):
                 return None
             last = solver
             least = round(solver.best_objective_bound)
@@ -410,8 +419,8 @@ class _Model:
         # of equal ones the one on the first GPUs, so that the answer is one and does not hang on the solver's ways
         order = {gpu: 1 + i + 1000 * self._board.contested.get(gpu, 0) for i, gpu in enumerate(self._board.capacity)}
         model.minimize(sum(order[g] * x for new in self._new.values() for g, x in new.items()))
-        solver = _solver()
-        if _has_answer(solver, model):
+        solver = _solver(self._work)
+        if _has_answer(solver, model, self._work):
             last = solver
         return None if last is None else (last, tuple(bounds))
 
@@ -462,20 +471,24 @@ class _Model:
         return Proposal(places, by, (*bounds[:due], bounds[due] << shift, *bounds[due + 1 :]))
 
 
-def _solver() -> cp_model.CpSolver:
+def _solver(work: Work) -> cp_model.CpSolver:
     from ortools.sat.python import cp_model
 
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = WORK
+    solver.parameters.max_deterministic_time = min(WORK / 4, work.left)
     return solver
 
 
-def _has_answer(solver: cp_model.CpSolver, model: cp_model.CpModel) -> bool:
+def _has_answer(solver: cp_model.CpSolver, model: cp_model.CpModel, work: Work) -> bool:
     from ortools.sat.python import cp_model
 
-    return solver.solve(model) in (cp_model.OPTIMAL, cp_model.FEASIBLE)
+    if work.left <= 0:
+        return False
+    found = solver.solve(model) in (cp_model.OPTIMAL, cp_model.FEASIBLE)
+    work.left -= solver.deterministic_time
+    return found
 
 
 def _values(chunk: Sequence[_Sum], weights: Sequence[int], bound: int | None) -> list[int]:

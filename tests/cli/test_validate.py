@@ -6,6 +6,7 @@ import pytest
 from desk import Desk
 
 from reconciler.cli.main import run
+from reconciler.plan import solver
 
 GOOD_OVERLAY = "version: 1\npriority: high\nmakespan: {duration: 5m}\ngpus: 1\nworkload: {command: [render]}\n"
 
@@ -91,3 +92,13 @@ def test_a_file_that_no_daemon_would_read_is_not_valid(desk, capsys):
     path.chmod(0o666)
     code, data = validate(desk, capsys, str(path))
     assert (code, data["problems"][0]["message"]) == (1, "can be written by everybody")
+
+
+def test_what_may_be_moved_is_warned_of_where_nothing_can_tell_whom_to_move(desk, capsys, monkeypatch):
+    desk.write("setpoints.yaml", "version: 1\nendpoints:\n  b: {model: m, port: 1, movable: true}\n")
+    assert validate(desk, capsys)[1]["warnings"] == []
+    monkeypatch.setattr(solver, "is_available", lambda: False)
+    code, data = validate(desk, capsys)
+    assert code == 0
+    (warning,) = data["warnings"]
+    assert (warning["line"], warning["hint"]) == (3, "pip install 'reconciler[solver]', where reconciler is installed")
