@@ -217,7 +217,7 @@ PROFILES: Mapping[str, EngineProfile] = {
             # without the tracking /load is always 0
             base_args=("--host", "{host}", "--port", "{port}", "--enable-server-load-tracking"),
             many_gpus_args=("--tensor-parallel-size", "{gpu_count}"),
-            drain_args=("--shutdown-timeout", "{drain}"),  # without it what is left is cut off
+            drain_args=("--shutdown-timeout", "{drain}"),  # without it the server can wait for minutes
             fraction_args=("--gpu-memory-utilization", "{fraction}"),
             sleep_args=("--enable-sleep-mode",),
             sleep_env={"VLLM_SERVER_DEV_MODE": "1"},

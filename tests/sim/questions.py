@@ -266,7 +266,7 @@ def worker_dies(kind: Kind) -> Answers:
 
 
 def stopped_at_work(kind: Kind) -> Answers:
-    """SIGTERM with requests in flight, one of them streamed; then once more; then the client of the stream hangs up."""
+    """SIGTERM with requests in flight, one of them streamed."""
     engine = kind.ready()
     streamed = Caller(engine, kind.long_job | {"stream": True, "n": 1})
     until(lambda: _counters(engine)[0] > 0, 30)
@@ -276,11 +276,9 @@ def stopped_at_work(kind: Kind) -> Answers:
     engine.process.terminate()
     told: Answers = {"core ends": _within(30, lambda: _gone(core))}
     told["port refuses"] = _within(5, lambda: not engine.answers())
-    told["plain client"] = plain.answer(10)
-    engine.process.terminate()
-    told["server ends"] = _within(3 * kind.pause_s, lambda: engine.process.poll() is not None)
+    # not asked: when the server itself ends. The real one did within seconds or after minutes, by chance
     streamed.hang_up()
-    told["all clients gone: exit code"] = engine.exit_code(120)
+    plain.http.close()
     return told
 
 
