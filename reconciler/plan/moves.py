@@ -97,7 +97,7 @@ def _least_part(problem: Problem, answer: Answer) -> Answer:
 
 
 def _parts(keys: list[str]) -> Iterator[tuple[str, ...]]:
-    sizes = range(1, len(keys)) if len(keys) <= FEW else range(len(keys) - 2, len(keys))
+    sizes = range(1, len(keys)) if len(keys) <= FEW else range(len(keys) - 1, len(keys))
     for size in sizes:
         yield from combinations(keys, size)
 
