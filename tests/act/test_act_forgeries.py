@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, until
 
+from reconciler.act.claims import contradiction
 from reconciler.clock import SystemClock
 from reconciler.errors import NotOurs
 from reconciler.identity import boot_id, read_stat
@@ -129,6 +130,27 @@ def test_a_record_that_names_the_leader_of_another_is_refused(nursery: Nursery, 
     end(nursery, forged(nursery, own_record(another.pid)), refused=True)
     copied = dataclasses.replace(another)
     end(nursery, forged(nursery, copied), refused=True)
+
+
+def test_a_leader_that_is_no_child_of_its_true_shim_is_refused(nursery: Nursery, another: Run) -> None:
+    incarnation = nursery.started(OBEDIENT)
+    truth = nursery.run_record(incarnation)
+    record = nursery.state.run / incarnation / "run.json"
+    false = dataclasses.replace(truth, pid=another.pid, start_ticks=another.start_ticks, session_id=another.session_id)
+    record.write_text(encode(false))
+    end(nursery, incarnation, refused=True)
+    assert is_running(truth.pid)
+    record.write_text(encode(truth))
+
+
+def test_a_living_shim_whose_records_were_moved_away_is_that_of_no_record(nursery: Nursery) -> None:
+    incarnation = nursery.started(OBEDIENT)
+    run = nursery.run_record(incarnation)
+    folder = nursery.state.run / incarnation
+    assert contradiction(nursery.state, incarnation, run) is None
+    folder.rename(nursery.state.run / "moved")
+    assert contradiction(nursery.state, incarnation, run) == f"pid {run.shim_pid} is not its shim"
+    (nursery.state.run / "moved").rename(folder)
 
 
 def test_a_record_whose_session_is_not_its_leaders_is_refused(nursery: Nursery, another: Run) -> None:

@@ -231,3 +231,58 @@ def test_files_tell_when_they_were_created_whatever_is_done_to_their_times(names
     assert told is not None
     assert before - 0.1 <= told <= time.time()
     assert born(SHM / "no-such-file") is None
+
+
+def test_a_box_without_shared_memory_has_nothing_to_look_at(
+    nursery: Nursery, obedient_process: str, tmp_path: Path
+) -> None:
+    note(nursery.state, obedient_process, shm=tmp_path / "nowhere")
+    assert read_shared(nursery.state.run / obedient_process) == ()
+
+
+def test_folders_links_and_files_with_a_second_name_are_nobodys_leftovers(tmp_path: Path) -> None:
+    (tmp_path / "psm_00000001").mkdir()
+    (tmp_path / "psm_00000002").symlink_to(tmp_path / "victim")
+    (tmp_path / "victim").touch()
+    os.link(tmp_path / "victim", tmp_path / "psm_00000003")
+    (tmp_path / "psm_00000004").touch()
+    assert [name for name, _ in shm._candidates(tmp_path)] == ["psm_00000004"]
+
+
+@pytest.mark.parametrize("record", ["intent.json", "run.json"])
+def test_nothing_is_noted_of_one_whose_records_are_torn(nursery: Nursery, names: list[str], record: str) -> None:
+    name = new(names)
+    incarnation = nursery.started(mapping(name))
+    torn = nursery.state.run / incarnation / record
+    whole = torn.read_text()
+    torn.write_text(whole[: len(whole) // 2])
+    note(nursery.state, incarnation)
+    assert read_shared(nursery.state.run / incarnation) == ()
+    torn.write_text(whole)
+    note(nursery.state, incarnation)
+    assert [file.name for file in read_shared(nursery.state.run / incarnation)] == [name]
+
+
+def of(path: Path) -> SharedFile:
+    info = path.lstat()
+    return SharedFile(path.name, info.st_dev, info.st_ino, born(path), info.st_uid, sole=True)
+
+
+def test_what_became_another_file_a_folder_or_a_link_at_the_last_moment_stays(tmp_path: Path) -> None:
+    """Between the look at its name and its removal; the file that is opened decides."""
+    path, victim = tmp_path / "psm_00000001", tmp_path / "victim"
+    path.touch()
+    file = of(path)
+    path.rename(victim)
+    assert shm._remove(file, tmp_path) == "it cannot be opened: No such file or directory"
+    path.symlink_to(victim)
+    assert "cannot be opened" in (shm._remove(file, tmp_path) or "")
+    path.unlink()
+    path.touch()
+    assert shm._remove(file, tmp_path) == "its name stands for another file now"
+    assert path.exists()
+    path.unlink()
+    path.mkdir()
+    assert "cannot be removed" in (shm._remove(of(path), tmp_path) or "")
+    assert path.is_dir()
+    assert victim.exists()

@@ -1,0 +1,216 @@
+"""The shim alone, where nothing goes as it should: a record, a line in the log, or a word to its starter says so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nursery import OBEDIENT, Nursery
+
+from reconciler.act import shim
+
+
+def in_child(work: Callable[[], object]) -> str:
+    """What `work` returns or raises in a process of its own, which is not to touch this one."""
+    out, back = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = str(work())
+        except BaseException as error:  # noqa: BLE001 - a forked child has nobody else to tell
+            said = f"{type(error).__name__}: {error}"
+        os.write(back, said.encode())
+        os._exit(0)
+    os.close(back)
+    with os.fdopen(out, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(pid, 0)
+    return said
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[int]:
+    made = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield made
+    os.close(made)
+
+
+# ---------------------------------------------------------------- the fork server
+
+
+def test_a_message_that_brings_too_little_is_passed_over_and_the_next_order_is_carried_out(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    control, server = actor._forks._control, actor._forks.pid
+    assert control is not None
+    control.send(b"+")
+    with Path(os.devnull).open() as null:
+        socket.send_fds(control, [b"+"], [null.fileno()])
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert len(nursery.members(launch.incarnation)) == 1
+    assert actor._forks.pid == server
+    assert os.devnull not in {str(fd.readlink()) for fd in Path(f"/proc/{server}/fd").iterdir() if int(fd.name) > 2}
+
+
+def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(shim.os, "fork", fork)
+    ready, report = os.pipe()
+    unused: Any = None
+    shim.fork_shim(unused, -1, -1, report)
+    os.close(report)
+    with os.fdopen(ready, "rb") as pipe:
+        assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")
+
+
+# ---------------------------------------------------------------- becoming the leader
+
+
+def test_a_folder_that_is_no_control_group_is_not_born_in_and_the_leader_is_forked_all_the_same(tmp_path: Path) -> None:
+    for group in (tmp_path, tmp_path / "absent"):
+        leader, born_in_group = shim.fork_leader(os.fsencode(group))
+        if leader == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) == 7
+        assert not born_in_group
+
+
+def test_a_group_is_entered_by_the_writer_itself_and_one_that_cannot_be_is_told_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cgroup.procs").touch()
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    monkeypatch.setattr(shim, "_LOG", log)
+    shim.join_group(os.fsencode(tmp_path))
+    assert (tmp_path / "cgroup.procs").read_text() == "0"
+    assert (tmp_path / "log").read_text() == ""
+    shim.join_group(os.fsencode(tmp_path / "absent"))
+    os.close(log)
+    assert (tmp_path / "log").read_text().startswith("reconciler: it has no control group of its own: [Errno 2]")
+
+
+def test_who_is_not_root_can_run_nothing_as_another_user() -> None:
+    def become_another() -> str:
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        shim.become_user(b"1 1 1")
+        return "it became another"
+
+    assert "only root may run it as another user" in in_child(become_another)
+
+
+def test_an_order_that_makes_no_sense_is_an_exit_with_its_reason_and_never_a_second_shim(
+    folder: int, tmp_path: Path
+) -> None:
+    (gate_out, gate_in), (failure_out, failure_in) = os.pipe(), os.pipe()
+    os.write(gate_in, b"1")
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    leader = os.fork()
+    if leader == 0:
+        shim.become_leader(gate_out, failure_in, folder, log, b"", b"/\0", b"", [b"true"], [])
+    for fd in (gate_in, gate_out, failure_in, log):
+        os.close(fd)
+    with os.fdopen(failure_out, "rb") as pipe:
+        assert pipe.read().startswith(b"126 ValueError: ")
+    assert os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) == 126
+
+
+@pytest.mark.parametrize(("last", "code"), [("fine", 0), ("absent", 126)])
+def test_a_program_that_may_not_be_executed_is_looked_for_further_along_the_path(
+    nursery: Nursery, tmp_path: Path, last: str, code: int
+) -> None:
+    for name, mode in (("plain", 0o644), ("fine", 0o755)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "render").write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / name / "render").chmod(mode)
+    path = f"{tmp_path}/absent:{tmp_path}/plain:{tmp_path}/plain/render:{tmp_path}/{last}"
+    launch = nursery.launch(("render",), env={"PATH": path})
+    nursery.run(nursery.actor().ensure_started(launch))
+    assert nursery.exit_code(launch.incarnation) == code
+    found: Any = nursery.records(launch.incarnation).exit
+    assert found.error == (None if code == 0 else f"{tmp_path}/plain/render: Permission denied")
+
+
+# ---------------------------------------------------------------- afterwards
+
+
+@pytest.mark.parametrize("failures", [0, 2, shim._TRIES - 1])
+def test_the_exit_code_waits_for_a_full_disk_to_have_room_again(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    tries, pauses = [], []
+    write = shim.write_record
+
+    def full_at_first(folder_fd: int, name: str, text: str) -> None:
+        tries.append(name)
+        if len(tries) <= failures:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder_fd, name, text)
+
+    monkeypatch.setattr(shim, "write_record", full_at_first)
+    monkeypatch.setattr(shim.time, "sleep", pauses.append)
+    shim.record_exit(folder, 9)
+    assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 9
+    assert pauses == [1] * failures
+    assert {p.name for p in tmp_path.iterdir()} == {"exit.json"}
+
+
+def test_a_disk_that_stays_full_ends_the_tries(folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shim, "write_record", full)
+    monkeypatch.setattr(shim.time, "sleep", pauses.append)
+    with pytest.raises(OSError, match="No space left"):
+        shim.record_exit(folder, 9)
+    assert len(pauses) == shim._TRIES - 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_word_that_nobody_is_left_is_not_left_through_a_link(folder: int, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    (tmp_path / "over").symlink_to(victim)
+    shim.say_over(folder)
+    assert not victim.exists()
+    (tmp_path / "over").unlink()
+    shim.say_over(folder)
+    assert (tmp_path / "over").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_box_that_does_not_say_how_many_watches_there_are_is_asked_for_none() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert shim.ask_for_notes(2**20) == -1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_less_than_a_block_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 2000)
+    log = os.open(path, os.O_WRONLY | os.O_APPEND)
+    monkeypatch.setattr(shim, "_LOG", log)
+    assert shim.trim_log(0, 1000) == 0
+    os.close(log)
+    assert path.read_bytes() == b"x" * 2000
+
+
+def test_a_log_that_cannot_be_shortened_at_all_does_not_end_its_shim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * (1 << 20))
+    log = os.open(path, os.O_RDONLY)  # as on a file system that became read-only
+    monkeypatch.setattr(shim, "_LOG", log)
+    assert shim.trim_log(-1, 1000) == -1
+    os.close(log)
+    assert path.stat().st_size == 1 << 20

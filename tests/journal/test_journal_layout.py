@@ -1,0 +1,177 @@
+"""A state directory that cannot be used is named before anything is written; an untold lock is not a free one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from reconciler.errors import StateError
+from reconciler.journal import layout
+from reconciler.journal.layout import StateDir, acquire_writer, is_locked, take_lock, writer
+
+STRANGER = 65534
+
+
+def refusing(number: int) -> Callable[..., NoReturn]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDir:
+    made = StateDir(tmp_path / "state")
+    made.ensure()
+    return made
+
+
+@pytest.fixture
+def owned() -> Iterator[Path]:
+    """A folder of somebody who is not root, which they can reach."""
+    top = Path(tempfile.mkdtemp())
+    top.chmod(0o755)
+    folder = top / "parent" / "state"
+    folder.mkdir(parents=True)
+    if os.geteuid() == 0:
+        for each in (folder.parent, folder):
+            os.chown(each, STRANGER, STRANGER)
+    yield folder
+    folder.parent.chmod(0o755)
+    folder.chmod(0o755)
+    shutil.rmtree(top)
+
+
+def ensured_by_its_owner(folder: Path) -> str:
+    """The refusal, met by somebody whom file modes bind."""
+    out, back = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setresgid(STRANGER, STRANGER, STRANGER)
+                os.setresuid(STRANGER, STRANGER, STRANGER)
+            StateDir(folder).ensure()
+            said = "it was used"
+        except BaseException as error:  # noqa: BLE001 - a forked child has nobody else to tell
+            said = f"{type(error).__name__}: {error}"
+        os.write(back, said.encode())
+        os._exit(0)
+    os.close(back)
+    with os.fdopen(out, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(pid, 0)
+    return said
+
+
+# ---------------------------------------------------------------- the directory
+
+
+def test_a_parent_that_may_not_be_looked_into_is_named(owned: Path) -> None:
+    owned.parent.chmod(0)
+    said = ensured_by_its_owner(owned)
+    assert said.startswith(f"StateError: {owned}")
+    assert "cannot be used as state directory: Permission denied" in said
+    owned.parent.chmod(0o755)
+    assert list(owned.iterdir()) == []
+
+
+def test_a_directory_that_may_not_be_listed_is_named(owned: Path) -> None:
+    owned.chmod(0o300)
+    assert ensured_by_its_owner(owned).startswith(
+        f"StateError: {owned}: cannot be used as state directory: Permission denied"
+    )
+    assert list(owned.iterdir()) == []
+
+
+def test_a_directory_with_other_things_in_it_that_may_not_be_written_keeps_its_mode(owned: Path) -> None:
+    (owned / "other").touch()
+    owned.chmod(0o500)
+    assert ensured_by_its_owner(owned).startswith(f"StateError: {owned}: the state directory is not writable")
+    assert stat.S_IMODE(owned.stat().st_mode) == 0o500
+    assert [p.name for p in owned.iterdir()] == ["other"]
+
+
+def test_a_directory_that_cannot_be_made_private_is_not_used(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is mounted read-only by now."""
+    state.locks.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", refusing(errno.EROFS))
+    with pytest.raises(StateError, match="locks: cannot be used as state directory: Read-only file system"):
+        state.ensure()
+
+
+def test_one_that_vanishes_while_it_is_looked_at_is_an_error_and_not_taken_for_sound(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tighten = layout._tighten
+
+    def tighten_and_lose_the_next(path: Path, info: os.stat_result) -> None:
+        tighten(path, info)
+        shutil.rmtree(state.path)
+
+    monkeypatch.setattr(layout, "_tighten", tighten_and_lose_the_next)
+    with pytest.raises(StateError, match=f"{state.path}.*(not writable|No such file)"):
+        state.ensure()
+    monkeypatch.setattr(layout, "_make", lambda _path: False)
+    with pytest.raises(StateError, match="cannot be used as state directory: No such file"):
+        layout._ensure_private(state.locks)
+    assert not state.locks.exists()
+
+
+# ---------------------------------------------------------------- the one writer
+
+
+def test_a_writer_that_cannot_say_who_it_is_for_a_full_disk_is_none(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(layout.os, "pwrite", refusing(errno.ENOSPC))
+        with pytest.raises(StateError, match=r"daemon\.lock: cannot be used.*No space left"):
+            acquire_writer(state)
+    assert writer(state) is None
+    with acquire_writer(state):
+        found = writer(state)
+        assert found is not None
+        assert found.pid == os.getpid()
+
+
+def test_a_lock_that_cannot_be_opened_is_not_a_free_one(state: StateDir, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    state.daemon_lock.symlink_to(victim)
+    for look in (acquire_writer, writer):
+        with pytest.raises(StateError, match=r"daemon\.lock: cannot be used"):
+            look(state)
+    with pytest.raises(OSError, match="symbolic links"):
+        is_locked(state.daemon_lock)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_lock_with_a_second_name_is_not_taken(state: StateDir, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    os.link(victim, state.locks / "lock")
+    with pytest.raises(PermissionError, match="no file of its own"):
+        take_lock(state.locks / "lock")
+    assert victim.read_bytes() == b"precious"
+    assert not is_locked(victim)
+
+
+def test_giving_the_directory_back_twice_does_not_take_it_from_the_next_writer(state: StateDir) -> None:
+    first = acquire_writer(state)
+    first.release()
+    with acquire_writer(state):
+        first.release()
+        found = writer(state)
+        assert found is not None
+        assert found.pid == os.getpid()
+    assert writer(state) is None
