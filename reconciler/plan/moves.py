@@ -7,16 +7,17 @@ proposed by `solver`; without it nobody is moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from reconciler.plan.board import Board, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Draft
 from reconciler.plan.moving import under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.pricing import Branch
-from reconciler.plan.search import solve
+from reconciler.plan.search import LIMIT, solve
 from reconciler.plan.settling import own_need
 from reconciler.plan.solver import Back, Places, Problem, Work, compared, propose
 from reconciler.plan.wishes import Choice, Cost, MayDisplace, Wish
@@ -24,6 +25,11 @@ from reconciler.spec.spec import GpuCount
 
 TRIES = 12
 """So many proposals are carried out for one decision: the first usually is the answer."""
+STEPS = 15_000
+"""Of the core's search (`search.LIMIT`), for all that one decision carries out: an overlay that waits is decided on
+anew at each look, which may take some tenths of a second longer for it."""
+RETURN_STEPS = 2_000
+"""Of those, to see that everybody of the baseline has a place to come back to after one answer."""
 FEW = 4
 """Of so many moves every part is tried, where it is not proved that all of them are needed."""
 KEPT = "move/"
@@ -40,6 +46,20 @@ class Answer:
     """Key of a tenant that moves, or of a victim of who moves → the asker for whom it is."""
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What one decision may still spend on carrying proposals out."""
+
+    left: int = STEPS
+
+    def search(self, most: int, wishes: Sequence[Wish], board: Board, **how: Any) -> Choice | None:
+        """`solve`, within what is left; one that finds nothing counts as having spent all that it was allowed."""
+        limit = min(most, self.left)
+        choice = solve(wishes, board, limit=limit, **how) if limit > 0 else None
+        self.left -= limit if choice is None else choice.proof.steps
+        return choice
+
+
 # ---------------------------------------------------------------- the choice
 
 
@@ -52,10 +72,13 @@ def improve(problem: Problem, core: Choice) -> Answer:
     """
     best = Answer(core, {}, {})
     tried: list[Places] = []
-    work = Work()
+    work, budget = Work(), _Budget()
     bound: Cost | None = None
     proved = core.proof.optimal
     for _ in range(TRIES):
+        if budget.left <= 0:
+            bound = None
+            break
         proposal = propose(problem, core, tried, work)
         if proposal is None:
             bound = None
@@ -63,16 +86,16 @@ def improve(problem: Problem, core: Choice) -> Answer:
         bound = proposal.bound
         if bound >= compared(best.choice.cost):
             break
-        found = _carried_out(problem, proposal.places, proposal.by) if proposal.places else best
+        found = _carried_out(problem, proposal.places, proposal.by, budget) if proposal.places else best
         if found is not None and found.choice.cost < best.choice.cost:
             best = found
             proved = found.choice.proof.optimal
         tried.append(proposal.places)
         if bound >= compared(best.choice.cost):
             break
-    if proved and bound is not None and bound >= compared(best.choice.cost):
+    if proved and budget.left > 0 and bound is not None and bound >= compared(best.choice.cost):
         return best
-    return _as_bounded(_least_part(problem, best), bound)
+    return _as_bounded(_least_part(problem, best, budget), bound)
 
 
 def _as_bounded(answer: Answer, bound: Cost | None) -> Answer:
@@ -85,12 +108,12 @@ def _as_bounded(answer: Answer, bound: Cost | None) -> Answer:
     return replace(answer, choice=replace(choice, proof=replace(choice.proof, optimal=False, bound=least)))
 
 
-def _least_part(problem: Problem, answer: Answer) -> Answer:
+def _least_part(problem: Problem, answer: Answer, budget: _Budget) -> Answer:
     """The same with as few of its moves as will do."""
     best = answer
     for some in _parts(sorted(answer.places)):
         places = {key: answer.places[key] for key in some}
-        found = _carried_out(problem, places, answer.by)
+        found = _carried_out(problem, places, answer.by, budget)
         if found is not None and found.choice.cost < best.choice.cost:
             best = found
     return best
@@ -102,7 +125,7 @@ def _parts(keys: list[str]) -> Iterator[tuple[str, ...]]:
         yield from combinations(keys, size)
 
 
-def _carried_out(problem: Problem, places: Places, by: Mapping[str, str]) -> Answer | None:
+def _carried_out(problem: Problem, places: Places, by: Mapping[str, str], budget: _Budget) -> Answer | None:
     """What the core's search makes of these moves: the least answer in which at the most they are made.
 
     It is none
@@ -110,7 +133,7 @@ def _carried_out(problem: Problem, places: Places, by: Mapping[str, str]) -> Ans
         2. in which somebody moves for one that is not seated, or for another than the one that answers for those whom
            it meets
         3. in which somebody leaves who could stay
-        4. after which somebody of the baseline would have no place to come back to
+        4. after which somebody of the baseline would have no place to come back to, or is not seen to have one
     """
     board = problem.board.without(frozenset())
     moving: list[Wish] = []
@@ -134,14 +157,14 @@ def _carried_out(problem: Problem, places: Places, by: Mapping[str, str]) -> Ans
         answering = {key for key in leaving if _kept(key) in branch.by.values()}
         if any(owners[k] not in branch.seated & askers or (k in answering and owners[k] != by[k]) for k in leaving):
             return False  # 2
-        return not _in_vain(board, branch) and _come_back(problem, branch, places)  # 3, 4
+        return not _in_vain(board, branch) and _come_back(problem, branch, places, budget)  # 3, 4
 
-    choice = solve(wishes, board, problem.lawful, may_be=may_be)
+    choice = budget.search(LIMIT, wishes, board, lawful=problem.lawful, may_be=may_be)
     if choice is None:
         return None  # 1
     needed = {key: gpus for key, gpus in places.items() if key in choice.victims}
     if len(needed) < len(places):
-        return _carried_out(problem, needed, by) if needed else None
+        return _carried_out(problem, needed, by, budget) if needed else None
     return Answer(choice, places, {victim: _asker(by, taker) for victim, taker in choice.victims.items()})
 
 
@@ -182,7 +205,7 @@ def _in_vain(board: Board, branch: Branch) -> bool:
     return any(all(has_room(tenant, gpu) for gpu in tenant.holds) for tenant in leaving)
 
 
-def _come_back(problem: Problem, branch: Branch, places: Places) -> bool:
+def _come_back(problem: Problem, branch: Branch, places: Places, budget: _Budget) -> bool:
     """Whether everybody of the baseline has a place once all overlays are over."""
     old = problem.board
     after = Board(old.capacity, old.numa)
@@ -197,7 +220,7 @@ def _come_back(problem: Problem, branch: Branch, places: Places) -> bool:
             after.add(Tenant(key, 0, back.home))
         else:
             away.append(Wish(key, ((back.need,),)))
-    return solve(away, after) is not None
+    return budget.search(RETURN_STEPS, away, after) is not None
 
 
 # ---------------------------------------------------------------- who is in question

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
 INSTALL = "pip install 'reconciler[solver]'"
-WORK = 1.0
+WORK = 0.5
 """Of CP-SAT's deterministic units, each about a second, for one choice; a quarter for one part of a proposal."""
 MOST_CUTS = 50
 """So many sets of leavers that a floor forbids are ruled out for one proposal."""

@@ -74,8 +74,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FORESEEN = [
     "daemon.lock", "control.sock", "journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "journal.sqlite.new",
-    "locks/endpoint-one.lock", "sim/node.json", f"sim/.node.json.{os.getpid()}", "sim/bin/vllm",
-    f"sim/bin/.vllm.{os.getpid()}",
+    "locks/endpoint-one.lock", "sim/node.json", "sim/.node.json.{pid}", "sim/bin/vllm", "sim/bin/.vllm.{pid}",
 ]  # fmt: skip
 FORESEEN_FOLDERS = ["run", "ended", "logs", "locks", "sim", "sim/gpus", "sim/dying", "sim/bin", "sim/gpus/0"]
 
@@ -90,7 +89,7 @@ def test_nothing_is_written_through_a_link_in_the_place_of_a_file(tmp_path: Path
     if existing:
         victim.write_bytes(b"precious")
         victim.chmod(0o644)
-    planted = state.path / name
+    planted = state.path / name.format(pid=os.getpid())
     planted.unlink(missing_ok=True)
     planted.symlink_to(victim)
     begin(state)
