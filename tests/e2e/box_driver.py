@@ -216,8 +216,11 @@ class Box:
 
     def close(self) -> None:
         if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.wait()
+            self.daemon.terminate()  # not killed at once: it saves its part where the branches it ran are measured
+            try:
+                self.daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
         subprocess.run(self.argv("down", "--timeout", "20s"), capture_output=True, timeout=60, check=False)
         for record in (self.state / "run").glob("*/run.json"):  # a failed test must not leave processes behind
             content = json.loads(record.read_text())
