@@ -413,6 +413,26 @@ def test_unreadable_records_can_be_put_away(state: StateDir) -> None:
     assert list_ended(state) == ("abc",)
 
 
+def test_unreadable_records_are_bounded_like_those_of_a_subject_and_others_stay(state: StateDir) -> None:
+    write_intent(state, intent("sound"))
+    archive(state, "sound", keep=1)
+    for age, name in enumerate(("young", "middle", "old")):
+        (write_intent(state, intent(name)) / "intent.json").write_text("{")
+        os.utime(state.run / name, (1000 - age, 1000 - age))
+    for name in ("middle", "old", "young"):
+        archive(state, name, keep=1)
+    assert len(list_ended(state)) == 2
+    assert "sound" in list_ended(state)
+
+
+def test_what_a_daemon_that_died_while_it_forgot_left_is_gone_after_the_next(state: StateDir) -> None:
+    (state.ended / ".half").mkdir()
+    (state.ended / ".half" / "run.json").touch()
+    write_intent(state, intent())
+    archive(state, "abc", keep=1)
+    assert [p.name for p in state.ended.iterdir()] == ["abc"]
+
+
 def test_the_records_are_plain_json_for_people(state: StateDir) -> None:
     path = write_intent(state, intent())
     found = json.loads((path / "intent.json").read_text())

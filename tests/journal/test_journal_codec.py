@@ -184,6 +184,29 @@ def test_a_type_without_a_text_is_named() -> None:
         encode(Odd(b""))
 
 
+def test_a_declaration_whose_text_could_not_be_read_back_is_refused_before_anything_is_written() -> None:
+    @dataclass
+    class Keyed:
+        by_time: dict[float, str]
+
+    @dataclass
+    class Mixed:
+        either: GpuCount | int
+
+    for value, message in ((Keyed({}), "keys of type"), (Mixed(1), "scalars and dataclasses do not mix")):
+        with pytest.raises(TypeError, match=message):
+            encode(value)
+
+
+def test_a_part_of_another_type_than_declared_is_not_written() -> None:
+    record = OverlayRecord("o", "active", Instant(1, 1), 1.0, "h", 5, Source("f", 1, 2))
+    untimed: Any = dataclasses.replace(record, since=1.0)  # type: ignore[arg-type]
+    unplaced: Any = dataclasses.replace(record, source="f:1")  # type: ignore[arg-type]
+    for wrong, declared in ((untimed, "Instant"), (unplaced, "Source")):
+        with pytest.raises(TypeError, match=f"stands where {declared} is declared"):
+            encode(wrong)
+
+
 def test_an_overlay_state_that_nobody_knows_is_refused() -> None:
     record = OverlayRecord("o", "active", Instant(1, 1), 1.0, "h", 5, Source("f", 1, 2))
     with pytest.raises(DecodeError, match="state: expected one of 'pending'"):

@@ -397,9 +397,10 @@ def test_a_reader_that_may_not_write_the_directory_reads_nevertheless(open_direc
         journal.close()
 
 
-def test_a_journal_that_may_not_be_read_says_so(open_directory: Path) -> None:
+@pytest.mark.parametrize("left", ["closed", "killed"])
+def test_a_journal_that_may_not_be_read_says_so(open_directory: Path, left: str) -> None:
     path = open_directory / "journal.sqlite"
-    written(path)
+    written(path) if left == "closed" else killed_with_a_log(path)
     answer = as_stranger(open_directory, lambda: read_boot_id(path), file_mode=0o000)
     assert answer.startswith(f"StateError: {path}: cannot read the journal")
     assert "hint: the state directory must exist and belong to the user" in answer
@@ -448,6 +449,34 @@ def test_a_sound_journal_that_may_not_be_written_is_refused_and_stays(open_direc
     answer = as_stranger(open_directory, lambda: str(open_journal(path).notice))
     assert answer.startswith(f"StateError: {path}: cannot open the journal")
     assert names(open_directory) == {path.name}
+
+
+def test_a_reader_of_a_file_that_is_no_journal_yet_names_the_way_to_one_and_leaves_it_as_it_is(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("CREATE TABLE other (x)")
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="journal of schema 0, this program knows 1 to") as caught:
+        Journal.open_readonly(path)
+    assert "start the daemon once" in (caught.value.hint or "")
+    assert path.read_bytes() == before
+    assert names(path.parent) == {path.name}
+
+
+def test_a_journal_that_another_program_has_to_itself_is_not_taken_for_damaged(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup tool, or a shell that somebody left open."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    written(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as alone:
+        alone.execute("PRAGMA locking_mode = EXCLUSIVE")
+        alone.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StateError, match="cannot open the journal") as caught:
+            open_journal(path)
+        assert "another process writes to it" in (caught.value.hint or "")
+        alone.execute("ROLLBACK")
+    open_journal(path).close()
+    assert names(path.parent) == {path.name}
 
 
 def test_a_second_writer_is_told_after_its_patience(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
