@@ -204,7 +204,7 @@ class Daemon:
         parts.actor.warm()
         in_force = self._load()
         ledger, asked = self._take_requests()
-        uncommitted, self._uncommitted = self._uncommitted, []
+        uncommitted = tuple(self._uncommitted)
         options = self._look_options(ledger)
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
@@ -390,7 +390,10 @@ class Daemon:
         self._requested.append(change)
         self._uncommitted.append(committed)
         self._wakers.wake()
-        await committed
+        try:
+            await committed
+        finally:
+            self._uncommitted.remove(committed)
 
     def _forgiving(self, name: str, observed: Observed) -> tuple[Change, str]:
         """What to change so that `name` is tried again, and that in words."""
@@ -403,6 +406,8 @@ class Daemon:
 
     async def _close(self) -> None:
         for request in self._uncommitted:
+            if request.done():
+                continue
             request.set_exception(StateError("the daemon ended before it did that", hint="ask again"))
         await self._control.close()
         await self._wakers.close()

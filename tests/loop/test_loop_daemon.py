@@ -1,0 +1,205 @@
+"""What people ask of a running daemon: answered from its last look, and durable before it is said to be done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reconciler.clock import SystemClock
+from reconciler.errors import ReconcilerError
+from reconciler.journal.codec import decode
+from reconciler.journal.journal import Journal
+from reconciler.journal.layout import StateDir
+from reconciler.loop.control import ask
+from reconciler.loop.daemon import Daemon, Parts
+from reconciler.loop.specs import SpecKeeper
+from reconciler.plan.ledger import Ledger, Quarantine
+from reconciler.plan.observed import Gpu, Observed
+
+DEADLINE_S = 20.0
+SETPOINTS = """\
+version: 1
+policy: {resync: 1h}
+endpoints:
+  chat: {engine: custom, command: [serve], gpus: [0], port: 8080, state: stopped}
+"""
+
+
+class Eyes:
+    """Sees two idle GPUs, and counts its looks; it can be made to hold one."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.before_look: Callable[[], None] = lambda: None
+
+    def observe(self, *_: object) -> Observed:
+        self.before_look()
+        self.looks += 1
+        now = SystemClock().now()
+        gpus = tuple(Gpu(i, f"GPU-{i}", "A", "ok", 80 << 30, 0, (), "", healthy=True, at=now) for i in (0, 1))
+        return Observed(now, "boot", gpus, ())
+
+    def watches(self) -> Mapping[int, str]:
+        return {}
+
+    def probe_now(self, incarnations: Collection[str]) -> None:
+        pytest.fail(f"nobody is there to ask: {incarnations}")
+
+    def owns_listener(self, *_: object) -> bool | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+class Actor:
+    def warm(self) -> None:
+        pass
+
+
+class House:
+    """One state directory, its files, and a daemon that is never asked to start anything."""
+
+    def __init__(self, root: Path) -> None:
+        self.setpoints = root / "setpoints.yaml"
+        self.setpoints.write_text(SETPOINTS)
+        self.state = StateDir(root / "state")
+        self.state.ensure()
+        self.clock = SystemClock()
+        self.journal = Journal.open(self.state.journal, self.clock)
+        self.eyes = Eyes()
+
+    def run(self, story: Callable[[Daemon], Awaitable[None]]) -> None:
+        async def live() -> None:
+            unused: Any = None
+            actor: Any = Actor()
+            daemon = Daemon(
+                Parts(
+                    state=self.state, clock=self.clock, journal=self.journal,
+                    specs=SpecKeeper(self.setpoints, {}, transform=None), actor=actor, engines=unused,
+                    eyes=lambda _wake: self.eyes, inherited={}, simulated={}, pid=os.getpid(),
+                )
+            )  # fmt: skip
+            running = asyncio.create_task(daemon.run())
+            try:
+                await asyncio.wait_for(story(daemon), DEADLINE_S)
+            finally:
+                daemon.stop()
+                await asyncio.wait_for(running, DEADLINE_S)
+
+        asyncio.run(live())
+
+    async def ask(self, op: str, **arguments: object) -> Any:
+        for _ in range(400):
+            answer = await asyncio.to_thread(ask, self.state.control_socket, op, **arguments)
+            if answer is not None:
+                return answer
+            await asyncio.sleep(0.01)
+        pytest.fail("nobody listens")
+
+    async def kinds(self, *awaited: str) -> list[str]:
+        """Kinds of all events, once those awaited are among them."""
+        for _ in range(1000):
+            found = [event.kind for event in self.journal.events()]
+            if set(awaited) <= set(found):
+                return found
+            await asyncio.sleep(0.01)
+        pytest.fail(f"not told: {awaited}; {found}")
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def test_a_request_before_the_first_look_waits_for_it_and_is_answered_from_it(house: House) -> None:
+    async def story(_daemon: Daemon) -> None:
+        status = await house.ask("status")
+        assert [e["name"] for e in status["endpoints"]] == ["chat"]
+        assert house.eyes.looks >= 1
+        values = await house.ask("values")
+        assert [gpu.uuid for gpu in decode(Observed, values["observed"]).gpus] == ["GPU-0", "GPU-1"]
+        assert json.loads(values["daemon"])["pid"] == os.getpid()
+
+    house.run(story)
+
+
+def test_a_reset_is_durable_when_it_is_answered_and_of_nobody_known_an_error_that_changes_nothing(house: House) -> None:
+    now = house.clock.now()
+    shut = Quarantine("GPU-1", now, "it does not answer")
+    house.journal.commit(Ledger(boot_id="boot", quarantines={"GPU-1": shut}), [], now)
+
+    async def story(_daemon: Daemon) -> None:
+        await house.ask("status")
+        assert set(house.journal.ledger().quarantines) == {"GPU-1"}
+        assert (await house.ask("reset", name="1"))["message"] == "1 is reset"
+        assert not house.journal.ledger().quarantines
+        assert (await house.ask("reset", name="1"))["message"] == "1 had nothing to reset"
+        before = house.journal.ledger()
+        with pytest.raises(ReconcilerError, match="nobody"):
+            await house.ask("reset", name="nobody")
+        assert house.journal.ledger() == before
+
+    house.run(story)
+
+
+def test_a_request_that_no_version_knows_is_refused_by_name(house: House) -> None:
+    async def story(_daemon: Daemon) -> None:
+        with pytest.raises(ReconcilerError, match="does not know the request 'dance'"):
+            await house.ask("dance")
+
+    house.run(story)
+
+
+def test_a_clean_start_by_socket_or_by_the_program_itself_is_begun_with_the_next_tick(house: House) -> None:
+    async def story(daemon: Daemon) -> None:
+        assert (await house.ask("clean_start", endpoints=["chat"]))["message"] == "begun"
+        assert (await house.kinds()).count("clean-start") == 1
+        daemon.request_clean_start(["chat"])
+        while (await house.kinds()).count("clean-start") == 1:
+            await asyncio.sleep(0.01)
+
+    house.run(story)
+
+
+def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to_be_done(house: House) -> None:
+    """The request was taken into that tick already, which ends before it is committed."""
+
+    async def story(_daemon: Daemon) -> None:
+        await house.ask("status")
+
+        def fail() -> None:
+            raise ReconcilerError("the box went away")
+
+        house.eyes.before_look = fail
+        with pytest.raises(ReconcilerError, match="the daemon ended before it did that"):
+            await house.ask("reset", name="0")
+
+    with pytest.raises(ReconcilerError, match="the box went away"):
+        house.run(story)
+
+
+def test_a_bad_edit_and_its_repair_are_told_once_each(house: House) -> None:
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        house.setpoints.write_text("version: 1\nendpoints: {chat: 3}\n")
+        daemon.look_again()
+        await house.kinds("spec.rejected")
+        for _ in range(2):
+            looks = house.eyes.looks
+            daemon.look_again()
+            while house.eyes.looks == looks:
+                await asyncio.sleep(0.01)
+        house.setpoints.write_text(SETPOINTS)
+        daemon.look_again()
+        told = [kind for kind in await house.kinds("spec.accepted") if kind.startswith("spec.")]
+        assert sorted(set(told)) == ["spec.accepted", "spec.rejected"]
+        assert told.count("spec.accepted") == 1
+
+    house.run(story)
