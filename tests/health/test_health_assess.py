@@ -10,7 +10,8 @@ from health_box import T0, Box, Life, asked, crash, entry, gpu, overlay_record, 
 from reconciler.clock import Instant
 from reconciler.errors import Problem
 from reconciler.health.assess import REFRESH_S, STABLE_S, assess
-from reconciler.plan.ledger import EndpointRecord
+from reconciler.health.incident import Incident, IncidentKind
+from reconciler.plan.ledger import EndpointRecord, Quarantine
 
 A = "thinking"
 WELL = Box(views=(view(A, "healthy"),))
@@ -185,6 +186,39 @@ def test_a_broken_floor_that_a_crash_now_explains_stays_open_beside_it() -> None
     assert {i.state for i in life.incidents} == {"recovering"}
 
 
+STATES = ("pending", "starting", "healthy", "unhealthy", "failed", "stopping", "stopped", "sleeping", "unknown")
+OF_ENDPOINTS = (
+    "Unplanned", "WrongWay", "Overdue", "Hung", "CrashLoop", "RestoreDegraded", "ForeignMemory", "PortInUse",
+)  # fmt: skip
+AT_REST = {
+    "running": {"healthy"},
+    "standby": {"healthy", "stopped", "sleeping", "pending", "failed"},
+    "stopped": {"healthy", "stopped", "sleeping", "pending", "failed"},
+    "displaced": {"healthy", "stopped", "sleeping", "pending", "failed"},
+}
+
+
+@pytest.mark.parametrize("kind", OF_ENDPOINTS)
+@pytest.mark.parametrize("desired", AT_REST)
+def test_trouble_with_an_endpoint_recovers_where_it_rests_as_it_is_wanted_and_nowhere_else(
+    desired: str, kind: IncidentKind
+) -> None:
+    old = Incident(f"{kind}/{A}@1", kind, A, "warning", "away", "open", T0, T0.wall, T0.wall)
+    recovering = set()
+    for state in STATES:
+        after, _ = assess(Box(views=(view(A, state, desired),)).facts(), (old,), T0)
+        recovering |= {state for i in after if i.id == old.id and i.state == "recovering"}
+    wrong = {"failed"} if desired == "displaced" else set()  # given up: that is trouble of its own
+    assert recovering == AT_REST[desired] - wrong
+
+
+def test_a_quarantine_that_is_lifted_stays_an_incident_until_its_gpu_is_seen_again() -> None:
+    life = Life()
+    life.look(Box(gpus=(gpu(1),), quarantines=(Quarantine("GPU-1", T0, "memory not returned"),)), 0.0)
+    assert [i.state for i in life.look(Box(gpus=(gpu(1, "unknown"),)), 1000.0)] == ["open"]
+    assert [i.state for i in life.look(Box(gpus=(gpu(0, "unknown"), gpu(1))), 1001.0)] == ["recovering"]
+
+
 # ---------------------------------------------------------------- escalation, renewal, clocks
 
 
@@ -221,6 +255,14 @@ def test_an_incident_from_before_a_reboot_still_resolves() -> None:
     assert assess(WELL.facts(), (recovering,), rebooted.plus(2))[0][0].state == "resolved"
 
 
+def test_a_wall_clock_that_is_set_forward_resolves_nothing_early() -> None:
+    (opened,), _ = assess(Box(views=(view(A, "unhealthy"),)).facts(), (), T0)
+    (recovering,), _ = assess(WELL.facts(), (opened,), T0)
+    jumped = Instant(T0.wall + 86400.0, T0.mono + STABLE_S - 1)
+    assert assess(WELL.facts(), (recovering,), jumped)[0][0].state == "recovering"
+    assert assess(WELL.facts(), (recovering,), jumped.plus(1))[0][0].state == "resolved"
+
+
 def test_a_rejected_file_recovers_when_it_is_accepted_again() -> None:
     life = Life()
     life.look(Box(problems=(Problem("overlays/a.yaml", 3, 5, "unknown key 'gpu'", "did you mean gpus?"),)), 0.0)
@@ -247,3 +289,10 @@ def test_a_hang_and_the_restart_it_leads_to_are_one_incident() -> None:
     life.look(recovered(1.0, 200.0), 250.0 + STABLE_S)
     assert {i.kind for i in life.history.values()} == {"Hung"}
     assert [event.kind for event in life.events] == ["IncidentOpened", "IncidentRecovering", "IncidentResolved"]
+
+
+def test_a_hang_whose_restart_the_agenda_knows_is_one_incident_still() -> None:
+    life = Life()
+    life.look(Box(views=(view(A, "unhealthy", reason="Hung: no token for 120 s"),)), 0.0)
+    life.look(Box(views=(view(A, "sleeping"),), agenda=(entry(A),)), 10.0)
+    assert life.story() == ["IncidentOpened Hung/thinking"]

@@ -43,6 +43,11 @@ def test_less_than_the_least_severity_is_not_told_until_it_is_worse() -> None:
     assert changes([incident(severity="critical")], {}, least="critical") == [("opened", "chat")]
 
 
+def test_what_is_not_told_keeps_nothing_else_from_being_told() -> None:
+    ended, lesser = incident("ended", state="resolved"), incident("lesser", severity="info")
+    assert changes([ended, lesser, incident("chat")], {}) == [("opened", "chat")]
+
+
 def test_the_end_is_told_of_what_was_told_alone() -> None:
     assert changes([], told(incident())) == [("resolved", "chat")]
     assert changes([incident(state="resolved")], {}) == []

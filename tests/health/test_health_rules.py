@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import builders
 import pytest
 from health_box import T0, Box, asked, crash, entry, gpu, overlay_record, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.errors import Problem
+from reconciler.health.assess import assess
 from reconciler.health.rules import ESCALATE_AFTER_S
 from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Quarantine
@@ -185,6 +187,7 @@ def test_what_a_stranger_blocks_is_named_after_the_stranger(reason: str, kind: s
 # ---------------------------------------------------------------- floors
 
 STUCK = Blocked(Subject("endpoint", "b"), "InsufficientGpus", "its GPUs are held", transient=False)
+OTHERS_STUCK = replace(STUCK, subject=Subject("overlay", "render"))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,7 @@ STUCK = Blocked(Subject("endpoint", "b"), "InsufficientGpus", "its GPUs are held
         (view("a", "healthy"), view("b", "unknown"), Box(), []),
         (view("a", "starting"), view("b", "pending"), Box(), []),
         (view("a", "healthy"), view("b", "pending"), Box(blocked=(STUCK,)), ["FloorBroken/ask:critical"]),
+        (view("a", "healthy"), view("b", "pending"), Box(blocked=(OTHERS_STUCK,)), []),
         (view("a", "healthy"), view("b", "stopped", "stopped"), Box(), ["FloorBroken/ask:critical"]),
         (view("a", "healthy"), view("b", "stopped", "displaced"), Box(), ["FloorBroken/ask:critical"]),
         (view("a", "healthy"), view("b", "stopped", "displaced"), Box(agenda=(entry("b"),)), []),
@@ -207,6 +211,26 @@ def test_a_broken_floor_has_one_incident_that_of_the_provider_if_it_has_one(a, b
     assert replace(box, views=(a, b), floors={"ask": 2}).wrong() == wrong
 
 
+@pytest.mark.parametrize(
+    ("overlay", "counts"),
+    [("evicting", True), ("starting", True), ("active", True), ("done", False), ("failed", False), (None, False)],
+)
+def test_an_endpoint_that_an_overlay_brings_counts_for_a_floor_while_its_overlay_lives(
+    overlay: str | None, *, counts: bool
+) -> None:
+    box = Box(
+        views=(view("a", "stopped", "stopped"), view("guest", "healthy")), floors={"ask": 1},
+        overlays=() if overlay is None else (overlay_record("render", state=overlay),),
+    )  # fmt: skip
+    facts = box.facts()
+    guest = facts.spec.endpoints["guest"]
+    render = builders.overlay("render", sets=[guest])
+    baseline = {"a": facts.spec.endpoints["a"]}
+    facts = replace(facts, spec=replace(facts.spec, endpoints=baseline, overlays={"render": render}))
+    found, _ = assess(facts, (), T0)
+    assert (("FloorBroken", "ask") in {(i.kind, i.subject) for i in found}) is not counts
+
+
 # ---------------------------------------------------------------- overlays, GPUs, files
 
 
@@ -217,6 +241,7 @@ def test_a_broken_floor_has_one_incident_that_of_the_provider_if_it_has_one(a, b
         ({"state": "overrun"}, ["OverlayOverdue/render:warning"]),
         ({"state": "failed", "exit_code": 3, "outcome": "failed"}, ["WorkloadFailed/render:warning"]),
         ({"state": "restoring", "exit_code": -9, "outcome": "failed"}, ["WorkloadFailed/render:warning"]),
+        ({"state": "completing", "exit_code": 3, "outcome": "failed"}, ["WorkloadFailed/render:warning"]),
         ({"state": "failed", "exit_code": None}, ["OverlayFailed/render:warning"]),
         ({"state": "failed", "exit_code": 0}, ["OverlayFailed/render:warning"]),
         ({"state": "done", "exit_code": 0, "outcome": "done"}, []),
@@ -253,3 +278,57 @@ def test_a_rejected_file_is_one_incident_however_many_problems_it_has() -> None:
     problems = (Problem("b.yaml", 2, 1, "second"), Problem("b.yaml", 1, 1, "first"), Problem("a.yaml", 0, 0, "gone"))
     box = Box(problems=problems)
     assert sorted(box.wrong()) == ["SpecRejected/a.yaml:warning", "SpecRejected/b.yaml:warning"]
+
+
+# ---------------------------------------------------------------- words
+
+BACK = replace(NEW, evicted_by="render")
+GIVEN_UP = "6 ends within 600 s"
+
+# one row per sentence that an incident can say of an endpoint or overlay
+SENTENCES = [
+    (Box((view(A, "failed", reason="Failed: gone"),)), "thinking has failed and is not started again: Failed: gone"),
+    (Box((view(A, "failed", reason="Failed: gone"),), (replace(NEW, failed=GIVEN_UP),)),
+     f"thinking has failed and is not started again: {GIVEN_UP}"),
+    (Box((view(A, "failed", reason="Failed: gone"),), (BACK,)),
+     "thinking did not come back after render: Failed: gone"),
+    (Box((view(A, "failed"),), (replace(BACK, failed=GIVEN_UP),)),
+     f"thinking did not come back after render: {GIVEN_UP}"),
+    (Box((view(A, "unhealthy", reason="Hung: no token for 120 s"),)), "thinking does not get on: no token for 120 s"),
+    (Box((view(A, "unhealthy", reason="Hung"),)), "thinking does not get on: Hung"),
+    (Box((view(A, "unhealthy", reason="503"),), (BACK,)), "thinking came back after render and is unhealthy: 503"),
+    (Box((view(A, "starting"),), agenda=(LEAVE,)),
+     "thinking is starting, expected stopping, stopped (gives way to render)"),
+    (Box((view(A, "pending", reason="CoolDown: in 3 s"),), agenda=(PAST,)),
+     "thinking (gives way to render) was to be done by 2025-11-24T15:59:59+00:00 and is pending: CoolDown: in 3 s"),
+    (Box((view(A, "pending"),), agenda=(LONG_PAST,)),
+     "thinking (gives way to render) was to be done by 2025-11-24T15:54:59+00:00 and is pending"),
+    (Box((view(A, "pending", reason="GpuOccupied: pid 4711"),)), "thinking cannot start: GpuOccupied: pid 4711"),
+    (Box((view(A, "pending", reason="PortInUse: port 8080"),)), "thinking cannot start: PortInUse: port 8080"),
+    (Box((view(A, "pending"),), (CRASHED,)), "thinking ended by itself with signal 9 and is pending"),
+    (Box((view(A, "unhealthy", reason="503"),)), "thinking is unhealthy and nobody planned it: 503"),
+    (Box((view(A, "sleeping"),)), "thinking is sleeping and nobody planned it"),
+    (Box(overlays=(overlay_record("render", state="failed", exit_code=3),)),
+     "the workload of render ended with exit code 3"),
+    (Box(overlays=(overlay_record("render", state="failed", exit_code=-9),)),
+     "the workload of render ended with signal 9"),
+    (Box(overlays=(overlay_record("render", state="failed", reason="its file is gone"),)),
+     "overlay render failed: its file is gone"),
+    (Box(overlays=(overlay_record("render", state="failed"),)), "overlay render failed: reason unknown"),
+    (Box(overlays=(overlay_record("render", state="overrun"),)), "overlay render runs past its duration and grace"),
+    (Box(gpus=(gpu(1, "lost", "Xid 79"),)), "GPU 1 (RTX 4090) is lost: Xid 79"),
+    (Box(gpus=(gpu(1, "lost"),)), "GPU 1 (RTX 4090) is lost: no detail"),
+    (Box(gpus=(gpu(1),), quarantines=(Quarantine("GPU-1", T0, "memory not returned"),)),
+     "GPU 1 is not used: memory not returned"),
+    (Box(quarantines=(Quarantine("GPU-7", T0, "memory not returned"),)), "GPU-7 is not used: memory not returned"),
+    (Box(problems=(Problem("b.yaml", 2, 1, "second"), Problem("b.yaml", 1, 1, "first"))),
+     "b.yaml:1:1: first (and 1 more)"),
+    (Box(problems=(Problem("b.yaml", 1, 1, "first"),)), "b.yaml:1:1: first"),
+    (Box((view("a", "stopped", "stopped"),), floors={"ask": 1}), "capability ask has 0 of 1 ready"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("box", "sentence"), SENTENCES, ids=[row[1] for row in SENTENCES])
+def test_an_incident_says_who_what_and_why_in_one_sentence(box: Box, sentence: str) -> None:
+    (incident,), _ = assess(box.facts(), (), T0)
+    assert incident.message == sentence
