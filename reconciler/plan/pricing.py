@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
+from operator import itemgetter
 
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
 from reconciler.plan.bounds import minimal_sets
 from reconciler.plan.observed import Subject
-from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, ISLANDS, LOST, MOVES, NUMA, SCALE, Cost, Levels, Wish
+from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, ISLANDS, LOST, MOVES, NUMA, SCALE, Cost, Levels, Wish, add
 
 CLOSELY = 64
 """Up to so many GPUs the price of each is worked out closely before any is taken."""
@@ -50,6 +51,8 @@ class Room:
     """to give up so many bytes."""
 
 
+Way = tuple[Cost, Mapping[str, int], Victims]
+"""One way to take one more GPU: the cost and the delays of the branch with it, and the victims that it adds."""
 NOBODY = Room(frozenset(), [], 0)
 
 
@@ -66,8 +69,11 @@ class Pricing:
         self._waiting = frozenset(w.key for w in wishes if w.waits)
         self._rights: dict[tuple[str, str], bool] = {}
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
+        self._losses: dict[tuple[str, Victims], Cost] = {}
         self._several = len(wishes) > 1
-        self._untouched: dict[tuple[str, int, str], tuple[list[Victims], bool]] = {}
+        self.shorts = 0
+        """How often not all ways to have a GPU were looked at."""
+        self._openings_of: dict[tuple[str, int, str], tuple[list[Victims], bool]] = {}
         """Wish, need and GPU → openings, as long as nobody else was seated and nothing decided on this GPU."""
 
     def prices(self, wish: Wish, need: Need, branch: Branch) -> dict[str, Cost]:
@@ -135,21 +141,30 @@ class Pricing:
             self._laws[key] = self._lawful(victims, seated)
         return self._laws[key]
 
-    def ways(self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], branch: Branch) -> Iterator[Branch]:
-        """Every lawful way to take one more GPU, the cheapest first; each is made when it is asked for."""
-        grown = [
-            (*self._grown(wish, need, gpu, chosen, extra, branch), extra)
-            for extra in self.openings(wish, need, gpu, branch)
-        ]
-        held = (*branch.taken.get(gpu, ()), (wish.key, Hold(need.memory_bytes[gpu], need.exclusive)))
-        for cost, delays, extra in sorted(grown, key=lambda way: way[0]):
-            victims = branch.victims | extra
-            if extra and not self.is_lawful(victims, branch.seated):
-                continue
-            yield replace(
-                branch, cost=cost, victims=victims, gone=branch.gone | extra, delays=delays,
-                taken={**branch.taken, gpu: held}, by={**branch.by, **dict.fromkeys(extra, wish.key)},
-            )  # fmt: skip
+    def ways(
+        self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], branch: Branch, less_than: Cost | None
+    ) -> list[Way]:
+        """Every way to take one more GPU, lawful or not, the cheapest first.
+
+        With `less_than` those are left out whose victims alone add so much to the branch.
+        """
+        ways = self.openings(wish, need, gpu, branch)
+        if less_than is not None:
+            ways = [extra for extra in ways if self._losing(wish, extra) < less_than]
+        grown = [(*self._grown(wish, need, gpu, chosen, extra, branch), extra) for extra in ways]
+        return sorted(grown, key=itemgetter(0))
+
+    def _losing(self, wish: Wish, extra: Victims) -> Cost:
+        """What it adds to a branch that these tenants leave for a wish."""
+        key = wish.key, extra
+        if key not in self._losses:
+            cost = list(self.levels.zero)
+            for tenant in (self._board.tenants[k] for k in extra):
+                level, count = self.levels.departure(wish.key, tenant)
+                cost[level] += count
+                cost[LOST] += tenant.lost_ms
+            self._losses[key] = tuple(cost)
+        return self._losses[key]
 
     def room(self, wish: Wish, need: Need, gpu: str, branch: Branch) -> Room | None:
         """What would have to leave one GPU; None: nothing makes room there."""
@@ -196,12 +211,13 @@ class Pricing:
             found, all_seen = self._openings(wish, need, gpu, branch)
         else:  # as if nothing had been decided yet
             key = wish.key, id(need), gpu
-            if key in self._untouched:
+            if key in self._openings_of:
                 self.steps += 1
             else:
-                self._untouched[key] = self._openings(wish, need, gpu, branch)
-            found, all_seen = self._untouched[key]
+                self._openings_of[key] = self._openings(wish, need, gpu, branch)
+            found, all_seen = self._openings_of[key]
         if not all_seen:
+            self.shorts += 1
             self.miss(branch.cost)
         return found
 
@@ -242,13 +258,9 @@ class Pricing:
         self, wish: Wish, need: Need, gpu: str, chosen: tuple[str, ...], extra: Victims, branch: Branch
     ) -> tuple[Cost, Mapping[str, int]]:
         """The branch's cost with one more GPU taken, and the delays; no term ever shrinks."""
-        cost, board, delays = list(branch.cost), self._board, branch.delays
-        for key in extra:
-            tenant = board.tenants[key]
-            level, count = self.levels.departure(wish.key, tenant)
-            cost[level] += count
-            cost[LOST] += tenant.lost_ms
-            delays = self._vacate(tenant, branch, cost, delays)
+        cost, board, delays = list(add(branch.cost, self._losing(wish, extra))), self._board, branch.delays
+        for key in extra if branch.taken else ():
+            delays = self._vacate(board.tenants[key], branch, cost, delays)
         for tenant in board.on(gpu):
             if tenant.key in extra or tenant.key in branch.gone:
                 delays = _later_of(delays, wish.key, tenant.departure_ms)
@@ -292,6 +304,22 @@ class Pricing:
     def miss(self, at_least: Cost) -> None:
         """Note what a branch that is not looked at may cost at the least."""
         self.missed = at_least if self.missed is None else min(self.missed, at_least)
+
+
+def taking(wish: Wish, need: Need, gpu: str, branch: Branch, way: Way) -> Branch:
+    """The branch after one more GPU is taken in one of the `ways`."""
+    cost, delays, extra = way
+    held = (*branch.taken.get(gpu, ()), (wish.key, Hold(need.memory_bytes[gpu], need.exclusive)))
+    return Branch(
+        cost,
+        branch.victims | extra,
+        {**branch.by, **dict.fromkeys(extra, wish.key)},
+        branch.gone | extra,
+        {**branch.taken, gpu: held},
+        branch.placed,
+        branch.seated,
+        delays,
+    )
 
 
 def _later_of(delays: Mapping[str, int], wish: str, until: int) -> Mapping[str, int]:

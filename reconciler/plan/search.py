@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from reconciler.plan.board import Board, Need
 from reconciler.plan.bounds import Bounds, Gang
-from reconciler.plan.pricing import Branch, Lawful, Pricing
+from reconciler.plan.pricing import Branch, Lawful, Pricing, taking
 from reconciler.plan.wishes import (
     DUE,
     LOST,
@@ -59,36 +59,51 @@ def solve(
         may_be: is this, with everybody decided on, an answer? Asked of those alone that cost less than the best so far
         limit: steps after which the best answer so far is taken
     """
-    search = _Search(tuple(wishes), board, lawful, limit, None)
-    search.may_be = may_be
-    return search.answer()
+    return Search(wishes, board, lawful, limit=limit).least(may_be)
 
 
-def next_best(
-    than: Choice, wishes: Sequence[Wish], board: Board, lawful: Lawful, *, limit: int = LIMIT
-) -> tuple[Choice | None, bool]:
-    """The least way to seat the same wishes with other victims, and whether the search for it came to its end."""
-    search = _Search(tuple(wishes), board, lawful, limit, than)
-    return search.answer(), search.missed is None
+class Search(Pricing):
+    """What some wishes ask of one board: the least way to seat them together, and then the next best.
 
+    What GPUs cost as long as nothing is decided on is worked out once for both.
+    """
 
-class _Search(Pricing):
     def __init__(
-        self, wishes: tuple[Wish, ...], board: Board, lawful: Lawful, limit: int, other_than: Choice | None
+        self,
+        wishes: Sequence[Wish],
+        board: Board,
+        lawful: Lawful = lambda _victims, _seated: True,
+        *,
+        limit: int = LIMIT,
     ) -> None:
-        super().__init__(wishes, board, lawful)
-        self._wishes = wishes
+        super().__init__(tuple(wishes), board, lawful)
+        self._wishes = tuple(wishes)
         self._limit = max(limit, LOOKS * len(board.capacity)) if limit == LIMIT else limit
+        self._bounds = Bounds(self._wishes, board, self.levels, self.may)
+        self._untouched: dict[tuple[str, int], tuple[Gang | None, int, bool]] = {}
+        """Wish and need → its gang as long as nothing is decided on, the steps that took, and whether all was seen."""
+        self._begin(None, lambda _: True)
+
+    def least(self, may_be: Callable[[Branch], bool] = lambda _: True) -> Choice | None:
+        """The least way that is found; None: none is. See `solve`."""
+        self._begin(None, may_be)
+        return self._answer()
+
+    def next_best(self, than: Choice) -> tuple[Choice | None, bool]:
+        """The least way to seat the same wishes with other victims, and whether the search for it came to its end."""
+        self._begin(than, lambda _: True)
+        return self._answer(), self.missed is None
+
+    def _begin(self, other_than: Choice | None, may_be: Callable[[Branch], bool]) -> None:
+        self.steps, self.missed = 0, None
         self._not_these = None if other_than is None else frozenset(other_than.victims)
         self._seated = None if other_than is None else frozenset(other_than.seated)
-        self._bounds = Bounds(wishes, board, self.levels, self.may)
-        self.best: Branch | None = None
-        self.may_be: Callable[[Branch], bool] = lambda _: True
+        self._best: Branch | None = None
+        self._may_be = may_be
 
-    def answer(self) -> Choice | None:
-        """The least way that is found; None: none is."""
+    def _answer(self) -> Choice | None:
         self._wish(0, Branch(self.levels.zero))
-        best = self.best
+        best = self._best
         if best is None:
             return None
         order = {gpu: i for i, gpu in enumerate(self._board.capacity)}
@@ -107,14 +122,14 @@ class _Search(Pricing):
         if self._cut(add(branch.cost, self._bounds.later(index, branch.taken, branch.gone))):
             return
         if index == len(self._wishes):
-            if branch.victims != self._not_these and self.may_be(branch):
-                self.best = branch
+            if branch.victims != self._not_these and self._may_be(branch):
+                self._best = branch
             return
         wish = self._wishes[index]
         if wish.key in branch.gone:  # a seated wish frees its place
             self._wish(index + 1, branch)
             return
-        if self.steps >= self._limit and self.best is None and wish.rank is not None:
+        if self.steps >= self._limit and self._best is None and wish.rank is not None:
             self.miss(branch.cost)
             self._leave_out(index, branch)
             return
@@ -165,10 +180,26 @@ class _Search(Pricing):
         if need.subject in branch.placed:  # another wish has it already
             self._needs(index, needs[1:], branch, later)
             return
-        prices = self.prices(wish, need, branch)
-        if len(prices) >= need.count:
-            gang = Gang(prices, self.levels.zero, self._board.near, need.count, branch.victims)
+        gang = self._gang(wish, need, branch)
+        if gang is not None:
             self._choose(index, needs, gang, 0, (), branch, later)
+
+    def _gang(self, wish: Wish, need: Need, branch: Branch) -> Gang | None:
+        """The GPUs that a need may have; None: they are too few."""
+        key, untouched = (wish.key, id(need)), not branch.taken and not branch.victims and branch.gone <= wish.frees
+        if untouched and key in self._untouched:
+            gang, steps, short = self._untouched[key]
+            self.steps += steps
+            if short:
+                self.miss(branch.cost)
+            return gang
+        steps, shorts = self.steps, self.shorts
+        prices = self.prices(wish, need, branch)
+        enough = len(prices) >= need.count
+        gang = Gang(prices, self.levels.zero, self._board.near, need.count, branch.victims) if enough else None
+        if untouched:
+            self._untouched[key] = gang, self.steps - steps, self.shorts > shorts
+        return gang
 
     def _in_vain(self, wish: Wish, branch: Branch) -> bool:
         """Whether it has room without one of those that it displaces."""
@@ -210,14 +241,27 @@ class _Search(Pricing):
                 continue
             tried.add(alike)
             rest = gang.at_least(next_position + 1, missing - 1)
-            for way in self.ways(wish, need, gpu, chosen, branch):
-                so_far = add(way.cost, later)
-                if self.best is not None and so_far >= self.best.cost:
+            now = (*chosen, gpu)
+            for way in self.ways(wish, need, gpu, chosen, branch, self._less_than(branch.cost, later)):
+                cost, _, extra = way
+                so_far = add(cost, later)
+                if self._best is not None and so_far >= self._best.cost:
                     break  # those that follow cost more
-                now = (*chosen, gpu)
-                at_least = add(self._paid(wish, gang, now, way, later), rest)
+                if extra and not self.is_lawful(branch.victims | extra, branch.seated):
+                    continue
+                grown = taking(wish, need, gpu, branch, way)
+                at_least = add(self._paid(wish, gang, now, grown, later), rest)
                 if not self._cut(max(whole(at_least), so_far)):
-                    self._choose(index, needs, gang, next_position + 1, now, way, later)
+                    self._choose(index, needs, gang, next_position + 1, now, grown, later)
+
+    def _less_than(self, *paid: Cost) -> Cost | None:
+        """What a branch that costs so much already may cost beside it to be better than the best; None: anything.
+
+        Less part by part: the order of costs is kept by that.
+        """
+        if self._best is None:
+            return None
+        return tuple([best - sum(parts) for best, *parts in zip(self._best.cost, *paid, strict=True)])
 
     def _paid(self, wish: Wish, gang: Gang, chosen: tuple[str, ...], branch: Branch, later: Cost) -> Cost:
         """What a branch costs at the least, in parts, apart from GPUs that the gang does not have yet.
@@ -240,9 +284,9 @@ class _Search(Pricing):
 
         Past the limit there is a first answer all the same: who may be left out is, and the rest are seated.
         """
-        if self.best is not None and at_least >= self.best.cost:
+        if self._best is not None and at_least >= self._best.cost:
             return True
-        if self.steps < self._limit or (self.best is None and self.steps < 2 * self._limit):
+        if self.steps < self._limit or (self._best is None and self.steps < 2 * self._limit):
             return False
         self.miss(at_least)
         return True

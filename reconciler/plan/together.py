@@ -18,7 +18,7 @@ from reconciler.plan.moves import Answer, can_move, improve, way_back
 from reconciler.plan.moving import under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
-from reconciler.plan.search import next_best, solve
+from reconciler.plan.search import Search
 from reconciler.plan.settling import need_elsewhere
 from reconciler.plan.solver import PLACES, Mover, Problem
 from reconciler.plan.why import judge, judge_moves
@@ -94,7 +94,8 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
     def law(victims: Victims, seated: frozenset[str]) -> bool:
         return lawful(askers, victims, seated)
 
-    core = solve(wishes, board, law)
+    search = Search(wishes, board, law)
+    core = search.least()
     if core is None:  # the work is bounded: everybody stays where they are, and is decided on one by one
         return Together((), {}, lambda: None)
     movers = {} if _nobody_waits(askers, core) else _movers(draft, askers, board)
@@ -113,7 +114,7 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
             return judge_moves(choice, core, answer.by, answer.places)
         if not choice.victims:
             return None
-        runner_up, all_seen = next_best(choice, wishes, board, law)
+        runner_up, all_seen = search.next_best(choice)
         return judge(choice, runner_up, all_seen=all_seen)
 
     unmoved = () if tried else tuple(key.partition("/")[2] for key in sorted(movers))

@@ -12,7 +12,7 @@ from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
-from reconciler.plan.search import LIMIT, next_best, solve
+from reconciler.plan.search import LIMIT, Search, solve
 from reconciler.plan.why import judge, tell
 from reconciler.plan.wishes import Wish
 from reconciler.units import GIB
@@ -90,7 +90,7 @@ def test_a_search_that_ends_early_says_so_with_a_bound_that_holds() -> None:
     assert early.proof.bound < early.cost
     assert early.proof.bound <= late.cost <= early.cost
     assert early.proof.bound <= late.proof.bound
-    runner_up, all_seen = next_best(early, wishes, board, lambda _victims, _seated: True, limit=200)
+    runner_up, all_seen = Search(wishes, board, limit=200).next_best(early)
     told = tell(judge(early, runner_up, all_seen=all_seen))
     assert told[-1].startswith("Not proved: the search ended after")
 
