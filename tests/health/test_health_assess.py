@@ -257,6 +257,7 @@ def test_an_incident_from_before_a_reboot_still_resolves() -> None:
 
 def test_a_wall_clock_that_is_set_forward_resolves_nothing_early() -> None:
     (opened,), _ = assess(Box(views=(view(A, "unhealthy"),)).facts(), (), T0)
+    assert opened.since == T0
     (recovering,), _ = assess(WELL.facts(), (opened,), T0)
     jumped = Instant(T0.wall + 86400.0, T0.mono + STABLE_S - 1)
     assert assess(WELL.facts(), (recovering,), jumped)[0][0].state == "recovering"

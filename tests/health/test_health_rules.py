@@ -86,7 +86,10 @@ def test_an_endpoint_that_need_not_run_is_no_trouble(state: str, desired: str, r
     assert replace(box, agenda=(COVER,)).wrong() == []
 
 
-@pytest.mark.parametrize(("state", "late"), [("stopping", True), ("healthy", True), ("stopped", False)])
+@pytest.mark.parametrize(
+    ("state", "late"),
+    [("stopping", True), ("healthy", True), ("stopped", False), ("sleeping", False), ("failed", False)],
+)
 def test_an_endpoint_that_does_not_stop_in_its_time_is_overdue(state: str, *, late: bool) -> None:
     box = Box(views=(view(A, state, "stopped"),), agenda=(PAST,))
     assert box.wrong() == ([f"Overdue/{A}:warning"] if late else [])
@@ -173,6 +176,11 @@ def test_an_entry_covers_from_its_start_to_its_end_and_not_a_moment_longer(at_s:
     assert Box(views=(view(A, "pending"),), agenda=(COVER,)).wrong(at_s) == wrong
 
 
+def test_an_entry_covers_the_moment_in_which_it_begins() -> None:
+    box = Box(views=(view(A, "pending"),), records=(CRASHED,), agenda=(entry(A, start=0.0),))
+    assert (box.wrong(-0.1), box.wrong(0.0)) == ([f"Unplanned/{A}:warning"], [])
+
+
 @pytest.mark.parametrize(
     ("reason", "kind"),
     [("GpuOccupied: pid 4711 (train.py)", "ForeignMemory"), ("PortInUse: port 8080", "PortInUse")],
@@ -253,6 +261,11 @@ def test_an_endpoint_that_an_overlay_brings_counts_for_a_floor_while_its_overlay
 )
 def test_an_overlay_is_trouble_when_it_failed_or_runs_too_long(changes: dict[str, object], wrong: list[str]) -> None:
     assert Box(overlays=(overlay_record("render", **changes),)).wrong() == wrong
+
+
+def test_the_incident_of_an_overlay_names_the_overlay() -> None:
+    found, _ = assess(Box(overlays=(overlay_record("render", state="overrun"),)).facts(), (), T0)
+    assert [i.overlay for i in found] == ["render"]
 
 
 def test_a_failed_workload_is_never_suppressed_by_the_agenda() -> None:
