@@ -219,6 +219,20 @@ def test_a_quarantine_that_is_lifted_stays_an_incident_until_its_gpu_is_seen_aga
     assert [i.state for i in life.look(Box(gpus=(gpu(0, "unknown"), gpu(1))), 1001.0)] == ["recovering"]
 
 
+@pytest.mark.parametrize("kind", ["WorkloadFailed", "OverlayFailed", "OverlayOverdue", "SpecRejected"])
+def test_trouble_with_a_file_or_overlay_recovers_as_soon_as_it_is_not_found(kind: IncidentKind) -> None:
+    old = Incident(f"{kind}/render@1", kind, "render", "warning", "failed", "open", T0, T0.wall, T0.wall)
+    (after,), _ = assess(Box().facts(), (old,), T0.plus(1))
+    assert (after.id, after.state) == (old.id, "recovering")
+
+
+def test_a_floor_that_nobody_asks_for_any_more_is_no_longer_broken() -> None:
+    life = Life()
+    box = Box(views=(view(A, "stopped", "stopped"),), floors={"ask": 1})
+    assert [i.kind for i in life.look(box, 0.0)] == ["FloorBroken"]
+    assert [i.state for i in life.look(replace(box, floors={}), 1.0)] == ["recovering"]
+
+
 # ---------------------------------------------------------------- escalation, renewal, clocks
 
 
