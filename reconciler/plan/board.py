@@ -120,6 +120,12 @@ class Tenants(Mapping[str, Tenant]):
     def __len__(self) -> int:
         return len(self.residents.tenants) - len(self.left) + len(self.came)
 
+    def everybody(self) -> Iterator[Tenant]:
+        """The same as `values()`, in the same order, without a look-up for each of them."""
+        left = self.left
+        yield from (tenant for key, tenant in self.residents.tenants.items() if key not in left)
+        yield from self.came.values()
+
 
 @dataclass(slots=True)
 class Board:

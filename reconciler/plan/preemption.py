@@ -101,6 +101,8 @@ class Consents:
 
     def _promised_to(self, name: str) -> str | None:
         """The window that could not have an endpoint's place any more, within the hour, if this overlay took it now."""
+        if not self.windows:
+            return None
         begin, evictions = (self.begin or self.situation.now).wall, self.standings[name].record.evictions
         here = [w for w in self.windows if name in w.victims]
         for window in here:

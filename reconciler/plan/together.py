@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
+from operator import itemgetter
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Verdict
@@ -131,12 +132,13 @@ def _movers(draft: Draft, askers: Sequence[Asker], board: Board) -> dict[str, Mo
     asking = {a.overlay.name for a in askers}
     off = keeping_off(w for w in draft.windows if w.name not in asking)
     found: dict[str, Mover] = {}
-    for key, tenant in sorted(board.tenants.items()):
-        need = can_move(draft, tenant)
-        by = frozenset(a.wish.key for a in askers if a.may_move(tenant)) if need is not None else frozenset[str]()
-        if need is not None and by:
-            need = off(need)
-            found[key] = Mover(replace(need, candidates=tuple(g for g in need.candidates if g in board.capacity)), by)
+    needs = {t.key: need for t in board.tenants.everybody() if (need := can_move(draft, t)) is not None}
+    for key, need in sorted(needs.items(), key=itemgetter(0)):
+        by = frozenset(a.wish.key for a in askers if a.may_move(board.tenants[key]))
+        if by:
+            elsewhere = off(need)
+            candidates = tuple(g for g in elsewhere.candidates if g in board.capacity)
+            found[key] = Mover(replace(elsewhere, candidates=candidates), by)
     return found
 
 

@@ -93,7 +93,7 @@ class Levels:
     def __init__(self, wishes: Sequence[Wish], board: Board) -> None:
         victims = {w.yields[1] for w in wishes if w.yields is not None}
         if any(w.may_displace is not None for w in wishes):
-            victims |= {t.priority for t in board.tenants.values()}
+            victims |= {t.priority for t in board.tenants.everybody()}
         parts: list[tuple[int, int, int]] = []
         for group in sorted({w.group for w in wishes}):
             seats = {w.rank for w in wishes if w.rank is not None and w.group == group}
