@@ -230,7 +230,7 @@ def next_probe(before: Probe | None, target: ProbeTarget, answer: Answer, asked:
     # the moment of the question, not of the answer: what happened in between is not in it
     told = replace(before, at=asked, ready=answer.ready, busy=answer.busy, detail=answer.detail)
     if answer.sleeping is not None:  # else it is as asleep as before
-        told = replace(told, sleeping=answer.sleeping)
+        told = replace(told, sleeping=answer.sleeping, sleeping_at=asked)
     told = _watch_progress(before, told, answer, asked)
     if answer.ready is None:  # 1
         return told

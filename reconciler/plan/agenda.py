@@ -121,7 +121,9 @@ def _settled(draft: Draft, name: str) -> bool:
         return True
     if name not in draft.wanted:
         return standing.current is None
-    ready = standing.state in ("healthy", "sleeping")
+    nap = draft.records[name].nap
+    woken = nap is not None and nap.waking is not None  # asleep until it is seen awake, which may be a look later
+    ready = standing.state == "healthy" or (standing.state == "sleeping" and not woken)
     return ready and standing.current is not None and standing.current.id not in draft.leaving
 
 

@@ -40,6 +40,11 @@ def says_asleep(nap: Nap | None, probe: Probe | None) -> bool:
     return nap is not None and nap.slept is not None and nap.woken is None
 
 
+def told_since(probe: Probe | None, moment: Instant) -> bool:
+    """Whether what it last said of its sleep was asked at `moment` or later; of one that never says: any question."""
+    return probe is not None and (probe.sleeping_at or probe.at).mono >= moment.mono
+
+
 def serves(nap: Nap | None, probe: Probe | None) -> bool:
     """Whether requests are answered: not from the moment it is told to sleep until it is seen awake again."""
     told = nap is not None and nap.begun is not None and nap.failed is None
@@ -67,7 +72,7 @@ def rested(situation: Situation, endpoint: EndpointSpec, incarnation: Incarnatio
     probe = situation.probe(incarnation)
     if nap.slept is None or nap.waking is not None or not says_asleep(nap, probe):
         return False
-    if endpoint.profile.sleep_check and (probe is None or probe.at.mono < nap.slept.mono):
+    if endpoint.profile.sleep_check and not told_since(probe, nap.slept):
         return False
     for uuid in incarnation.gpus:
         held, gpu = held_bytes(situation, incarnation, uuid), situation.gpus.get(uuid)
@@ -106,14 +111,12 @@ def follow(
     if nap.failed is not None:  # 2
         return record
     if nap.woken is not None:
-        told = probe is not None and probe.at.mono >= nap.woken.mono
-        if told and probe is not None and probe.ready and not probe.sleeping:
+        if told_since(probe, nap.woken) and probe is not None and probe.ready and not probe.sleeping:
             return replace(record, nap=None, ready_since=now)  # 3
         if now.mono >= nap.woken.plus(ANSWER_S).mono:
             return replace(record, nap=replace(nap, failed="it was woken up and is not ready"))  # 4
     elif nap.slept is not None and nap.waking is None:
-        told = probe is not None and probe.at.mono >= nap.slept.mono
-        if told and probe is not None and probe.sleeping is False:
+        if told_since(probe, nap.slept) and probe is not None and probe.sleeping is False:
             return replace(record, nap=replace(nap, failed="it was told to sleep and is awake"))  # 4
         late = now.mono >= nap.slept.plus(MEMORY_TIMEOUT_S).mono and situation.sees(current.gpus)
         if late and not rested(situation, endpoint, current, nap):

@@ -136,6 +136,8 @@ class Probe:
     busy: int | None = None
     """Requests running + waiting; None: the engine does not say."""
     sleeping: bool | None = None
+    sleeping_at: Instant | None = None
+    """When it was last asked that and said so: it may be ready at `at` and not have told; None: it never told."""
     detail: str = ""
     progress: int | None = None
     """Its counter of work done, when it was last read."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from builders import endpoint, foreign, overlay, spec
 from plant import Behaviour, Plant, Run
 
@@ -9,7 +12,9 @@ from reconciler.health.assess import STABLE_S, assess
 from reconciler.health.facts import Facts
 from reconciler.health.incident import Incident
 from reconciler.plan.actions import Plan
-from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.plan.naps import called
+from reconciler.plan.planner import plan
+from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Stop
 from reconciler.units import GIB
 
 THINKING = endpoint("thinking", 4, priority=900, capabilities=("reasoning",))
@@ -59,6 +64,35 @@ def test_a_planned_evict_run_restore_of_the_planner_is_no_incident() -> None:
     assert "ask" in run.stops()
     assert run.plant.is_ready("ask")
     assert watch.story == []
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_one_that_was_woken_and_not_asked_since_is_no_incident(said: bool) -> None:
+    """A busy box decides between the answer to the wake-up call and the next one to whether it sleeps."""
+    ask = endpoint("ask", 1, memory=60, priority=40, evict=Evict("sleep", 1, 10 * GIB), stop=Stop(drain_s=0.0))
+    run, watch = box(THINKING, ask)
+    run.settle()
+    run.plant.advance(600)
+    run.settle()
+    run.spec = spec(THINKING, ask, overlay("render", 2, memory=60), floors={"reasoning": 1})
+    run.settle(until=lambda p: any(a.op == "wake" and a.ready for a in p.actions))
+    run.plant.advance(run.plant.behaviour.wake_s)
+    (answered,) = run.plant.answered
+    run.ledger, _ = called(run.ledger, answered, None, run.plant.now)
+    run.plant.answered = []
+    watch.since()
+    for _ in range(3):
+        seen, asked = run.plant.observe(), run.plant.now.plus(-1.0)
+        stale = {name: replace(p, at=asked, sleeping=said) for name, p in seen.probes.items()}
+        decided = plan(run.spec, replace(seen, probes=stale), run.ledger, run.plant.now)
+        assert decided.endpoints["ask"].state == "sleeping"
+        watch(run, decided)
+        run.ledger = decided.ledger
+        run.plant.advance(0.25)
+    run.settle()
+    assert run.plant.is_ready("ask")
+    assert not [entry for entry in run.ledger.agenda if entry.endpoint == "ask"]
+    assert watch.since() == []
 
 
 def test_a_restart_for_an_edit_is_no_incident() -> None:

@@ -222,6 +222,8 @@ def test_who_slept_and_does_not_say_still_sleeps():
     asleep = Answer(ready=True, sleeping=True)
     assert history(asleep, READY, MISS).sleeping is True
     assert history(asleep, Answer(ready=True, sleeping=False)).sleeping is False
+    assert history(asleep, READY).sleeping_at == Instant(1000.0, 0.0), "what it did not say again is as old as it was"
+    assert history(asleep, READY, asleep).sleeping_at == Instant(1002.0, 2.0)
 
 
 def test_only_what_somebody_should_look_at_is_material():

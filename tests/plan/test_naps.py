@@ -267,6 +267,22 @@ def test_one_that_was_woken_is_looked_at_again_at_once_until_it_is_seen_awake() 
     assert plan(run.spec, seen, run.ledger, run.plant.now).ledger.endpoints["ask"].nap is None
 
 
+def test_an_answer_from_before_it_was_told_to_sleep_does_not_make_the_sleep_a_stop() -> None:
+    """A busy engine says that it is well, and its page on whether it sleeps does not come in time."""
+    run = warm(sleeper())
+    add(run, render())
+    run.settle(until=lambda _: bool(run.plant.called))
+    run.plant.advance(run.plant.behaviour.sleep_s)
+    before = run.plant.now.plus(-0.001)
+    run.ledger, _ = called(run.ledger, run.plant.answered[0], None, run.plant.now)
+    run.plant.answered = []
+    seen = run.plant.observe()
+    silent = {name: replace(p, sleeping=False, sleeping_at=before) for name, p in seen.probes.items()}
+    run.ledger = plan(run.spec, replace(seen, probes=silent), run.ledger, run.plant.now).ledger
+    run.settle(until=overlay_state("render", "active"))
+    assert ops(run, "ask") == ["start", "sleep"]
+
+
 def test_nothing_sleeps_and_wakes_on_one_gpu_at_a_time() -> None:
     """Two share a GPU; the one that has to give way for the second overlay waits until the other is awake."""
     seen: list[tuple[str, ...]] = []
