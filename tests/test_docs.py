@@ -99,3 +99,11 @@ def test_each_of_the_planners_promises_has_a_test() -> None:
         r"^\| (\d+) \| .* \| `test_[a-z0-9_]+` \|", (ROOT / "docs/reliability.md").read_text("utf-8"), re.MULTILINE
     )
     assert [int(number) for number in rows] == list(range(1, 27))
+
+
+def test_every_test_that_a_page_names_is_a_test_of_the_suite() -> None:
+    suite = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py")))
+    there = set(re.findall(r"^ *(?:async )?def (test_\w+)\(", suite, re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8"))}
+    assert len(named) > 50
+    assert not named - there
