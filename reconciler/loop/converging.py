@@ -59,7 +59,7 @@ class Goal:
     def verdict(self, tick: Tick) -> tuple[bool, str]:
         """Whether the last tick is a success, and what to tell."""
         plan = tick.plan
-        failed = sorted(n for n, v in plan.endpoints.items() if v.state == "failed")
+        failed = sorted(n for n, v in plan.endpoints.items() if v.state == "failed" and v.desired != "stopped")
         stuck = [b for b in plan.blocked if b.reason not in ("NotYet", "EvictedBy")]
         live = sorted(n for n, r in plan.ledger.overlays.items() if r.state in ("active", "overrun", "starting"))
         if self.interrupted:

@@ -50,8 +50,8 @@ def overlay(state: Any) -> Ledger:
     return Ledger(overlays={"render": record})
 
 
-def view(state: Any) -> EndpointView:
-    made: Any = type("View", (), {"state": state, "reason": "CrashLoop"})()
+def view(state: Any, desired: str = "running") -> EndpointView:
+    made: Any = type("View", (), {"state": state, "desired": desired, "reason": "CrashLoop"})()
     return made
 
 
@@ -98,6 +98,7 @@ def test_when_the_time_is_up_it_is_over_whatever_is_under_way_and_every_tick_is_
         (tick(ledger=overlay("overrun")), True, "converged; render runs on, and only a daemon brings"),
         (tick(ledger=overlay("ended")), True, "the box matches its set points"),
         (tick(endpoints={"chat": view("failed"), "b": view("ready")}), False, "failed: chat (CrashLoop)"),
+        (tick(endpoints={"chat": view("failed", "stopped")}), True, "the box matches its set points"),
         (tick(blocked=blocked("NoConsent")), False, f"{CHAT}: NoConsent: so it is"),
         (tick(converged=False, actions=(START,)), False, "not done in time; waiting for chat"),
         (tick(ledger=renewing(), actions=(START,)), False, "not done in time; waiting for chat"),
