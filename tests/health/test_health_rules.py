@@ -219,6 +219,15 @@ def test_a_broken_floor_has_one_incident_that_of_the_provider_if_it_has_one(a, b
     assert replace(box, views=(a, b), floors={"ask": 2}).wrong() == wrong
 
 
+@pytest.mark.parametrize("first", ["healthy", "stopped"])
+def test_a_floor_that_holds_or_is_explained_hides_no_other(first: str) -> None:
+    a, b = view("a", first, "displaced" if first == "stopped" else "running"), view("b", "stopped", "stopped")
+    facts = Box(views=(a, b), agenda=(entry("a"),), floors={"ask": 1, "code": 1}).facts()
+    offers = {name: replace(facts.spec.endpoints[name], capabilities=(c,)) for name, c in (("a", "ask"), ("b", "code"))}
+    found, _ = assess(replace(facts, spec=replace(facts.spec, endpoints=offers)), (), T0)
+    assert [(i.kind, i.subject) for i in found] == [("FloorBroken", "code")]
+
+
 @pytest.mark.parametrize(
     ("overlay", "counts"),
     [("evicting", True), ("starting", True), ("active", True), ("done", False), ("failed", False), (None, False)],
