@@ -2,7 +2,7 @@
 
 `points.txt` lists the calls. `stopper` stops whoever is about to make one, `scenes` says what happens meanwhile and
 what has to hold afterwards: everything as the files say, nothing begun twice, nothing of ours unmanaged, no stranger
-signalled. docs/decisions/0026 says why it is done from outside.
+signalled. docs/decisions/0023 says why it is done from outside.
 """
 
 from __future__ import annotations
