@@ -30,7 +30,6 @@ from reconciler.spec.spec import (
 )
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate
 from reconciler.spec.trust import UntrustedError
-from reconciler.spec.values import variable_problem
 
 ReadEnvFile = Callable[[str], bytes]
 """Content of an absolute path.
@@ -51,8 +50,8 @@ class Context:
     """None: the set points are broken, names cannot be looked up and are not complained about."""
     node_gpus: tuple[int | str, ...] | None
     read_env_file: ReadEnvFile
-    engines: Mapping[str, EngineProfile] = field(default_factory=dict)
-    """Profiles that the set points define."""
+    engines: Mapping[str, EngineProfile | None] = field(default_factory=dict)
+    """Profiles that the set points define; None: it is broken, and what uses it is not complained about."""
     secrets: dict[str, str | None] = field(default_factory=dict)
     """Digests of the `env_file`s read so far; None: could not be read."""
 
@@ -67,12 +66,6 @@ class Context:
             self.findings.add(at, f'unknown priority "{clip(value)}"', hint)
             return 0
         return self.priorities[value]
-
-    def check_variables(self, env: Node | None) -> None:
-        """Note the variables of `env` that nobody may set."""
-        for name, entry in env.entries.items() if isinstance(env, Map) else ():
-            if problem := variable_problem(name):
-                self.findings.add(entry.key_at, problem, "remove it: it is set for every process that is started")
 
     def check_gpus(self, claim: GpuClaim, at: Source) -> None:
         """Note a claim that `node.gpus` cannot serve."""
@@ -176,13 +169,12 @@ def resolve_endpoint(
     findings = context.findings
     own = context.engines.get(model.engine)
     profile = own or PROFILES.get(model.engine)
-    if profile is None:
-        findings.add(
-            at("engine"), f'unknown engine "{clip(model.engine)}"', suggest(model.engine, (*PROFILES, *context.engines))
-        )
-    else:
+    if profile is not None:
         _check_engine(name, model, node, key_at, profile, findings)
-    context.check_variables(child(node, "env"))
+    elif model.engine not in context.engines:
+        hint = suggest(model.engine, (*PROFILES, *context.engines))
+        findings.add(at("engine"), f'unknown engine "{clip(model.engine)}"', hint)
+    findings.check_variables(child(node, "env"))
     context.check_user(model.user, at("user"))
     gpus = model.gpus if model.gpus is not None else GpuCount(1)
     if model.movable and home is None and (isinstance(gpus, GpuPins) or not gpus.count):
@@ -258,6 +250,9 @@ def _check_engine(
         able = ", ".join(sorted(other.name for other in PROFILES.values() if other.sleeps))
         hint = f"use stop; {able} can sleep, and so can one of your own that says how (`engines:`)"
         findings.add(at("evict", "method"), f"engine {profile.name} cannot sleep", hint)
+    elif model.evict.method == "sleep" and model.evict.level > max(profile.sleep_levels):
+        message = f"engine {profile.name} has no sleep level {model.evict.level}"
+        findings.add(at("evict", "level"), message, f"write `level: {max(profile.sleep_levels)}`")
 
 
 def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, findings: Findings) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from reconciler.errors import Problem, suggest
 from reconciler.spec.spec import Source
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate, plain
-from reconciler.spec.values import NAME, NAME_HELP, ItemError
+from reconciler.spec.values import NAME, NAME_HELP, ItemError, variable_problem
 
 MAX_PROBLEMS = 100
 """Of one file: nobody reads more, and suggestions are dear."""
@@ -60,6 +60,12 @@ class Findings:
             return True
         self.add(at, f'{what} "{clip(name)}" has a name that is not allowed', NAME_HELP)
         return False
+
+    def check_variables(self, env: Node | None) -> None:
+        """Note the variables of `env` that nobody may set."""
+        for name, entry in env.entries.items() if isinstance(env, Map) else ():
+            if problem := variable_problem(name):
+                self.add(entry.key_at, problem, "remove it: it is set for every process that is started")
 
     def validate(self, kind: type[M], tree: Node, prefix: Path = ()) -> M | None:
         """The node at `prefix` of `tree` as a model; None after noting every reason why it is none."""

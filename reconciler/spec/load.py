@@ -143,7 +143,9 @@ class _Setpoints:
         self.node = NodeSpec(model.node.name or hostname, model.node.gpus, model.node.reserve, model.node.host_reserve)
         policy = model.policy
         self.policy = Policy(policy.max_evictions_per_hour, policy.min_ready, policy.resync)
-        self.engines = own_profiles(model.engines, text, findings)
+        written = child(text, "engines")
+        broken = dict.fromkeys(written.entries) if isinstance(written, Map) else {}
+        self.engines = {**broken, **own_profiles(model.engines, text, findings)}
         self.notify = notifiers(model.notify, text, findings)
         self.metrics_port = model.metrics.port if model.metrics else None
         self.floors = {name: item.min_available for name, item in sorted(model.capabilities.items())}

@@ -18,6 +18,7 @@ from reconciler.spec.values import (
     Header,
     LogSize,
     Memory,
+    Metrics,
     Names,
     NodeGpus,
     Port,
@@ -318,11 +319,11 @@ class EngineModel(Model):
     """Answers 200 when ready."""
     metrics_path: UrlPath | None = None
     """A page of Prometheus metrics."""
-    busy_metrics: Words | None = None
+    busy_metrics: Metrics | None = None
     """Their sum is the number of requests running and waiting."""
-    running_metrics: Words | None = None
+    running_metrics: Metrics | None = None
     """Their sum is the number of requests that are being worked on."""
-    progress_metrics: Words | None = None
+    progress_metrics: Metrics | None = None
     """Counters that grow while any request is worked on."""
     stop_signal: Signal | None = None
     """Unless the endpoint's `stop.signal` says otherwise."""

@@ -31,7 +31,7 @@ class Baseline:
     priorities: Mapping[str, int] | None
     """None: the set points are broken; only what does not depend on them is checked."""
     node_gpus: tuple[int | str, ...] | None
-    engines: Mapping[str, EngineProfile] = field(default_factory=dict)
+    engines: Mapping[str, EngineProfile | None] = field(default_factory=dict)
     """Profiles that the set points define."""
 
 
@@ -195,7 +195,7 @@ def _workload(model: OverlayModel, text: Map, context: Context) -> tuple[Workloa
     wanted = model.workload
     if wanted is None:
         return None, None
-    context.check_variables(child(text, "workload", "env"))
+    context.findings.check_variables(child(text, "workload", "env"))
     context.check_user(wanted.user, locate(text, ("workload", "user")))
     env_file, secrets = context.env_file(wanted.env_file, locate(text, ("workload", "env_file")))
     workload = Workload(

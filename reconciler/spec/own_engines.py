@@ -22,14 +22,15 @@ from reconciler.spec.profiles import (
     same,
 )
 from reconciler.spec.spec import Source
-from reconciler.spec.tree import Map, locate
+from reconciler.spec.tree import Map, child, locate
 
 
 def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Findings) -> dict[str, EngineProfile]:
     """The profiles by name; what is wrong with them goes to the findings.
 
-    Wrong are a name that the program has itself, an unknown `like`, no program to start, metrics without a page of
-    them, patterns that are no regular expressions, a `sleep` without any way to, and a check that cannot tell.
+    Wrong are a name that the program has itself, variables that nobody may set, an unknown `like`, no program to start,
+    metrics without a page of them, patterns that are no regular expressions, a `sleep` without any way to, and a check
+    that cannot tell.
     """
     found: dict[str, EngineProfile] = {}
     for name, model in sorted(models.items()):
@@ -41,6 +42,8 @@ def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Finding
                 at, f'engine "{name}" comes with the program', f"choose another name, and write `like: {name}`"
             )
             continue
+        findings.check_variables(child(text, "engines", name, "env"))
+        findings.check_variables(child(text, "engines", name, "sleep", "env"))
         base = PROFILES.get(model.like)
         if base is None:
             place = locate(text, ("engines", name, "like"))

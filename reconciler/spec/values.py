@@ -25,6 +25,7 @@ OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 OWNED_PREFIX = "RECONCILER_"
 MAX_GPUS = 64
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_METRIC = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*", re.ASCII)
 _URL = re.compile(r"https?://[^\s/?#]+\S*", re.ASCII)
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z/-]{4,80}", re.ASCII)
 _FRACTION = re.compile(r"[01]?\.[0-9]+|1", re.ASCII)
@@ -251,7 +252,7 @@ def _read_text(value: object) -> str:
 
 def _read_path(value: object) -> str:
     text = _read_text(value)
-    if not text.startswith("/") or any(char.isspace() for char in text):
+    if not text.startswith("/") or not text.isprintable() or any(char.isspace() for char in text):
         raise ValueError(f"{_shown(text)} is not the path of a URL; it begins with `/`")
     return text
 
@@ -296,6 +297,15 @@ def _read_words(value: object) -> tuple[str, ...]:
         if not isinstance(word, str):
             raise ItemError(index, f"{_shown(word)} is not a text; put it in quotes")
     return tuple(value)
+
+
+def _read_metrics(value: object) -> tuple[str, ...]:
+    names = _read_words(value)
+    for index, name in enumerate(names):
+        if not _METRIC.fullmatch(name):
+            problem = "is not the name of a metric; write it without labels, all its samples are added up"
+            raise ItemError(index, f"{_shown(name)} {problem}")
+    return names
 
 
 def _read_command(value: object) -> tuple[str, ...]:
@@ -350,6 +360,11 @@ Word = Annotated[
 Header = Annotated[str, PlainValidator(_read_header), WithJsonSchema({"type": "string"})]
 UrlPath = Annotated[str, PlainValidator(_read_path), WithJsonSchema({"type": "string", "pattern": r"^/\S*$"})]
 Words = Annotated[tuple[str, ...], PlainValidator(_read_words), WithJsonSchema(_WORDS_SCHEMA)]
+Metrics = Annotated[
+    tuple[str, ...],
+    PlainValidator(_read_metrics),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": f"^{_METRIC.pattern}$"}}),
+]
 Command = Annotated[tuple[str, ...], PlainValidator(_read_command), WithJsonSchema({**_WORDS_SCHEMA, "minItems": 1})]
 Names = Annotated[
     tuple[str, ...],

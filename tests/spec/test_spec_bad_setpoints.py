@@ -105,6 +105,8 @@ ENDPOINT = "version: 1\nendpoints:\n  a:\n    model: m\n    port: 1\n"
         ("version: 1\nendpoints:\n  a: {engine: custom, command: [x, '{port}']}\n", "3:36", "no port", "port:"),
         ("version: 1\nendpoints:\n  a: {model: m, port: 1, command: [x]}\n", "3:35", "own command", "custom"),
         (ENDPOINT + "    engine: llamacpp\n    evict: {method: sleep}\n", "7:21", "cannot sleep", "sglang, vllm"),
+        (ENDPOINT + "    engine: sglang\n    evict: {method: sleep, level: 2}\n", "7:35", "no sleep level 2", "1"),
+        (ENDPOINT + '    health: {path: "/a\\x01"}\n', "6:20", "is not the path of a URL", "begins with `/`"),
         # between endpoints
         (
             BASE + "  x: {model: m, port: 8080}\n",

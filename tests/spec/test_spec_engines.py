@@ -318,6 +318,9 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: 1.5}}}}", "2:71", "is no text"),
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: false}}}}", "2:27", "sleeps or not"),
         ("engines: {x: {like: vllm, sleep: {level_3: {}}}}", "2:35", "level_3"),
+        ("engines: {x: {like: vllm, env: {CUDA_VISIBLE_DEVICES: '1'}}}", "2:33", "belongs to the reconciler"),
+        ("engines: {x: {like: vllm, sleep: {env: {'A B': '1'}}}}", "2:41", "not the name of a variable"),
+        ("engines: {x: {like: vllm, busy_metrics: ['r{m=\"a\"}']}}", "2:42", "not the name of a metric"),
     ],
 )
 def test_a_wrong_profile_is_an_error_at_its_place(wrong: str, at: str, message: str) -> None:
@@ -326,6 +329,13 @@ def test_a_wrong_profile_is_an_error_at_its_place(wrong: str, at: str, message: 
     problem = caught.value.problems[0]
     assert f"{problem.line}:{problem.column}" == at
     assert message in problem.message
+
+
+@pytest.mark.parametrize("wrong", ["{like: vlm}", "{like: vllm, startup: 0s}", "{}"])
+def test_who_uses_a_broken_profile_is_not_said_to_use_an_unknown_one(wrong: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read(f"version: 1\nengines: {{x: {wrong}}}\nendpoints: {{a: {{model: m, port: 1, engine: x}}}}\n")
+    assert [problem.line for problem in caught.value.problems] == [2]
 
 
 @pytest.mark.parametrize(
