@@ -60,6 +60,8 @@ def _displaced(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry 
     anchor = step.record.active_since or step.record.since
     way = times.drain_s + times.stop_s + times.load_s
     end = predicted_end(step.record, step.spec.makespan, anchor.wall) + step.spec.makespan.grace_s
+    if step.record.state in ("completing", "restoring"):  # it has ended, sooner or later than was foreseen
+        end = step.record.since.wall
     until = end + SLACK_FACTOR * way + SLACK_S
     begin = old.start if old is not None and old.overlay == overlay else draft.now.wall
     return AgendaEntry(name, states, begin, until, reason, overlay)
