@@ -25,6 +25,7 @@ import os, signal, sys
 from multiprocessing import resource_tracker, shared_memory
 made = shared_memory.SharedMemory(name=sys.argv[1], create=True, size=1 << 20)
 made.buf[:4] = b"left"
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGSTOP)  # else it may tidy up before it is killed, too
 os.write(1, b"ready\\n")
 while True: signal.pause()
 """
