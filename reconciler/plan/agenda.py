@@ -1,8 +1,9 @@
 """The agenda: which endpoint is expected to be in which states, until when, and on whose account.
 
 An entry is written in the same decision as the leases or the stop it explains, before anything acts. It is bounded: its
-`until` is fixed when it is written and moves only when the overlay that owns it enters another state. Its states are
-what is still ahead: an endpoint that is coming back is no longer expected to stop.
+`until` is fixed when it is written and moves only when the overlay that owns it enters another state, or when what kept
+the endpoint away is over: from then on it has the time of its way back, whatever had been foreseen. Its states are what
+is still ahead: an endpoint that is coming back is no longer expected to stop.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import replace
 
 from reconciler.plan.actions import Action
 from reconciler.plan.draft import Draft, Window
-from reconciler.plan.ledger import AgendaEntry, EndpointState
+from reconciler.plan.ledger import AgendaEntry, EndpointState, OverlayRecord
 from reconciler.plan.overlays import predicted_end
+from reconciler.spec.spec import OverlaySpec
 
 SLACK_S = 60.0
 SLACK_FACTOR = 2.0
@@ -29,17 +31,24 @@ def keep_agenda(draft: Draft, actions: Iterable[Action]) -> tuple[AgendaEntry, .
 
     Per endpoint the first that holds:
         1. an overlay displaced or overrides it          → one entry until its predicted return
-        2. it leaves or starts for a planned cause        → one entry until it is predicted to be ready (or gone)
-        3. it has an entry and is not there yet           → that entry stays, overdue or not
-        4. otherwise                                      → none
+        2. an overlay has its place meanwhile, or will    → one entry until its predicted return after that one
+           before it was worth to bring it back
+        3. it leaves or starts for a planned cause        → one entry until it is predicted to be ready (or gone)
+        4. it has an entry and is not there yet           → that entry stays, overdue or not
+        5. otherwise                                      → none
+
+    In 3 and 4 an entry on an overlay's account, written while it was to be away, is from now on that of its way back.
     """
     old = {entry.endpoint: entry for entry in draft.situation.ledger.agenda}
     moves = _moves(actions)
     entries = []
     for name in draft.stirring():
-        entry = _displaced(draft, name, old.get(name)) or _moving(draft, name, moves.get(name), old.get(name))
-        if entry is None and name in old and not _settled(draft, name):
-            entry = old[name]  # 3
+        entry = _displaced(draft, name, old.get(name)) or _kept_off(draft, name, old.get(name))
+        if entry is None:
+            before = _on_its_way_back(draft, name, moves.get(name), old.get(name))
+            entry = _moving(draft, name, moves.get(name), before)
+            if entry is None and before is not None and not _settled(draft, name):
+                entry = before  # 4
         if entry is not None:
             entries.append(entry)
     return tuple(entries)
@@ -49,30 +58,75 @@ def _displaced(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry 
     holders = sorted({*draft.evicted_from(name), *([draft.owners[name]] if name in draft.owners else [])})
     if not holders:
         return None
-    overlay = holders[0]
-    step = draft.steps[overlay]
-    endpoint = draft.situation.spec.endpoints.get(name) or draft.wanted.get(name)
-    if endpoint is None or step.spec is None:
+    step = draft.steps[holders[0]]
+    if step.spec is None or not (name in draft.wanted or name in draft.situation.spec.endpoints):
         return old
+    overlay = step.record.name
     reason = f"gives way to {overlay}" if name in step.record.evicted else f"as overlay {overlay} sets it"
+    return _while_it_lasts(draft, name, step.record, step.spec, reason, old)
+
+
+def _kept_off(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry | None:
+    """The entry of an endpoint that was displaced and that somebody else keeps from its place, or soon will again."""
+    overlay = draft.kept_off.get(name)
+    if overlay is None or draft.records[name].evicted_by is None:
+        return None
+    window = next((w for w in draft.windows if w.name == overlay), None)
+    if window is not None:
+        return replace(_in_window(draft, window, name), start=_begun(draft, overlay, old))
+    step = draft.steps[overlay]
+    if step.spec is None:
+        return old
+    return _while_it_lasts(draft, name, step.record, step.spec, f"its place is held by {overlay}", old)
+
+
+def _while_it_lasts(
+    draft: Draft, name: str, record: OverlayRecord, overlay: OverlaySpec, reason: str, old: AgendaEntry | None
+) -> AgendaEntry:
+    """The entry of an endpoint that an overlay keeps away: until its way back from the predicted end is through."""
+    anchor = record.active_since or record.since
+    end = predicted_end(record, overlay.makespan, anchor.wall) + overlay.makespan.grace_s
+    if record.state == "completing":  # it has ended, sooner or later than was foreseen
+        end = record.since.wall
+    until = end + SLACK_FACTOR * _way_s(draft, name) + SLACK_S
     states = (*LEAVING_STATES, *RETURNING_STATES)
+    return AgendaEntry(name, states, _begun(draft, overlay.name, old), until, reason, overlay.name)
+
+
+def _begun(draft: Draft, overlay: str, old: AgendaEntry | None) -> float:
+    return old.start if old is not None and old.overlay == overlay else draft.now.wall
+
+
+def _way_s(draft: Draft, name: str) -> float:
+    """Predicted seconds of its way out and back; 0 for one that nobody describes any more."""
+    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
+    if endpoint is None:
+        return 0.0
     times = draft.situation.timings(endpoint)
-    anchor = step.record.active_since or step.record.since
-    way = times.drain_s + times.stop_s + times.load_s
-    end = predicted_end(step.record, step.spec.makespan, anchor.wall) + step.spec.makespan.grace_s
-    if step.record.state in ("completing", "restoring"):  # it has ended, sooner or later than was foreseen
-        end = step.record.since.wall
-    until = end + SLACK_FACTOR * way + SLACK_S
-    begin = old.start if old is not None and old.overlay == overlay else draft.now.wall
-    return AgendaEntry(name, states, begin, until, reason, overlay)
+    return times.drain_s + times.stop_s + times.load_s
+
+
+def _on_its_way_back(draft: Draft, name: str, action: Action | None, entry: AgendaEntry | None) -> AgendaEntry | None:
+    """The entry that was in force, once what it was kept away by is over and it has left: the time of its way back.
+
+    Twice what this decision predicts, its turn among others on its GPU included; of one that cannot start, for a
+    stranger has its place, that of the way alone: who keeps it then is nobody's plan.
+    """
+    if entry is None or entry.overlay is None or "stopped" not in entry.expected_states or name not in draft.wanted:
+        return entry
+    current = draft.standings[name].current
+    if current is not None and current.id in draft.leaving:
+        return entry
+    way = _way_s(draft, name)
+    if action is not None and action.op in ("start", "wake"):
+        way = max(way, action.expected[1] - draft.now.wall)
+    until = draft.now.wall + SLACK_FACTOR * way + SLACK_S
+    return replace(_advanced(entry, "wake" if name in draft.naps else "start"), until=until)
 
 
 def _in_window(draft: Draft, window: Window, name: str) -> AgendaEntry:
     """What will be expected of an endpoint that a window displaces."""
-    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
-    times = draft.situation.timings(endpoint) if endpoint else None
-    way = times.drain_s + times.stop_s + times.load_s if times else 0.0
-    until = window.end + SLACK_FACTOR * way + SLACK_S
+    until = window.end + SLACK_FACTOR * _way_s(draft, name) + SLACK_S
     states = (*LEAVING_STATES, *RETURNING_STATES)
     return AgendaEntry(name, states, window.opens, until, f"gives way to {window.name}", window.name)
 
@@ -98,9 +152,7 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
     if old is not None and begins and old.until > draft.now.wall:
         # the second half of a move that is on the agenda already
         return _advanced(old, action.op) if action.ready else old
-    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
-    times = draft.situation.timings(endpoint) if endpoint else None
-    way = times.drain_s + times.stop_s + times.load_s if times else SLACK_S
+    way = _way_s(draft, name) or SLACK_S
     states = LEAVING_STATES
     if not begins and name in draft.wanted:
         states = (*LEAVING_STATES, *RETURNING_STATES)

@@ -105,6 +105,8 @@ class Draft:
     """By incarnation id."""
     arriving: dict[Subject, Arriving] = field(default_factory=dict)
     blocked: dict[Subject, Blocked] = field(default_factory=dict)
+    kept_off: dict[str, str] = field(default_factory=dict)
+    """Endpoint without its place → the overlay, in force or to come, with whose end it is predicted to have it."""
     wakes: list[Instant] = field(default_factory=list)
 
     @classmethod

@@ -271,9 +271,8 @@ def _restoring(draft: Draft, step: OverlayStep) -> None:
 def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
     """Whether a displaced endpoint needs no more waiting for.
 
-    Ready again; or no longer wanted; or given up; or displaced by another overlay meanwhile, or held back for one; or
-    without a place until
-    somebody edits a file.
+    Ready again; or no longer wanted; or given up; or displaced or kept from its place by another overlay meanwhile, or
+    held back for one; or without a place until somebody edits a file.
     """
     standing = draft.standings.get(victim)
     if standing is None or victim not in draft.wanted:
@@ -281,6 +280,7 @@ def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
     if draft.records[victim].failed is not None or any(o != overlay for o in draft.evicted_from(victim)):
         return True
     blocked = draft.blocked.get(Subject("endpoint", victim))
-    if blocked is not None and (blocked.reason == "Held" or not blocked.transient) and standing.current is None:
+    placeless = blocked is not None and not blocked.transient
+    if (placeless or victim in draft.kept_off) and standing.current is None:
         return True
     return standing.state == "healthy" and standing.current is not None and standing.current.id not in draft.leaving

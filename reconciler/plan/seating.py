@@ -47,7 +47,7 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         residents=draft.residents,
     )
     draft.board = board.without(map(endpoint_key, draft.roused))
-    draft.leaving, draft.arriving, draft.blocked, draft.naps = {}, {}, {}, {}
+    draft.leaving, draft.arriving, draft.blocked, draft.kept_off, draft.naps = {}, {}, {}, {}, {}
     _seat_leases(draft)
     homeless: list[EndpointSpec] = []
     edited: list[EndpointSpec] = []

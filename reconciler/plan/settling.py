@@ -56,8 +56,11 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         kept = replace(spared, candidates=tuple(g for g in spared.candidates if g in chosen))
         placement = (place([kept], draft.board) if chosen else None) or place([spared], draft.board)
         if placement is None:
-            held = bool(soon) and place([need], draft.board) is not None
-            draft.block(held_back(subject, soon) if held else _no_place(draft, endpoint))
+            if soon and place([need], draft.board) is not None:
+                draft.kept_off[endpoint.name] = max(soon, key=lambda w: w.end).name
+                draft.block(held_back(subject, soon))
+            else:
+                draft.block(_no_place(draft, endpoint))
             return
         gpus = placement.gpus[subject]
         sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
@@ -191,7 +194,10 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
         here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
         names = ", ".join(s.record.name for s in here)
         message = f"its place is held by {names}"
-        return Blocked(need.subject, "EvictedBy", message, (), _back(draft, need, here), transient=True)
+        last, end = _back(draft, need, here)
+        if last is not None:
+            draft.kept_off[endpoint.name] = last
+        return Blocked(need.subject, "EvictedBy", message, (), end, transient=True)
     lack = lacking(draft.situation, [need])
     if lack.transient and lack.reason == "InsufficientGpus":
         rivals = sorted({t.key.partition("/")[2] for g in need.candidates for t in draft.board.on(g)})
@@ -200,8 +206,8 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
     return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)
 
 
-def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> float | None:
-    """Epoch seconds at which so many of these overlays are predicted to be over that there is a place."""
+def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> tuple[str | None, float | None]:
+    """The overlay with whose end so many of these are over that there is a place, and that predicted end, epoch s."""
     ends = {
         s.record.name: predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in holders if s.spec is not None
     }
@@ -209,5 +215,5 @@ def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> float | None:
     for name in sorted(ends, key=lambda n: (ends[n], n)):
         board = board.without(frozenset({f"overlay/{name}"}))
         if place([need], board) is not None:
-            return ends[name]
-    return None
+            return name, ends[name]
+    return None, None

@@ -152,6 +152,62 @@ def test_an_overlay_that_overruns_is_overdue_until_it_ends() -> None:
     assert {i.state for i in watch.incidents if i.subject == "render"} <= {"recovering", "resolved"}
 
 
+def test_one_that_a_stranger_keeps_from_coming_back_is_told_soon_after_the_work_ended_however_long_it_was_to_take() -> (
+    None
+):
+    run, watch = settled()
+    run.plant.behaviour.run_s = {"render": 60.0}
+    run.spec = spec(THINKING, ASK, overlay("render", 2, duration=8 * 3600.0), floors={"reasoning": 1})
+    run.settle(until=lambda p: p.ledger.overlays["render"].state == "completing")
+    run.plant.foreign = {index: [foreign(99, 70 * GIB)] for index in range(6)}
+    over = run.plant.now.wall
+    while not watch.story:
+        run.step()
+        run.plant.advance(5.0)
+        assert run.plant.now.wall - over < 600.0, "nobody is told"
+    (incident,) = [i for i in watch.incidents if i.state == "open"]
+    assert (incident.kind, incident.subject) == ("Overdue", "ask")
+    assert "python train.py" in incident.message
+    assert run.plant.now.wall - over > 60.0, "its way back has its time"
+
+
+def test_one_whose_place_other_work_has_meanwhile_is_away_as_planned_until_that_is_over() -> None:
+    ask = endpoint("ask", [0], priority=40)
+    watch = Watch()
+    plant = Plant(totals=[80 * GIB], behaviour=Behaviour(run_s={"short": 100.0, "long": 2900.0}))
+    run = Run(spec(ask), plant, watch=watch)
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    watch.since()
+    short = overlay("short", [0], memory=20, duration=100.0)
+    run.spec = spec(ask, short)
+    run.settle(until=lambda p: p.ledger.overlays["short"].state == "active")
+    run.spec = spec(ask, short, overlay("long", [0], memory=20, duration=3000.0))
+    run.settle(until=lambda p: [p.ledger.overlays[n].state for n in ("short", "long")] == ["done", "active"])
+    (entry,) = run.ledger.agenda
+    assert (entry.overlay, entry.reason) == ("long", "its place is held by long")
+    run.settle()
+    assert run.plant.is_ready("ask")
+    assert watch.since() == []
+
+
+def test_many_that_come_back_to_one_gpu_one_after_the_other_have_the_time_of_their_turns() -> None:
+    names = ("a", "b", "c", "d", "e")
+    items = [endpoint(name, [0], memory=15, priority=40) for name in names]
+    watch = Watch()
+    plant = Plant(totals=[80 * GIB], behaviour=Behaviour(load_s=100.0))
+    run = Run(spec(*items), plant, watch=watch)
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    watch.since()
+    run.spec = spec(*items, overlay("render", [0]))
+    run.settle()
+    assert all(run.plant.is_ready(name) for name in names)
+    assert watch.since() == []
+
+
 def test_foreign_memory_that_keeps_the_baseline_down_is_named_for_each_endpoint() -> None:
     run, watch = box(THINKING, ASK)
     run.plant.foreign = {index: [foreign(99, 70 * GIB)] for index in range(6)}
