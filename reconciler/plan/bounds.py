@@ -139,7 +139,7 @@ class Bounds:
             like_no_other = tenant.offers is None or len(tenant.holds) > 1 or tenant.key in self._freed
             if self._displacing and like_no_other:
                 return None
-            rights = tuple(self._may(w, tenant) for w in self._wishes)
+            rights = tuple((self._may(w, tenant), w.may_prolong is None or w.may_prolong(tenant)) for w in self._wishes)
             hold = tenant.holds[gpu]
             price = (tenant.priority, tenant.moves, tenant.lost_ms, tenant.departure_ms, tenant.offers)
             worth = price if self._displacing else ()

@@ -68,6 +68,18 @@ class Window:
     """Capabilities of which a provider has to be there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Return:
+    """The place of one endpoint that is away on somebody's account, and that it is to have again."""
+
+    endpoint: EndpointSpec
+    at: float
+    """Epoch seconds at which it is predicted to be free again."""
+    memory_bytes: Mapping[str, int]
+    """GPU → bytes that it will want there."""
+    exclusive: bool
+
+
 @dataclass(slots=True)
 class Draft:
     """Everything decided so far for one moment."""
@@ -99,6 +111,8 @@ class Draft:
     """Endpoints that might have been moved, and nobody tried."""
     windows: tuple[Window, ...] = ()
     """Windows to come that have a place."""
+    returns: tuple[Return, ...] = ()
+    """Endpoints that others keep from their place at the moment."""
     naps: dict[str, Nap] = field(default_factory=dict)
     """Endpoints that sleep, are about to, or wake up, by name."""
     leaving: dict[str, Leaving] = field(default_factory=dict)

@@ -179,6 +179,8 @@ class Pricing:
         fixed = [hold for _, hold in branch.taken.get(gpu, ())]
         for tenant in self._board.on(gpu):
             if tenant.key in branch.gone:
+                if self._wants_back(tenant, wish):
+                    fixed.append(tenant.holds[gpu])
                 continue
             if self.may(wish, tenant) and not (branch.taken and self._delays(tenant, wish, branch)):
                 yielding.append(tenant)
@@ -195,6 +197,13 @@ class Pricing:
         must = frozenset(t.key for t in yielding if t.holds[gpu].exclusive)
         shared = [t for t in yielding if t.key not in must]
         return Room(must, shared, missing + sum(t.holds[gpu].memory_bytes for t in shared))
+
+    @staticmethod
+    def _wants_back(tenant: Tenant, wish: Wish) -> bool:
+        """Whether one that leaves will come back to a place that this wish may not keep it from; who moves does not."""
+        if wish.may_prolong is None or tenant.moves or tenant.key in wish.frees:
+            return False
+        return not wish.may_prolong(tenant)
 
     def _delays(self, tenant: Tenant, wish: Wish, branch: Branch) -> bool:
         """Whether a wish that came first would have to wait for this tenant's end, though it needs none."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
+from math import inf
 
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Board, Hold, Need, Tenant
@@ -84,7 +85,7 @@ def window_taken(
 ) -> Blocked:
     """Why an overlay does not begin in front of windows, or beside them."""
     windows = sorted(rivals, key=lambda w: (w.start, w.name))
-    spans = ", ".join(f"{w.name} ({moment(w.start)} to {moment(w.end)})" for w in windows)
+    spans = ", ".join(f"{w.name} ({_span(w)})" for w in windows)
     hints = [f"its next free slot is {moment(slot)}"] if slot is not None else []
     first = windows[0]
     if begin < first.opens and hard_end(draft, overlay, begin) > first.opens:
@@ -92,6 +93,12 @@ def window_taken(
     hints.append(f"give it a priority above that of {', '.join(w.name for w in windows)}")
     message = f"the place it would need is kept for {spans}"
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
+
+
+def _span(window: Window) -> str:
+    if window.end == inf:  # the return of an endpoint
+        return f"which is to be back from {moment(window.start)} on"
+    return f"{moment(window.start)} to {moment(window.end)}"
 
 
 def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> float | None:

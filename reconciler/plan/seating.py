@@ -22,6 +22,7 @@ from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.search import solve
 from reconciler.plan.settling import need_elsewhere, need_of, settle
+from reconciler.plan.windows import find_returns
 from reconciler.plan.wishes import MOST_TOGETHER, Wish
 from reconciler.spec.spec import EndpointSpec, GpuPins
 
@@ -33,6 +34,7 @@ def seat(draft: Draft) -> None:
     if places:
         draft.places |= places
         _seat_one_by_one(draft)
+    draft.returns = find_returns(draft)
 
 
 def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:

@@ -23,7 +23,7 @@ from reconciler.plan.search import Search
 from reconciler.plan.settling import need_elsewhere
 from reconciler.plan.solver import PLACES, Mover, Problem
 from reconciler.plan.why import judge, judge_moves
-from reconciler.plan.windows import ahead_of, keeping_off
+from reconciler.plan.windows import ahead_of, keeping_off, may_prolong
 from reconciler.plan.wishes import MOST_TOGETHER, Choice, MayDisplace, Wish
 from reconciler.spec.spec import GpuCount, OverlaySpec
 
@@ -169,9 +169,21 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
         options=options,
         rank=overlay.priority,
         may_displace=may,
+        may_prolong=_may_prolong(draft, overlay),
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
     )
     return Asker(overlay, wish, consents, may_move)
+
+
+def _may_prolong(draft: Draft, overlay: OverlaySpec) -> MayDisplace:
+    """Whether it may have the place of a tenant that another overlay displaces."""
+
+    def may(tenant: Tenant) -> bool:
+        kind, _, name = tenant.key.partition("/")
+        endpoint = draft.wanted.get(name) if kind == "endpoint" else None
+        return endpoint is None or may_prolong(overlay, endpoint)
+
+    return may
 
 
 def begins_before(draft: Draft, name: str, overlay: OverlaySpec) -> bool:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from math import inf
 
 from reconciler.plan.actions import Blocked
-from reconciler.plan.board import Need
-from reconciler.plan.draft import OVERRIDING, Draft, Window
+from reconciler.plan.board import Need, Tenant, endpoint_key
+from reconciler.plan.draft import OVERRIDING, Draft, Return, Window
 from reconciler.plan.observed import Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, memory_return_s
-from reconciler.spec.spec import EndpointSpec, OverlaySpec, Stop
+from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, memory_return_s, predicted_end
+from reconciler.spec.spec import EndpointSpec, GpuPins, OverlaySpec, Stop, WholeGpu
 
 KILL_S = 10.0
 """How long a whole tree may take to vanish after SIGKILL: what ends hard is counted as there until then."""
@@ -101,13 +101,76 @@ def not_to_hinder(draft: Draft, overlay: OverlaySpec) -> list[Window]:
 def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:
     """The windows whose place this overlay may not take, were it to begin at `begin`.
 
-    Those that it may not delay, and that are not over by then, unless its hard end comes before they open.
+    Those that it may not delay, and that are not over by then, unless its hard end comes before they open. The return
+    of an endpoint that it might not displace is one: nobody prolongs an absence that he could not have brought about.
     """
-    windows = not_to_hinder(draft, overlay)
+    windows = [*not_to_hinder(draft, overlay), *_returning(draft, overlay, begin)]
     if not windows:
         return []
     last = hard_end(draft, overlay, begin)
     return [w for w in windows if begin < w.end and last > w.opens]
+
+
+def may_prolong(overlay: OverlaySpec, endpoint: EndpointSpec) -> bool:
+    """Whether an overlay may have the place of an endpoint that is away on the account of another."""
+    lower = overlay.allow_baseline_eviction and endpoint.preemptible and endpoint.priority < overlay.priority
+    return lower or endpoint.name in overlay.endpoints
+
+
+def find_returns(draft: Draft) -> tuple[Return, ...]:
+    """Whose place is to be given back: every endpoint that an overlay displaced, or keeps from its place since.
+
+    One that may choose its GPUs has the place in which it ran: had there been another, it would have moved.
+    """
+    found = []
+    for name in draft.stirring():
+        endpoint, holders = draft.wanted.get(name), {n for n, held in draft.evicted_from(name).items() if held}
+        if name in draft.kept_off and draft.records[name].evicted_by is not None:
+            holders.add(draft.kept_off[name])
+        if endpoint is None or not holders or endpoint_key(name) in draft.board.tenants:
+            continue
+        gpus = draft.situation.resolve_pins(endpoint.gpus) if isinstance(endpoint.gpus, GpuPins) else None
+        places = gpus or draft.records[name].last_gpus
+        sizes = {
+            g: draft.situation.claim_bytes(endpoint.memory, draft.situation.gpus[g])
+            for g in places
+            if g in draft.board.capacity
+        }
+        ends = [
+            predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S
+            for step in (draft.steps[n] for n in holders if n in draft.steps)
+            if step.spec is not None
+        ]
+        at = max(ends, default=draft.now.wall)
+        found.append(Return(endpoint, at, sizes, isinstance(endpoint.memory, WholeGpu)))
+    return tuple(found)
+
+
+def _returning(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:
+    """The returns that an overlay may not put off, as windows without an end; later than that they have their place."""
+    owed = [r for r in draft.returns if not may_prolong(overlay, r.endpoint)]
+    found = []
+    for back in owed:
+        if begin > draft.now.wall and begin >= back.at:
+            continue
+        beside: dict[str, int] = {}
+        for gpu in back.memory_bytes:
+            alone = any(r.exclusive for r in owed if gpu in r.memory_bytes)
+            stays = [t.holds[gpu].memory_bytes for t in draft.board.on(gpu) if not _over_by(draft, t, back.at)]
+            wanted = sum(r.memory_bytes.get(gpu, 0) for r in owed)
+            beside[gpu] = 0 if alone else max(0, draft.board.capacity[gpu] - sum(stays) - wanted)
+        name, priority = back.endpoint.name, back.endpoint.priority
+        found.append(Window(name, priority, back.at, back.at, inf, (), beside))
+    return found
+
+
+def _over_by(draft: Draft, tenant: Tenant, wall: float) -> bool:
+    """Whether a tenant is an overlay that is predicted to be over by then."""
+    kind, _, name = tenant.key.partition("/")
+    step = draft.steps.get(name) if kind == "overlay" else None
+    if step is None or step.spec is None:
+        return False
+    return predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S <= wall
 
 
 def keeping_off(windows: Iterable[Window]) -> Callable[[Need], Need]:

@@ -44,6 +44,8 @@ class Wish:
     """None: nobody."""
     group: int = 0
     """What a later group gets, or costs, is compared only where the earlier groups' is the same."""
+    may_prolong: MayDisplace | None = None
+    """Whose place it may have once that one left for another wish: it comes back so much later. None: anybody's."""
     frees: Victims = frozenset()
     """Tenants that go once it is seated, as its file says: they are no victims."""
     rivals: frozenset[str] = frozenset()

@@ -1,0 +1,119 @@
+"""Nobody prolongs an absence that he could not have brought about: the place of who gave way is kept for its return."""
+
+from __future__ import annotations
+
+import pytest
+from builders import endpoint, overlay, spec
+from plant import Behaviour, Plant, Run, overlay_state
+
+from reconciler.plan.actions import Blocked, Plan
+from reconciler.plan.observed import Subject
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.units import GIB
+
+ASK = endpoint("ask", [0], priority=40)
+SHORT = overlay("short", [0], memory=20, priority=600, duration=300.0)
+
+
+def settled(*endpoints: EndpointSpec, gpus: int = 1) -> Run:
+    behaviour = Behaviour(run_s={"short": 250.0, "long": 2900.0})
+    run = Run(spec(*endpoints), Plant(totals=[80 * GIB] * gpus, behaviour=behaviour))
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    return run
+
+
+def away(run: Run, *endpoints: EndpointSpec, short: OverlaySpec = SHORT) -> None:
+    """`short` has the place of them."""
+    run.spec = spec(*endpoints, short)
+    run.settle(until=overlay_state("short", "active"))
+
+
+def why(decided: Plan, name: str) -> Blocked:
+    (found,) = [b for b in decided.blocked if b.subject == Subject("workload", name)]
+    return found
+
+
+LONG = {
+    "may evict nobody": overlay("long", [0], memory=20, priority=900, evict=False, duration=3000.0),
+    "is less important": overlay("long", [0], memory=20, priority=40, duration=3000.0),
+}
+
+
+@pytest.mark.parametrize("long", LONG.values(), ids=LONG)
+def test_work_beside_other_work_does_not_keep_away_whom_it_could_not_have_displaced(long: OverlaySpec) -> None:
+    run = settled(ASK)
+    away(run, ASK)
+    run.spec = spec(ASK, SHORT, long)
+    blocked = why(run.decide(), "long")
+    assert blocked.reason == "WindowTaken"
+    assert "ask (which is to be back from 2026-" in blocked.message
+    assert any("on_overrun: stop" in hint for hint in blocked.alternatives)
+    run.settle(until=lambda p: run.plant.is_ready("ask"))
+    assert run.ledger.overlays["short"].state == "done"
+    assert run.ledger.overlays["long"].state == "pending"
+
+
+@pytest.mark.parametrize("long", LONG.values(), ids=LONG)
+def test_nor_if_it_arrives_together_with_that_other_work(long: OverlaySpec) -> None:
+    run = settled(ASK)
+    run.spec = spec(ASK, SHORT, long)
+    run.settle(until=lambda p: "short" in p.ledger.overlays and p.ledger.overlays["short"].state == "done")
+    assert run.plant.is_ready("ask")
+    assert run.ledger.overlays["long"].state == "pending"
+
+
+def test_gpus_that_a_gang_left_idle_are_its_own_when_it_comes_back() -> None:
+    gang = endpoint("gang", [0, 1, 2, 3], priority=40)
+    run = settled(gang, gpus=4)
+    away(run, gang)
+    run.spec = spec(gang, SHORT, overlay("long", 3, priority=10, duration=3000.0))
+    assert why(run.decide(), "long").reason == "WindowTaken"
+    run.settle(until=lambda p: run.plant.is_ready("gang"))
+    assert "long" not in run.starts()
+
+
+def test_work_that_is_surely_over_by_then_uses_them_meanwhile() -> None:
+    gang = endpoint("gang", [0, 1, 2, 3], priority=40)
+    run = settled(gang, gpus=4)
+    run.plant.behaviour.run_s = {"short": 2000.0, "brief": 100.0}
+    away(run, gang, short=overlay("short", [0], memory=20, priority=600, duration=2000.0))
+    brief = overlay("brief", 3, priority=10, duration=200.0, on_overrun="stop")
+    run.spec = spec(gang, overlay("short", [0], memory=20, priority=600, duration=2000.0), brief)
+    run.settle(until=overlay_state("brief", "done"))
+    assert run.ledger.overlays["short"].state == "active"
+    run.settle()
+    assert run.plant.is_ready("gang")
+
+
+def test_work_that_could_have_displaced_it_may_have_its_place() -> None:
+    run = settled(ASK)
+    away(run, ASK)
+    run.spec = spec(ASK, SHORT, overlay("long", [0], memory=20, priority=50, duration=3000.0))
+    run.settle(until=overlay_state("short", "done"))
+    assert run.ledger.overlays["long"].state == "active"
+    run.settle()
+    assert run.plant.is_ready("ask")
+
+
+def test_work_for_which_there_is_room_beside_the_one_that_comes_back_begins() -> None:
+    small = endpoint("ask", [0], memory=30, priority=40)
+    run = settled(small)
+    away(run, small, short=overlay("short", [0], memory=60, priority=600, duration=300.0))
+    short = overlay("short", [0], memory=60, priority=600, duration=300.0)
+    run.spec = spec(small, short, overlay("long", [0], memory=15, priority=10, evict=False, duration=3000.0))
+    run.settle(until=overlay_state("long", "active"))
+    run.settle(until=lambda p: run.plant.is_ready("ask"))
+    assert run.ledger.overlays["long"].state == "active"
+
+
+def test_of_several_that_come_back_to_one_gpu_all_have_their_places() -> None:
+    both = [endpoint(name, [0], memory=35, priority=40) for name in ("ask", "code")]
+    run = settled(*both)
+    short = overlay("short", [0], memory=45, priority=600, duration=300.0)
+    away(run, *both, short=short)
+    run.spec = spec(*both, short, overlay("long", [0], memory=15, priority=10, evict=False, duration=3000.0))
+    assert why(run.decide(), "long").reason == "WindowTaken"
+    run.settle(until=lambda p: all(run.plant.is_ready(e.name) for e in both))
+    assert "long" not in run.starts()
