@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "simulation"), str(TESTS / "plan")]
+sys.path[:0] = [str(TESTS / "simulation"), str(TESTS / "plan"), str(TESTS)]
 
 from running import faulty, report, run  # noqa: E402 - the path comes first
 from scenario import Draw  # noqa: E402

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 
 from reconciler.clock import Instant
 from reconciler.journal.codec import decode, encode
@@ -69,10 +70,14 @@ def digest(plan: Plan) -> str:
 
 def maker(plan: Plan) -> str:
     """What made a plan, and makes it again from the same inputs: the version, and the solver's if that was asked."""
+    return f"{_own_version()} with {solver.version()}" if plan.solved else _own_version()
+
+
+@cache  # read from the package's files, which are large, and asked at every decision
+def _own_version() -> str:
     from importlib.metadata import version  # 20 ms, and only the daemon needs it
 
-    own = version("reconciler")
-    return f"{own} with {solver.version()}" if plan.solved else own
+    return version("reconciler")
 
 
 def deeds(plan: Plan) -> tuple[tuple[str, str, str | None], ...]:

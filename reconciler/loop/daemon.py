@@ -45,8 +45,9 @@ from reconciler.plan.requests import clean_start, reset, unknown
 from reconciler.plan.status import DaemonInfo, status_data
 from reconciler.spec.spec import Notifier, Spec, Stop
 
-MEMORY_POLL_S = 0.1
-"""NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second."""
+MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
+"""NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second. What is
+not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
@@ -284,7 +285,9 @@ class Daemon:
         """How long to wait if nothing wakes the loop, in seconds."""
         now = self._parts.clock.now()
         waits = [tick.spec.spec.policy.resync_s, self._parts.at_least_every_s]
-        if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions) or tick.plan.archive:
+        if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions):
+            waits.append(_memory_pace(tick, now))
+        if tick.plan.archive:
             waits.append(MEMORY_POLL_S)
         if any(b.reason in OUTSIDE for b in tick.plan.blocked):
             waits.append(OUTSIDE_POLL_S)
@@ -416,3 +419,11 @@ class Daemon:
         await self._notifying.close()
         await self._executor.close()
         self._eyes.close()
+
+
+def _memory_pace(tick: Tick, now: Instant) -> float:
+    """Seconds until memory that is waited for is looked at again: as the last one to end, or to fall asleep, has it."""
+    naps = (record.nap for record in tick.plan.ledger.endpoints.values())
+    since = [nap.slept for nap in naps if nap is not None] + [i.exited for i in tick.observed.incarnations]
+    waited_s = min((now.since(moment) for moment in since if moment is not None), default=0.0)
+    return min(SLOWEST_MEMORY_POLL_S, max(MEMORY_POLL_S, MEMORY_POLL_GROWTH * waited_s))

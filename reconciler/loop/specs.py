@@ -122,8 +122,9 @@ class SpecKeeper:
         return (spec, accepted), tuple(problems)
 
     def _refuse_emptied(self, spec: Spec, path: str) -> None:
-        before = self._in_force.spec.endpoints if self._in_force else self._remembered_endpoints()
-        if before and not spec.endpoints:
+        if spec.endpoints:
+            return
+        if self._in_force.spec.endpoints if self._in_force else self._remembered_endpoints():
             hint = "set `state: stopped` on each, or run `reconciler down`; the last good set points stay in force"
             raise SpecError((Problem(path, 1, 1, "no endpoints are left where there were some", hint),))
 
@@ -161,7 +162,8 @@ class SpecKeeper:
         in_force = self.in_force
         overlays, texts = dict(in_force.spec.overlays), dict(in_force.texts)
         if self._remembered:
-            self._held = self._held_before(ledger)
+            if any(record.state in LIVE for record in ledger.overlays.values()):
+                self._held = self._held_before(ledger)
             self._remembered = {}
         for name, overlay in in_force.spec.overlays.items():
             record, held = ledger.overlays.get(name), self._held.get(name)
@@ -174,11 +176,14 @@ class SpecKeeper:
                 texts[overlay.source.file] = held[1]
         for name in set(self._held) - set(overlays):
             del self._held[name]
+        if overlays == in_force.spec.overlays:
+            return in_force  # the same object at every look: what follows from it need not be worked out anew
         return replace(in_force, spec=replace(in_force.spec, overlays=overlays), texts=texts)
 
     def _held_before(self, ledger: Ledger) -> dict[str, tuple[OverlaySpec, str]]:
         """What an earlier daemon's live overlays went live with."""
-        known = self._resolve_known(self._remembered)
+        same = self._remembered == self.in_force.texts
+        known = self.in_force.spec if same else self._resolve_known(self._remembered)
         if known is None:
             return {}
         return {

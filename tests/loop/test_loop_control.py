@@ -139,8 +139,8 @@ def test_a_socket_that_cannot_be_made_is_named_and_what_stands_there_stays(path:
 def test_a_daemon_that_hangs_up_or_does_not_answer_is_an_error_of_the_asker(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "ANSWER_TIMEOUT_S", 0.05)
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX) as listener, monkeypatch.context() as hurried:
+        hurried.setattr(control, "ANSWER_TIMEOUT_S", 0.05)
         listener.bind(str(path))
         listener.listen()
         with pytest.raises(StateError, match="does not answer"):

@@ -7,19 +7,21 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reconciler.clock import SystemClock
+from reconciler.clock import Instant, SystemClock
 from reconciler.errors import ReconcilerError
 from reconciler.journal.codec import decode
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
+from reconciler.loop import daemon as daemon_module
 from reconciler.loop.control import ask
 from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
-from reconciler.plan.ledger import Ledger, Quarantine
+from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
 from reconciler.plan.observed import Gpu, Observed
 
 DEADLINE_S = 20.0
@@ -203,3 +205,33 @@ def test_a_bad_edit_and_its_repair_are_told_once_each(house: House) -> None:
         assert told.count("spec.accepted") == 1
 
     house.run(story)
+
+
+@pytest.mark.parametrize(
+    ("ended", "slept", "pace_s"),
+    [
+        ((), None, 0.1),
+        ((None,), None, 0.1),
+        ((0.3,), None, 0.1),
+        ((4.0,), None, 0.2),
+        ((60.0,), None, 1.0),
+        ((60.0, 5.0), None, 0.25),
+        ((60.0,), 1.0, 0.1),
+        ((), 10.0, 0.5),
+    ],
+)
+def test_memory_is_looked_at_the_less_often_the_longer_it_has_not_come_back(
+    ended: tuple[float | None, ...], slept: float | None, pace_s: float
+) -> None:
+    """By how long ago the last one ended, or fell asleep."""
+    now = Instant(1000.0, 1000.0)
+
+    def ago(seconds: float | None) -> Instant | None:
+        return None if seconds is None else now.plus(-seconds)
+
+    endpoint = EndpointRecord("chat", nap=None if slept is None else Nap("i", 1, now, slept=ago(slept)))
+    tick: Any = SimpleNamespace(
+        observed=SimpleNamespace(incarnations=[SimpleNamespace(exited=ago(seconds)) for seconds in ended]),
+        plan=SimpleNamespace(ledger=Ledger(endpoints={"chat": endpoint})),
+    )
+    assert daemon_module._memory_pace(tick, now) == pytest.approx(pace_s)

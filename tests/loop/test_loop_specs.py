@@ -8,6 +8,7 @@ import pytest
 
 from reconciler.clock import Instant
 from reconciler.errors import SpecError
+from reconciler.loop import specs as module
 from reconciler.loop.specs import SpecKeeper
 from reconciler.plan.ledger import Ledger, OverlayRecord
 from reconciler.spec.spec import Source
@@ -130,3 +131,19 @@ def test_a_secret_that_changed_in_its_file_changes_the_process(path: Path) -> No
     before = specs.load(Ledger()).spec.endpoints["one"].process_hash
     secrets.write_text("TOKEN=another\n")
     assert specs.load(Ledger()).spec.endpoints["one"].process_hash != before
+
+
+def test_while_nothing_is_edited_each_look_has_the_same_spec_and_a_daemon_reads_its_files_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is worked out of a spec is kept by the spec that it was worked out of."""
+    read: list[str] = []
+    resolve = module.resolve_texts
+    monkeypatch.setattr(module, "resolve_texts", lambda *texts: (read.append(""), resolve(*texts))[1])
+    first = keeper(path).load(Ledger())
+    read.clear()
+    specs, ledger = keeper(path, dict(first.texts)), live(first.spec.overlays["job"].placement_hash)
+    looks = [specs.load(ledger) for _ in range(3)]
+    assert looks[0].spec == first.spec
+    assert all(look.spec is looks[0].spec for look in looks)
+    assert len(read) == 1

@@ -11,12 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from accounting import Account
 from builders import NOW, foreign, uuid
+from files import put
 from plant import Behaviour, Plant
 from scenario import Drop, Fault, Scenario
 from virtual import STEP_S, VirtualLoop
@@ -30,13 +32,14 @@ from reconciler.journal.decisions import Made
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop import daemon as daemon_module
-from reconciler.loop import launching
+from reconciler.loop import launching, specs
 from reconciler.loop.daemon import Daemon, Parts, Tick
 from reconciler.loop.specs import SpecKeeper
 from reconciler.observe.snapshot import CLOCK_JUMP_S, ObserveOptions
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import LIVE, Ledger
 from reconciler.plan.observed import Incarnation, Observed, PortHolder, StopProgress
+from reconciler.spec.load import SourceText, resolve_texts
 from reconciler.spec.spec import Spec, Stop
 from reconciler.units import GIB
 
@@ -108,7 +111,7 @@ class Box:
         self.overlays = folder / "overlays"
         self.overlays.mkdir()
         self.whole = json.dumps(scenario.setpoints())
-        self.write(self.setpoints, self.whole)
+        put(self.setpoints, self.whole)
         behaviour = Behaviour(
             load_s=scenario.load_s,
             stop_s=scenario.stop_s,
@@ -154,17 +157,10 @@ class Box:
 
     # ------------------------------------------------------------ files
 
-    @staticmethod
-    def write(path: Path, text: str) -> None:
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(text)
-        draft.chmod(0o644)
-        draft.rename(path)
-
     def drop(self, drop: Drop) -> None:
         self.dropped[drop.name] = drop
         folder = self.overlays if self.overlays.is_dir() else self.overlays.with_name("away")
-        self.write(folder / f"{drop.name}.yaml", json.dumps(drop.body))
+        put(folder / f"{drop.name}.yaml", json.dumps(drop.body))
         self.note(f"drop {drop.name}")
         self.wake(files=True)
 
@@ -514,20 +510,20 @@ class Box:
         return lambda: self.unknown.discard(victim.id)
 
     def _do_setpoints_torn(self, _: Fault) -> Callable[[], None]:
-        self.write(self.setpoints, self.whole[: len(self.whole) // 2])
-        return lambda: self.write(self.setpoints, self.whole)
+        put(self.setpoints, self.whole[: len(self.whole) // 2])
+        return lambda: put(self.setpoints, self.whole)
 
     def _do_overlay_torn(self, fault: Fault) -> Callable[[], None] | None:
         drop = self._pick(fault, sorted(self.dropped.values(), key=lambda d: d.name))
         if drop is None or not self.overlays.is_dir():
             return None
         name, text = drop.name, json.dumps(drop.body)
-        self.write(self.overlays / f"{name}.yaml", text[:-20])
+        put(self.overlays / f"{name}.yaml", text[:-20])
 
         def mended() -> None:
             folder = self.overlays if self.overlays.is_dir() else self.overlays.with_name("away")
             if name in self.dropped:
-                self.write(folder / f"{name}.yaml", text)
+                put(folder / f"{name}.yaml", text)
 
         return mended
 
@@ -842,8 +838,16 @@ def forget(box: Box) -> Callable[..., None]:
     return archive
 
 
+@lru_cache(maxsize=64)
+def _resolved(setpoints: SourceText, overlays: tuple[SourceText, ...]) -> Spec:
+    return resolve_texts(setpoints, overlays)
+
+
 class Patches:
-    """The two names that the loop looks up and a simulation gives: who is put away how, and how starts are called."""
+    """The names that the loop looks up and a simulation gives: who is put away how, and how starts are called.
+
+    And the same texts are resolved once: what they mean hangs on nothing else, as there are no files of secrets here.
+    """
 
     def __init__(self, box: Box) -> None:
         self.box = box
@@ -852,6 +856,7 @@ class Patches:
         self.before = daemon_module.archive, launching.uuid4
         daemon_module.archive = forget(self.box)  # type: ignore[attr-defined]
         launching.uuid4 = self._name  # type: ignore[assignment]
+        specs.resolve_texts = lambda setpoints, overlays: _resolved(setpoints, tuple(overlays))
 
     def _name(self) -> Any:
         self.box._serial += 1
@@ -859,6 +864,7 @@ class Patches:
 
     def __exit__(self, *_: object) -> None:
         daemon_module.archive, launching.uuid4 = self.before  # type: ignore[attr-defined]
+        specs.resolve_texts = resolve_texts
 
 
 def new_loop() -> VirtualLoop:

@@ -57,14 +57,14 @@ def test_the_seeds_strike_with_everything_and_make_things_happen() -> None:
 
 def test_a_seed_tells_the_same_story_in_another_process_with_other_hashes() -> None:
     code = (
-        "import hashlib, sys; sys.path[:0] = sys.argv[1:3]; from running import faulty;"
+        "import hashlib, sys; sys.path[:0] = sys.argv[1:4]; from running import faulty;"
         "print(hashlib.sha256('\\n'.join(l for s in range(12) for l in faulty(s).trace).encode()).hexdigest())"
     )
     here = Path(__file__).parent
     mine = hashlib.sha256("\n".join(line for seed in range(12) for line in faulty(seed).trace).encode()).hexdigest()
     for hashes in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(here), str(here.parent / "plan")],
+            [sys.executable, "-c", code, str(here), str(here.parent / "plan"), str(here.parent)],
             capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": hashes},
         )  # fmt: skip
         assert done.stdout.strip() == mine
