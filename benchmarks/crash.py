@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests/crash"
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import stopper  # noqa: E402 - the path comes first
 from scenes import SCENES, Scene, Stage, play_all, recorded  # noqa: E402

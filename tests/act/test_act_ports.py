@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from ports import free_port
 
 from reconciler.act.ports import prove_free
 from reconciler.errors import PortInUse
@@ -21,7 +22,7 @@ def taken() -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
 def test_a_listener_on_any_address_takes_the_port(taken: socket.socket, address: str) -> None:
-    taken.bind((address, 0))
+    taken.bind((address, free_port()))
     taken.listen()
     with pytest.raises(PortInUse, match="listens"):
         prove_free(taken.getsockname()[1])
@@ -41,7 +42,7 @@ def test_a_listener_on_ipv6_alone_takes_the_port() -> None:
 
 def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket) -> None:
     """vLLM binds with SO_REUSEADDR before it loads; a probe with SO_REUSEADDR alone would succeed."""
-    taken.bind(("0.0.0.0", 0))
+    taken.bind(("0.0.0.0", free_port()))
     port = taken.getsockname()[1]
     with pytest.raises(PortInUse, match="does not listen yet"):
         prove_free(port)
@@ -50,7 +51,7 @@ def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket
 
 
 def test_connections_that_linger_after_a_server_do_not_take_the_port(taken: socket.socket) -> None:
-    taken.bind(("127.0.0.1", 0))
+    taken.bind(("127.0.0.1", free_port()))
     taken.listen()
     port = taken.getsockname()[1]
     with socket.create_connection(("127.0.0.1", port)) as client:
@@ -64,7 +65,7 @@ def test_connections_that_linger_after_a_server_do_not_take_the_port(taken: sock
 
 
 def test_proving_leaves_the_port_free(taken: socket.socket) -> None:
-    taken.bind(("127.0.0.1", 0))
+    taken.bind(("127.0.0.1", free_port()))
     port = taken.getsockname()[1]
     taken.close()
     prove_free(port)

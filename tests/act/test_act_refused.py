@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 from nursery import BRIEF, OBEDIENT, Nursery, is_running, until
+from ports import free_port
 
 from reconciler import identity
 from reconciler.act import account, forkserver, ports, process, target
@@ -253,9 +254,7 @@ def test_a_leader_that_ends_right_before_its_signal_is_an_end_like_any_other(
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def test_a_port_that_may_not_be_bound_is_not_called_taken(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

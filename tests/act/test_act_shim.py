@@ -6,32 +6,15 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import in_child
 from nursery import OBEDIENT, Nursery
 
 from reconciler.act import shim
-
-
-def in_child(work: Callable[[], object]) -> str:
-    """What `work` returns or raises in a process of its own, which is not to touch this one."""
-    out, back = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            said = str(work())
-        except BaseException as error:  # noqa: BLE001 - a forked child has nobody else to tell
-            said = f"{type(error).__name__}: {error}"
-        os.write(back, said.encode())
-        os._exit(0)
-    os.close(back)
-    with os.fdopen(out, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return said
 
 
 @pytest.fixture

@@ -191,20 +191,21 @@ def test_a_process_that_cannot_be_looked_into_has_it_by_the_kernels_word(
 def test_who_opens_a_file_while_it_is_removed_does_no_harm_to_the_remover(names: list[str]) -> None:
     """The kernel signals whoever holds a lease that is in somebody's way, by default with a signal that ends them."""
     code = (
-        "import os, sys, time; from pathlib import Path; from reconciler.act import shm;"
+        "import os, sys; from pathlib import Path; from reconciler.act import shm;"
         "path = Path(sys.argv[1]); info = path.stat();"
         "file = shm.SharedFile(path.name, info.st_dev, info.st_ino, None, info.st_uid, sole=True);"
         "real = Path.unlink;"
-        "Path.unlink = lambda *a, **k: (print('held', flush=True), time.sleep(1), real(*a, **k));"
+        "Path.unlink = lambda *a, **k: (print('held', flush=True), sys.stdin.readline(), real(*a, **k));"
         "print(shm._remove(file, path.parent))"
     )
     path = stranger(new(names))
-    remover = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", code, str(path)]
+    remover = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert remover.stdout is not None
     assert remover.stdout.readline() == "held\n"
     with pytest.raises(BlockingIOError):
         os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    assert remover.communicate(timeout=30)[0] == "None\n"
+    assert remover.communicate("go on\n", timeout=30)[0] == "None\n"
     assert remover.returncode == 0
     assert not path.exists()
 

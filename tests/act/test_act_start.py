@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, is_running, program, until
+from ports import free_port
 
 from reconciler.act import process, shim
 from reconciler.act.process import Launch, ProcessActor
@@ -222,7 +223,7 @@ def test_a_start_waits_for_the_lock_and_a_twin_call_meanwhile_joins_it(nursery: 
 
 def test_a_taken_port_is_refused_before_anything_is_recorded(nursery: Nursery) -> None:
     with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
+        server.bind(("127.0.0.1", free_port()))
         server.listen()
         port = server.getsockname()[1]
         launch = nursery.launch(OBEDIENT, port=port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+from files import put
+from ports import free_ports
+
+from reconciler.cli.main import run
 
 PROGRAM = [sys.executable, "-m", "reconciler"]
 DEADLINE_S = 30.0
@@ -22,8 +28,8 @@ node: {name: desk}
 priorities: {high: 800}
 capabilities: {chat: {min_available: 1}}
 endpoints:
-  big: {model: Qwen/Qwen3-8B, gpus: [0, 1], port: 18611, priority: high, capabilities: [chat, reasoning]}
-  small: {model: Qwen/Qwen3-1.7B, gpus: 1, port: 18612, priority: 30, state: standby}
+  big: {model: Qwen/Qwen3-8B, gpus: [0, 1], port: %d, priority: high, capabilities: [chat, reasoning]}
+  small: {model: Qwen/Qwen3-1.7B, gpus: 1, port: %d, priority: 30, state: standby}
 """
 
 
@@ -33,7 +39,7 @@ class Desk:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.state = root / "state"
-        self.setpoints = self.write("setpoints.yaml", OK_SETPOINTS)
+        self.setpoints = self.write("setpoints.yaml", OK_SETPOINTS % tuple(free_ports(2)))
         (root / "overlays").mkdir()
         self.daemon: subprocess.Popen[bytes] | None = None
 
@@ -42,12 +48,7 @@ class Desk:
         return ["--setpoints", str(self.setpoints), "--state-dir", str(self.state), "--simulate", "4x80GiB"]
 
     def write(self, name: str, text: str) -> Path:
-        path = self.root / name
-        draft = path.with_name(f".{path.name}.new")
-        draft.write_text(text)
-        draft.chmod(0o644)
-        draft.rename(path)
-        return path
+        return put(self.root / name, text)
 
     def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -60,23 +61,26 @@ class Desk:
         )
 
     def data(self, *words: str) -> Any:
-        done = self.run("--format", "json", *words)
-        assert done.stdout, done.stderr
-        answer = json.loads(done.stdout)
+        """What a command answers, called within this process: much is asked, and often."""
+        answer = self.answer(*words)
         assert answer["format_version"] == "1"
+        assert "data" in answer, answer
         return answer["data"]
+
+    def answer(self, *words: str) -> Any:
+        """The same, if it may be an error."""
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            run([*self.words, "--format", "json", *words])
+        assert out.getvalue(), err.getvalue()
+        return json.loads(out.getvalue())
 
     def start(self) -> None:
         with (self.root / "daemon.log").open("wb") as log:
             self.daemon = subprocess.Popen(
                 [*PROGRAM, *self.words, "run"], stdout=log, stderr=log, start_new_session=True
             )
-        self.wait(
-            lambda: (
-                json.loads(self.run("--format", "json", "status").stdout).get("data", {}).get("daemon", {}).get("pid")
-            ),
-            "the daemon answers",
-        )
+        self.wait(lambda: self.answer("status").get("data", {}).get("daemon", {}).get("pid"), "the daemon answers")
 
     def wait(self, look: Callable[[], Any], what: str) -> Any:
         end = time.monotonic() + DEADLINE_S

@@ -89,8 +89,8 @@ def test_a_daemon_introduces_itself_ends_on_ctrl_c_and_leaves_without_a_tracebac
     assert f"pid {process.pid}" in line
     assert str(desk.setpoints) in line
     assert str(desk.state) in line
-    desk.wait(lambda: desk.run("--format", "json", "status").stdout.count(f'"pid": {process.pid}'), "it answers")
-    refused = json.loads(desk.run("--format", "json", "reset", "bgi").stdout)["error"]
+    desk.wait(lambda: desk.answer("status").get("data", {}).get("daemon", {}).get("pid") == process.pid, "it answers")
+    refused = desk.answer("reset", "bgi")["error"]
     assert refused["code"] == "UnknownName"
     assert refused["hint"] == 'did you mean "big"?'
     process.send_signal(2)

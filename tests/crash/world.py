@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 from uuid import uuid4
 
 import yaml
+from files import put
+from ports import free_ports
 from watching import Watcher
 
 from reconciler.cgroup import find_home, path_in
@@ -45,17 +46,6 @@ DEADLINE_S = 40.0
 KEPT = 3
 """Past incarnations of an endpoint."""
 STUB = [sys.executable, "-I", "-S", str(HERE / "stub.py")]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 class Zygote:
@@ -155,7 +145,7 @@ class World:
     # ------------------------------------------------------------ files
 
     def write(self) -> None:
-        self._replace(self.setpoints, yaml.safe_dump(self.spec))
+        put(self.setpoints, yaml.safe_dump(self.spec))
 
     def drop_job(self, name: str, *, for_s: float = 0.1) -> Path:
         body = {
@@ -168,15 +158,8 @@ class World:
             "workload": {"command": [*STUB, str(self.root), "job", name, "--gib", "40", "--for", str(for_s)]},
         }
         path = self.overlays / f"{name}.yaml"
-        self._replace(path, yaml.safe_dump(body))
+        put(path, yaml.safe_dump(body))
         return path
-
-    @staticmethod
-    def _replace(path: Path, text: str) -> None:
-        draft = path.with_name(f".{path.name}.new")
-        draft.write_text(text)
-        draft.chmod(0o644)
-        draft.rename(path)
 
     def noted(self, file: str) -> list[list[str]]:
         with suppress(FileNotFoundError):

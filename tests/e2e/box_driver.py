@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from files import put
+from ports import free_port
+
+from reconciler.cli.main import run
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "reconciler"]
 DEADLINE_S = 40.0
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def wait_for(look: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -76,7 +70,7 @@ class Box:
         extra: list[str] | None = None,
         **fields: Any,
     ) -> None:
-        port = fields.pop("port", None) or free_ports(1)[0]
+        port = fields.pop("port", None) or free_port()
         self.spec["endpoints"][name] = {
             "engine": "custom",
             "command": [sys.executable, str(HERE / "stub_server.py"), "{port}", "--gib", str(gib), *(extra or [])],
@@ -89,7 +83,7 @@ class Box:
         }
 
     def write(self) -> None:
-        self.replace(self.setpoints, yaml.safe_dump(self.spec, sort_keys=False))
+        put(self.setpoints, yaml.safe_dump(self.spec, sort_keys=False))
 
     def overlay(self, name: str, *, gib: float = 60, exit_code: int = 0, **fields: Any) -> Path:
         """Drop an overlay whose job goes on until `finish(name)`."""
@@ -115,7 +109,7 @@ class Box:
             **fields,
         }
         path = self.overlays / f"{name}.yaml"
-        self.replace(path, yaml.safe_dump({k: v for k, v in body.items() if v is not None}, sort_keys=False))
+        put(path, yaml.safe_dump({k: v for k, v in body.items() if v is not None}, sort_keys=False))
         return path
 
     def finish(self, name: str) -> None:
@@ -124,13 +118,6 @@ class Box:
     def starts(self, name: str) -> list[int]:
         path = self.root / f"job-{name}" / "began"
         return [int(line) for line in path.read_text().split()] if path.exists() else []
-
-    @staticmethod
-    def replace(path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(text)
-        temporary.chmod(0o644)
-        temporary.rename(path)
 
     # ------------------------------------------------------------ the program
 
@@ -149,10 +136,17 @@ class Box:
     def run(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.argv(*words), capture_output=True, text=True, timeout=timeout, check=False)
 
+    def said(self, *words: str) -> tuple[str, str]:
+        """What a command says, on stdout and on stderr; called within this process: much is asked, and often."""
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            run(self.argv(*words)[len(PROGRAM) :])
+        return out.getvalue(), err.getvalue()
+
     def json(self, *words: str) -> Any:
-        done = self.run("--format", "json", *words)
-        assert done.stdout, done.stderr
-        return json.loads(done.stdout)
+        out, err = self.said("--format", "json", *words)
+        assert out, err
+        return json.loads(out)
 
     def status(self) -> dict[str, Any]:
         answer = self.json("status")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from box_driver import Box, free_ports, wait_for
+from box_driver import Box, wait_for
+from ports import free_port
 
 from reconciler.loop.control import ask
 
@@ -33,7 +34,7 @@ def test_a_start_that_fails_is_named_with_a_hint_in_status_and_incident(
     box.spec["endpoints"]["ask"] = {
         "engine": "vllm",
         "model": "Qwen/Qwen3-0.6B",
-        "port": free_ports(1)[0],
+        "port": free_port(),
         "gpus": [0],
         "restart": {"max_restarts": 0},
         **fields,
@@ -49,7 +50,7 @@ def test_what_reset_was_answered_is_not_forgotten_by_a_daemon_that_is_killed_rig
     box.spec["endpoints"]["ask"] = {
         "engine": "custom",
         "command": ["false"],
-        "port": free_ports(1)[0],
+        "port": free_port(),
         "gpus": [0],
         "restart": {"max_restarts": 0},
     }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_driver import Box, free_ports, is_gone, wait_for
+from box_driver import Box, is_gone, wait_for
+from ports import free_ports
 
 HUNG_S = 6.0
 NAMES = ("stuck", "hung", "deaf", "slow", "idle")

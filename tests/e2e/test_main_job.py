@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from box_driver import Box, free_ports, is_gone, wait_for
+from box_driver import Box, is_gone, wait_for
+from files import put
+from ports import free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -159,24 +161,26 @@ def test_editing_one_endpoint_restarts_it_once_and_a_comment_restarts_nothing(fu
     assert len(starts) == 2
 
 
-@pytest.mark.parametrize(
-    "text", ["endpoints: [", "", "version: 1\nendpoints: {}\n", "version: 1\nendpoints: {a: {gpsu: 1}}\n", None]
-)
-def test_a_bad_edit_changes_nothing_and_is_told(full_box: Box, text: str | None) -> None:
+BAD_EDITS = ("endpoints: [", "", "version: 1\nendpoints: {}\n", "version: 1\nendpoints: {a: {gpsu: 1}}\n", None)
+"""What the set points are edited to; None: they are deleted."""
+
+
+def test_a_bad_edit_changes_nothing_and_is_told(full_box: Box) -> None:
     before = full_box.pids()
-    if text is None:
-        full_box.setpoints.unlink()
-    else:
-        Box.replace(full_box.setpoints, text)
-    problems = wait_for(lambda: full_box.status()["spec"]["problems"], "status tells of it")
-    assert problems
-    assert full_box.pids() == before
-    full_box.kill()
-    full_box.start()  # the next daemon falls back on the last good version as well
-    assert full_box.pids() == before
-    full_box.write()
-    wait_for(lambda: not full_box.status()["spec"]["problems"], "the mended file is in force")
-    assert full_box.pids() == before
+    for text in BAD_EDITS:
+        if text is None:
+            full_box.setpoints.unlink()
+        else:
+            put(full_box.setpoints, text)
+        wait_for(lambda: full_box.status()["spec"]["problems"], f"status tells of {text!r}")
+        assert full_box.pids() == before, text
+        full_box.kill()
+        full_box.start()  # the next daemon falls back on the last good version as well
+        assert full_box.status()["spec"]["problems"], text
+        assert full_box.pids() == before, text
+        full_box.write()
+        wait_for(lambda: not full_box.status()["spec"]["problems"], f"the file is in force again after {text!r}")
+        assert full_box.pids() == before, text
 
 
 def test_a_vanished_overlays_folder_cancels_nothing(full_box: Box) -> None:
@@ -198,7 +202,7 @@ def test_a_second_daemon_is_refused(full_box: Box) -> None:
 
 
 def test_a_port_in_someone_elses_hands_is_told_with_the_pid_and_nothing_is_started(box: Box) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     listener = subprocess.Popen(
         ["python3", "-m", "http.server", str(port), "--bind", "127.0.0.1"], stderr=subprocess.DEVNULL
     )

@@ -8,7 +8,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from box_driver import Box, free_ports, wait_for
+from box_driver import Box, wait_for
+from ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "act"))
 
@@ -16,7 +17,7 @@ from letter_box import letter_box
 
 
 def test_an_eviction_is_told_to_nobody_and_a_crash_beside_it_at_once(box: Box) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     box.endpoint("gives", gpus=[0])
     box.endpoint("falls", gpus=[1], priority=900)
     with letter_box() as letters:

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from box_driver import Box, free_ports, wait_for
+from box_driver import Box, wait_for
+from ports import free_ports
 
 VLLM = os.environ.get("RECONCILER_TEST_VLLM", "")
 EXAMPLE = Path(__file__).parents[2] / "examples/cpu-vllm"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sqlite3
@@ -11,13 +10,14 @@ import sys
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from box_driver import HERE, PROGRAM, Box, free_ports, wait_for
+from box_driver import HERE, Box, wait_for
+from files import put
+from ports import free_port, free_ports
 
-from reconciler.cli.main import run
 from reconciler.identity import children
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "act"))
@@ -71,7 +71,7 @@ def write_files(box: Box, letters: LetterBox, taken: int, port: int) -> None:
                  extra=["--api-key", "canary-arg", "--header=X-Api-Key: canary-word"])  # fmt: skip
     box.spec["endpoints"]["holds"]["command"] = [*show, *box.spec["endpoints"]["holds"]["command"]]
     box.spec["endpoints"]["gives"] = {
-        "engine": "mine", "model": "m", "port": free_ports(1)[0], "gpus": [1], "priority": 100,
+        "engine": "mine", "model": "m", "port": free_port(), "gpus": [1], "priority": 100,
         "stop": {"drain": "0s", "grace": "3s"}, "health": {"interval": "500ms"},
     }  # fmt: skip
     box.spec["endpoints"]["falls"] = {
@@ -93,11 +93,8 @@ def write_files(box: Box, letters: LetterBox, taken: int, port: int) -> None:
 
 
 def said(box: Box, *words: str) -> str:
-    """What a command says, stdout and stderr; called within this process, since there are many."""
-    spoken = io.StringIO()
-    with redirect_stdout(spoken), redirect_stderr(spoken):
-        run(box.argv(*words)[len(PROGRAM) :])
-    return spoken.getvalue()
+    """All that a command says."""
+    return "".join(box.said(*words))
 
 
 def all_outputs(box: Box) -> Iterator[tuple[str, str]]:
@@ -188,7 +185,7 @@ def test_a_secret_reaches_the_child_that_needs_it_and_nobody_else(
         text = path.read_text().replace(
             "  command:", f"  env: {{JOB_TOKEN: canary-job-env}}\n  env_file: {job_file}\n  command:"
         )
-        box.replace(path, text.replace("--gib", "--api-key\n  - canary-job-arg\n  - --gib"))
+        put(path, text.replace("--gib", "--api-key\n  - canary-job-arg\n  - --gib"))
         box.wait_overlay("job", "active")
         shown = {f"{words} while it is away": said(box, words) for words in ("status", "plan", "agenda")}
         first = box.pids()["holds"]
@@ -205,14 +202,12 @@ def test_a_secret_reaches_the_child_that_needs_it_and_nobody_else(
                       good.replace("Authorization: Bearer canary-header", 'Authorization: "canary-header\\n"'),
                       good.replace("webhook: http", "webhook: ftp"), good + "\nHF_TOKEN=canary-env\n"):  # fmt: skip
             assert wrong != good
-            box.replace(box.setpoints, wrong)
+            put(box.setpoints, wrong)
             shown[f"validate {len(wrong)}"] = said(box, "validate")
             assert "problem" in shown[f"validate {len(wrong)}"]
-        box.replace(
-            box.overlays / "bad.yaml", "version: 1\nworkload: {command: [x], env: {A_TOKEN: [canary-job-env]}}\n"
-        )
+        put(box.overlays / "bad.yaml", "version: 1\nworkload: {command: [x], env: {A_TOKEN: [canary-job-env]}}\n")
         shown["status of wrong files"] = said(box, "status")
-        box.replace(box.setpoints, good)
+        put(box.setpoints, good)
         wait_for(lambda: letters.requests, "somebody was told")
         shown |= dict(all_outputs(box))
         assert "job" in shown["text events -n 9999"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from box_driver import Box, free_ports, wait_for
+from box_driver import Box, wait_for
+from ports import free_port
 
 from reconciler.journal.reader import JournalReader
 
@@ -28,7 +29,7 @@ def sleepy(tmp_path: Path) -> Iterator[Box]:
     box.spec["endpoints"]["ask"] = {
         "engine": "vllm",
         "model": "Qwen/Qwen3-1.7B",
-        "port": free_ports(1)[0],
+        "port": free_port(),
         "gpus": [0],
         "memory": "40GiB",
         "priority": 100,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_driver import HERE, Box, free_ports, wait_for
+from box_driver import HERE, Box, wait_for
+from ports import free_port
 
 GIB_MIB = 1024
 
@@ -45,7 +46,7 @@ def dozy(tmp_path: Path) -> Iterator[Box]:
     box.spec["endpoints"]["ask"] = {
         "engine": "dozer",
         "model": "m",
-        "port": free_ports(1)[0],
+        "port": free_port(),
         "gpus": [0],
         "memory": "40GiB",
         "priority": 100,

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from forked import as_a_plain_user
 
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
@@ -357,24 +358,7 @@ def as_stranger(directory: Path, look: Callable[[], str], *, file_mode: int = 0o
     for file in directory.iterdir():
         file.chmod(file_mode)
     directory.chmod(0o555)
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-            answer = look()
-        except BaseException as error:  # noqa: BLE001 - a forked child has nobody else to tell
-            answer = f"{type(error).__name__}: {error}"
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return answer
+    return as_a_plain_user(look)
 
 
 def read_boot_id(path: Path) -> str:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from forked import STRANGER, as_a_plain_user
 
 from reconciler.errors import StateError
 from reconciler.journal import layout
 from reconciler.journal.layout import StateDir, acquire_writer, is_locked, take_lock, writer
-
-STRANGER = 65534
 
 
 def refusing(number: int) -> Callable[..., NoReturn]:
@@ -52,25 +51,7 @@ def owned() -> Iterator[Path]:
 
 def ensured_by_its_owner(folder: Path) -> str:
     """The refusal, met by somebody whom file modes bind."""
-    out, back = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setresgid(STRANGER, STRANGER, STRANGER)
-                os.setresuid(STRANGER, STRANGER, STRANGER)
-            StateDir(folder).ensure()
-            said = "it was used"
-        except BaseException as error:  # noqa: BLE001 - a forked child has nobody else to tell
-            said = f"{type(error).__name__}: {error}"
-        os.write(back, said.encode())
-        os._exit(0)
-    os.close(back)
-    with os.fdopen(out, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return said
+    return as_a_plain_user(lambda: StateDir(folder).ensure() or "it was used")
 
 
 # ---------------------------------------------------------------- the directory

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from metrics_box import PORT_TEXT, T0, entry, incident, scrape, tick
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from reconciler.metrics.exposition import Exposition
@@ -108,9 +109,7 @@ def test_loop_latency_driver_errors_and_untold_notices() -> None:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 def test_the_page_follows_the_set_points(port: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 from http_box import HttpBox
+from ports import free_port
 from test_observe_probe import PAGE, target
 
 from reconciler.clock import Instant
@@ -76,16 +77,14 @@ def test_asking_now_does_not_wait_for_the_interval(prober, box, wait_until):
 
 def test_a_starting_endpoint_is_seen_ready_soon_after_it_listens(prober, changes, wait_until):
     with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-        prober.watch({"one": target(port, starting=True, interval_s=5.0)})
+        port = free_port()
+        reserved.bind(("127.0.0.1", port))
+        prober.watch({"one": target(port, starting=True, interval_s=3600.0)})
         wait_until(prober.results, "a refusal")
         assert prober.results()["one"].ready is False
         time.sleep(0.3)  # so that the pace has had time to fall
     late = HttpBox().start(port)
-    began = time.monotonic()
-    wait_until(lambda: prober.results()["one"].ready, "ready")
-    assert time.monotonic() - began < 2.0  # far below the interval of 5 s
+    wait_until(lambda: prober.results()["one"].ready, "ready, long before an interval of an hour is over")
     probe = prober.results()["one"]
     assert probe.misses == 0
     assert probe.failing_since is None
@@ -98,7 +97,7 @@ def test_what_is_not_watched_any_more_is_not_asked_any_more(prober, box, wait_un
     wait_until(lambda: len(box.asked) > 3, "some questions")
     prober.watch({})
     assert prober.results() == {}
-    time.sleep(0.1)  # a question that was out may still arrive
+    wait_until(lambda: prober._idle == prober._workers, "a question that was out is answered")
     asked = len(box.asked)
     time.sleep(0.2)
     assert len(box.asked) == asked
@@ -110,7 +109,7 @@ def test_endpoints_that_hang_do_not_delay_the_others(prober, box, wait_until):
         f"hangs-{i}": target(box.port, incarnation=f"hangs-{i}", health_path="/slow", timeout_s=20.0) for i in range(8)
     }
     prober.watch(targets | {"well": target(box.port, incarnation="well")})
-    wait_until(lambda: box.asked.count("/health") > 10, "the healthy one is asked all the while", 10.0)
+    wait_until(lambda: box.asked.count("/health") > 10, "the healthy one is asked all the while")
     assert box.asked.count("/slow") == 8  # nobody is asked by two at once
     assert prober.results()["well"].ready
 
@@ -121,8 +120,8 @@ def test_misses_are_counted_and_told_when_they_reach_the_limit(prober, box, chan
     ready_since = prober.results()["one"].ready_since
     box.answers["/health"] = (503, b"")
     wait_until(lambda: prober.results()["one"].misses >= 5, "misses")
-    # news: first ready, first miss, third miss; the fifth is none
-    assert changes.count == 3
+    wait_until(lambda: changes.count >= 3, "somebody is told")
+    assert changes.count == 3, "of the first ready, the first miss and the third; the fifth is no news"
     probe = prober.results()["one"]
     assert probe.ready is False
     assert probe.ready_since is None
@@ -135,8 +134,8 @@ def test_misses_are_counted_and_told_when_they_reach_the_limit(prober, box, chan
 
 def test_while_draining_an_answer_without_a_count_is_not_shown(prober, box, changes, wait_until):
     """A drain ends when nothing is in flight, or there is no figure: an old answer must not look like that."""
-    box.answers["/metrics"] = box.hang
-    idle = target(box.port, interval_s=0.05, timeout_s=0.3)
+    box.answers["/metrics"] = (503, b"")
+    idle = target(box.port, interval_s=0.05)
     prober.watch({"one": idle})
     wait_until(prober.results, "ready")
     prober.watch({"one": replace(idle, busy=True)})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from cradle import LONG_AGO, Cradle
+from ports import free_port
 
 from reconciler.clock import Instant
 from reconciler.errors import StateError
@@ -95,8 +96,9 @@ def test_an_end_is_exited_with_its_code(cradle, reader, script, code, wait_until
     wait_until(lambda: not only(reader).alive, "nothing of it is left")
 
 
-def test_the_end_is_told_with_its_code_from_the_first_look_after_it(cradle, reader, wait_until):
+def test_the_end_is_told_with_its_code_from_the_first_look_after_it(cradle, reader, monkeypatch, wait_until):
     """The loop wakes before the shim has written the exit: no look in between says `unknown` or `vanished`."""
+    monkeypatch.setattr(incarnation_module, "EXIT_RECORD_WAIT_S", 20.0)  # the shim may be slow here, not so the look
     for _ in range(5):
         identifier = cradle.start("sleep", "600")
         assert only(reader).phase == "running"
@@ -450,9 +452,7 @@ def test_a_pid_that_is_not_in_proc_has_neither_owner_nor_command(reader):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def listens(port):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from dataclasses import replace
 
 import pytest
 from cradle import LONG_AGO, Cradle
 from http_box import HttpBox
+from ports import free_port
 
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
@@ -109,9 +109,7 @@ def observer(state, sim_dir):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 # ---------------------------------------------------------------- the whole

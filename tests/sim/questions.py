@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from simulated_box import MODELS, Box, Engine, box_of, free_port, small_node, until
+from ports import free_port
+from simulated_box import MODELS, Box, Engine, box_of, small_node, until
 
 from reconciler import identity
 

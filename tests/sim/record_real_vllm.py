@@ -18,6 +18,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 from questions import SCENES, real_kind
 from simulated_box import Engine
 

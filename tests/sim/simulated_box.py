@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
+from ports import free_port
 
 from reconciler import identity
 from reconciler.sim.ledger import Ledger
@@ -34,15 +33,6 @@ def until(look: Callable[[], T], deadline_s: float = 30.0) -> T:
             assert answer, f"not within {deadline_s} s"
             return answer
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    """A port nobody holds, outside the kernel's ephemeral range, so that no client takes it by chance."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 @dataclass

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from simulated_box import GIB, Box, Engine, box_of, free_port, until
+from ports import free_port
+from simulated_box import GIB, Box, Engine, box_of, until
 
 from reconciler import identity
 from reconciler.sim import faults
