@@ -31,6 +31,7 @@ COMMAND_S = 60.0
 STOP = {"drain": "1s", "grace": "5s"}
 """Shorter than the default: an engine that is asked to end while it loads forgets it, and Ctrl-C should be quick."""
 KEPT_EVENTS = 8
+_PORTS = range(10_000, 20_000)
 
 ENDPOINTS: dict[str, dict[str, Any]] = {
     "thinking": {"model": "Qwen/Qwen3-32B", "gpus": [0, 1], "priority": 900, "capabilities": ["reasoning", "chat"]},
@@ -216,15 +217,22 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on: all bound at once, so that no two are the same."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports that nobody holds, none of those that the kernel gives to clients (32,768 and up, ip(7)).
+
+    While a server is away, whoever asks the others would take such a one by chance, the daemon itself included.
+
+    Raises:
+        ReconcilerError: there are not so many.
+    """
+    begin = os.getpid() * 7 % len(_PORTS)  # two demos at once rarely look at the same
+    found: list[int] = []
+    for port in (*_PORTS[begin:], *_PORTS[:begin]):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise ReconcilerError(f"no {count} ports are free from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def _write(path: Path, text: str) -> None:

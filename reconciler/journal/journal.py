@@ -52,6 +52,8 @@ class Journal(JournalReader):
         self._clock = clock
         self._ledger = ledger
         self._unpruned = PRUNE_EVERY  # the first append prunes: an earlier daemon may have been killed before it did
+        self._texts: Texts | None = None
+        """What was last given to be kept, and is."""
         self._spec: tuple[Spec, str] | None = None
         """The spec of the last decision that was kept, and its key."""
         self._deeds: object = None
@@ -186,13 +188,15 @@ class Journal(JournalReader):
         Raises:
             StateError: it could not be written.
         """
-        files = {storable(path): storable(text) for path, text in files.items()}
-        if self.texts() == Texts(files, digest):
+        if self._texts == Texts(files, digest):  # asked at every look, with the same texts
             return
-        with database.transaction(self._connection, self.path) as connection:
-            connection.execute("DELETE FROM texts")
-            connection.executemany("INSERT INTO texts (path, body) VALUES (?, ?)", sorted(files.items()))
-            self._set_meta("texts_digest", digest)
+        stored = {storable(path): storable(text) for path, text in files.items()}
+        if self.texts() != Texts(stored, digest):
+            with database.transaction(self._connection, self.path) as connection:
+                connection.execute("DELETE FROM texts")
+                connection.executemany("INSERT INTO texts (path, body) VALUES (?, ?)", sorted(stored.items()))
+                self._set_meta("texts_digest", digest)
+        self._texts = Texts(dict(files), digest)
 
     def record_timing(self, subject: str, what: Measure, seconds: float) -> None:
         """Remember that `what` took `subject` (an endpoint or workload) this long.
