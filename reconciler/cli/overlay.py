@@ -107,13 +107,17 @@ def submit(
     tail.skip()  # what runs before this one wrote; the new one may begin as soon as its file is there
     text = overlay_text(job)
     path = write_overlay(texts, chosen, text)
-    for caution in cautions(SourceText(str(path), text)):
-        face.note(f"warning: {caution.message}\n  hint: {caution.hint}")
-    waits = _outlook(face, chosen)
-    if not face.is_json and waits is not None:
-        face.note("\n".join(_tell_wait(chosen, waits)))
-    if wait:
-        return _wait(face, chosen, tail)
+    try:
+        for caution in cautions(SourceText(str(path), text)):
+            face.note(f"warning: {caution.message}\n  hint: {caution.hint}")
+        waits = _outlook(face, chosen)
+        if not face.is_json and waits is not None:
+            face.note("\n".join(_tell_wait(chosen, waits)))
+        if wait:
+            return _wait(face, chosen, tail)
+    except KeyboardInterrupt:  # from the moment at which its file is there it may run
+        face.note(f"\n{chosen} goes on; `reconciler overlay cancel {chosen}` ends it")
+        raise
     if face.is_json:
         said = None if waits is None else blocked_data(waits)
         face.answer({"name": chosen, "file": str(path), "daemon": has_daemon, "waits": said})
@@ -208,7 +212,7 @@ def _has_daemon(face: Face) -> bool:
 
 
 def _wait(face: Face, name: str, tail: Tail) -> int:
-    """Show what the workload writes until its exit code is known; Ctrl-C leaves it running.
+    """Show what the workload writes until its exit code is known.
 
     1. its end is decided             → its exit code (128 + the number of a signal)
     2. it ended before it began       → 1, and why
@@ -217,26 +221,22 @@ def _wait(face: Face, name: str, tail: Tail) -> int:
     state = wiring.state_dir(face.options)
     said = ""
     face.note(f"overlay {name}; Ctrl-C leaves it running")
-    try:
-        for _ in changes(state.path, ".sqlite-wal", patience_s=0.25):
-            record = _record(face, name)
-            write_raw(tail.new())
-            if record is None:
-                if not _has_daemon(face):
-                    raise StateError(f"the daemon is gone; {name} begins with the next one")
-                continue
-            words = record.state + (f": {record.reason}" if record.reason else "")
-            if words != said:
-                said = words
-                face.note(f"overlay {name} is {words}")
-            if record.state in TERMINAL or (record.outcome is not None and record.exit_code is not None):
-                write_raw(tail.new())
-                return _code(record)  # 1, 2
+    for _ in changes(state.path, ".sqlite-wal", patience_s=0.25):
+        record = _record(face, name)
+        write_raw(tail.new())
+        if record is None:
             if not _has_daemon(face):
-                raise StateError(f"the daemon is gone; {name} is {record.state}", hint="`reconciler run`")  # 3
-    except KeyboardInterrupt:
-        face.note(f"\n{name} goes on; `reconciler overlay cancel {name}` ends it")
-        raise
+                raise StateError(f"the daemon is gone; {name} begins with the next one")
+            continue
+        words = record.state + (f": {record.reason}" if record.reason else "")
+        if words != said:
+            said = words
+            face.note(f"overlay {name} is {words}")
+        if record.state in TERMINAL or (record.outcome is not None and record.exit_code is not None):
+            write_raw(tail.new())
+            return _code(record)  # 1, 2
+        if not _has_daemon(face):
+            raise StateError(f"the daemon is gone; {name} is {record.state}", hint="`reconciler run`")  # 3
     raise AssertionError  # changes() never ends
 
 

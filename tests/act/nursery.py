@@ -55,15 +55,17 @@ if os.fork() == 0:
 signal.pause()
 """)
 LEAVING_A_DOUBLE_FORKED_DAEMON = program("""
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if os.fork() == 0:
     os.setsid()
+    between = os.getpid()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while os.getppid() == between: time.sleep(0.001)
         say('ready')
         while True: signal.pause()
     os._exit(0)
 os.wait()
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 signal.pause()
 """)
 FORKING_WITHOUT_END = program("""

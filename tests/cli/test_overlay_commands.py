@@ -14,6 +14,7 @@ from desk import Desk, interrupt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reconciler.cli import overlay
 from reconciler.cli.main import run
 from reconciler.cli.submission import Job, choose_name, overlay_text
 from reconciler.cli.values import Moment
@@ -179,6 +180,21 @@ def test_ctrl_c_while_waiting_leaves_the_job_running_and_says_how_to_end_it(busy
     os.kill(pid, 0)
     assert busy_desk.run("overlay", "cancel", "long").returncode == 0
     busy_desk.wait(lambda: not Path(f"/proc/{pid}").exists() or job() is None, "the job is ended")
+
+
+@pytest.mark.parametrize("wait", [["--wait"], []], ids=["waiting", "not waiting"])
+def test_ctrl_c_while_it_is_looked_what_a_job_waits_for_says_how_to_end_it_as_well(desk, monkeypatch, capsys, wait):
+    """Its file is there by then, and a daemon may have begun it."""
+
+    def interrupted(*_):
+        assert "long.yaml" in written(desk)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(overlay, "_has_daemon", lambda _: True)
+    monkeypatch.setattr(overlay, "_outlook", interrupted)
+    assert submit(desk, "--name", "long", *wait, "--", "sleep", "600") == 130
+    assert "`reconciler overlay cancel long` ends it" in capsys.readouterr().err
+    assert "long.yaml" in written(desk)
 
 
 def test_followers_see_what_happens_after_they_began(busy_desk):

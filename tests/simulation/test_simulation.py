@@ -147,22 +147,23 @@ def _a_sleepers_word_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "mutate",
+    ("mutate", "likely"),
     [
-        _never_restored,
-        _acts_before_it_records,
-        _nothing_is_waited_for,
-        _the_dark_counts_as_empty,
-        _starts_twice,
-        _work_is_started_again,
-        _a_sleepers_word_is_enough,
+        (_never_restored, 5),
+        (_acts_before_it_records, 0),
+        (_nothing_is_waited_for, 0),
+        (_the_dark_counts_as_empty, 91),
+        (_starts_twice, 6),
+        (_work_is_started_again, 0),
+        (_a_sleepers_word_is_enough, 97),
     ],
 )
 def test_a_program_with_a_mistake_is_found_out(
-    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    mutate: Callable[[pytest.MonkeyPatch], None], likely: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By one of the first 250 seeds; the one that found it last time is tried first."""
     mutate(monkeypatch)
-    assert any(faulty(seed).problem is not None for seed in range(250))
+    assert any(faulty(seed).problem is not None for seed in (likely, *range(250)))
 
 
 def test_a_failing_seed_is_told_by_the_least_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
