@@ -155,13 +155,14 @@ class Board:
 
     def add(self, tenant: Tenant) -> None:
         """Seat a tenant; what it holds under the same key is replaced."""
-        self._remove(tenant.key)
+        self.remove(tenant.key)
         self.tenants.came[tenant.key] = tenant
         for gpu in tenant.holds:
             self._on[gpu] = [*self.on(gpu), tenant]
             self._held.pop(gpu, None)
 
-    def _remove(self, key: str) -> None:
+    def remove(self, key: str) -> None:
+        """Have a tenant leave, if it is there."""
         tenant = self.tenants.get(key)
         if tenant is None:
             return
@@ -184,6 +185,13 @@ class Board:
             known[gpu] = Hold(size, alone) if holds else None
         return known[gpu]
 
+    def is_crowded(self, gpu: str) -> bool:
+        """Whether the tenants of one GPU do not fit there together."""
+        held = self.held(gpu)
+        if held is None or gpu not in self.capacity:
+            return False
+        return held.memory_bytes > self.capacity[gpu] or (held.exclusive and len(self.on(gpu)) > 1)
+
     def near(self, gpu: str) -> tuple[int | None, int | None]:
         """Where a GPU is: its NVLink island and its NUMA node."""
         return self.islands.get(gpu), self.numa.get(gpu)
@@ -194,5 +202,5 @@ class Board:
         copy.tenants = Tenants(self.residents, self.tenants.left, self.tenants.came)
         copy._on, copy._held = dict(self._on), dict(self._held)
         for key in keys:
-            copy._remove(key)
+            copy.remove(key)
         return copy

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reconciler.plan.board import Hold, Tenant, endpoint_key
+from reconciler.plan.board import Tenant, endpoint_key
 from reconciler.plan.draft import Draft
-from reconciler.plan.ledger import Nap
+from reconciler.plan.endpoints import holds_of
+from reconciler.plan.ledger import Lease, Nap
 from reconciler.plan.naps import wakes
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.settling import own_need
 from reconciler.spec.spec import EndpointSpec
@@ -36,11 +37,11 @@ def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
     if not ending:
         return found
     board = draft.board.without(frozenset(f"overlay/{n}" for n in ending))
-    for item in draft.arriving.values():  # on an ended overlay's leases already, which the board no longer shows
-        if item.subject.kind == "endpoint" and item.overlay is None:
-            holds = {g: Hold(s, item.exclusive) for g, s in zip(item.gpus, item.memory_bytes, strict=True)}
-            board.add(Tenant(endpoint_key(item.subject.name), 0, holds))
     baseline = draft.situation.spec.endpoints
+    for lease in draft.leases:  # which the board no longer shows
+        current = _stays(draft, lease) if lease.overlay in ending else None
+        if current is not None:
+            board.add(Tenant(endpoint_key(lease.subject.name), 0, holds_of(current)))
     displaced = {n for step in draft.steps.values() for n in step.record.evicted if n in baseline}
     for name in sorted(displaced, key=lambda n: (-baseline[n].priority, n)):
         endpoint = baseline[name]
@@ -49,7 +50,8 @@ def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
         current = draft.standings[name].current
         placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)
         dozes = name in draft.naps and draft.naps[name].waking is None and not wakes(draft, name)
-        if not holders or endpoint.state != "running" or (placed and not dozes and name not in draft.owners):
+        elsewhere = name in draft.owners and endpoint_key(name) not in board.tenants
+        if not holders or endpoint.state != "running" or (placed and not dozes and not elsewhere):
             continue
         nap = draft.naps.get(name)
         if nap is not None and dozes and current is not None:
@@ -61,16 +63,30 @@ def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
             continue
         gpus = placement.gpus[subject]
         sizes = tuple(need.memory_bytes[g] for g in gpus)
-        board.add(
-            Tenant(
-                endpoint_key(name),
-                endpoint.priority,
-                {g: Hold(s, need.exclusive) for g, s in zip(gpus, sizes, strict=True)},
-            )
-        )
+        board.add(Tenant(endpoint_key(name), endpoint.priority, need.holds(gpus)))
         after = _holding(draft, ending, holders, gpus)
         found.append(Return(endpoint, holders, after, None, gpus, sizes, need.exclusive))
     return found
+
+
+def _stays(draft: Draft, lease: Lease) -> Incarnation | None:
+    """What runs on the lease of an overlay and goes on running there when that is over.
+
+    It is what the baseline asks for as well; or the overlay is over already, and nobody has asked it to leave.
+    """
+    name = lease.subject.name
+    if lease.subject.kind != "endpoint" or name not in draft.wanted:
+        return None
+    endpoint, current = draft.situation.running.get(name), draft.standings[name].current
+    if current is None or current.id in draft.leaving:
+        return None
+    if name in draft.owners and (
+        endpoint is None
+        or current.process_hash != endpoint.process_hash
+        or not draft.situation.satisfies(endpoint.gpus, current.gpus)
+    ):
+        return None
+    return current
 
 
 def _holding(draft: Draft, ending: frozenset[str], holders: tuple[str, ...], gpus: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,13 +15,15 @@ from typing import Literal
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Draft, Leaving
-from reconciler.plan.endpoints import Standing, as_tenant, holds_of
+from reconciler.plan.edits import carry_out as carry_out_edits
+from reconciler.plan.edits import is_as_wanted, seat_running
+from reconciler.plan.endpoints import Standing
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.search import solve
-from reconciler.plan.settling import need_elsewhere, need_of, settle
+from reconciler.plan.settling import need_elsewhere, settle
 from reconciler.plan.windows import find_returns
 from reconciler.plan.wishes import MOST_TOGETHER, Wish
 from reconciler.spec.spec import EndpointSpec, GpuPins
@@ -63,8 +65,6 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         elif draft.records[name].failed is None:
             homeless.append(endpoint)
     rise(draft)
-    anew = _carry_out_edits(draft, sorted(edited, key=_by_priority), homeless)
-    draft.board.contested = _contested(draft, (*homeless, *anew))
     # Who moves has been promised its place. Who ran up to now keeps its place before one that had none: nothing was
     # stopped in vain. Whose place an overlay takes comes last: it is no reason for another one to lose the place that
     # it has found.
@@ -79,7 +79,9 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
             moved.append(endpoint)
         else:
             (ran if situation.incarnations(Subject("endpoint", endpoint.name)) else new).append(endpoint)
-    asking = [moved, ran, list(anew), new, displaced]
+    anew, given_up = carry_out_edits(draft, sorted(edited, key=_by_priority), [*moved, *ran])
+    asking = [moved, ran, anew, new, sorted([*displaced, *given_up], key=_by_priority)]
+    draft.board.contested = _contested(draft, chain.from_iterable(asking))
     for endpoint in sorted(chain.from_iterable(asking), key=lambda e: draft.places.get(e.name) == ()):
         settle(draft, endpoint, draft.standings[endpoint.name])
     return asking
@@ -153,7 +155,8 @@ def _keep(
 ) -> Literal["stays", "leaves", "edited"]:
     """Decide on what runs of one endpoint.
 
-    It stays where it is, it leaves (or nothing runs), or the files want another process in its stead.
+    It stays where it is, it leaves (or nothing runs), or the files want another process in its stead (or did: an
+    overlay displaced that one).
     """
     situation, subject = draft.situation, Subject("endpoint", name)
     for extra in situation.living(subject)[1:]:  # two at once: the older one counts, the other has no place
@@ -163,11 +166,10 @@ def _keep(
     if current is None:
         return "leaves"
     leaving = _must_leave(draft, name, endpoint, standing, current)
-    same = endpoint is None or (
-        current.process_hash == endpoint.process_hash and _placed_as_wanted(draft, endpoint, current)
-    )
-    if leaving is None and not same and standing.state != "unknown" and situation.sees(current.gpus):
-        return "edited"
+    if leaving is None and endpoint is not None and standing.state != "unknown" and situation.sees(current.gpus):
+        displaced = any(draft.evicted_from(name).values()) and draft.records[name].nap is None
+        if displaced or not is_as_wanted(draft, endpoint, current):
+            return "edited"
     if leaving is not None and not situation.sees(current.gpus):
         message = "its GPUs cannot be read at the moment; nothing is done to it"
         draft.block(Blocked(subject, "GpuUnknown", message, transient=True))
@@ -176,7 +178,7 @@ def _keep(
     if awake is None:
         return "stays"
     if leaving is None:
-        _seat_incarnation(draft, name, current, endpoint)
+        seat_running(draft, draft.board, name, endpoint)
         return "stays"
     draft.leaving[current.id] = replace(leaving, reason=f"{leaving.reason}; {awake}") if awake else leaving
     return "leaves"
@@ -232,83 +234,3 @@ def _must_leave(
     if renew is not None and current.started.mono < renew.mono:
         return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 7
     return None
-
-
-def _placed_as_wanted(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> bool:
-    leases = draft.leased(current.subject)
-    if leases:
-        return sorted(x.gpu for x in leases) == sorted(current.gpus)
-    return draft.situation.satisfies(endpoint.gpus, current.gpus)
-
-
-def _carry_out_edits(
-    draft: Draft, edited: list[EndpointSpec], homeless: list[EndpointSpec]
-) -> tuple[EndpointSpec, ...]:
-    """Have those leave whose new version has a place; the others stay as they are, and their edit waits.
-
-    All edits together, so that endpoints may change places; where that does not fit, one after the other. Places are
-    sought in the order in which they are given out afterwards: nobody is stopped for a place that is not there.
-    """
-    board = draft.board.without(frozenset())
-    for endpoint in homeless:  # who restarts holds its place
-        current = draft.standings[endpoint.name].current
-        if current is not None:
-            board.add(_tenant(draft, endpoint.name, current, endpoint))
-    together = board.without(frozenset())
-    if all(_fit_anew(draft, endpoint, together) for endpoint in edited):
-        going = edited
-    else:
-        going = []
-        for endpoint in edited:
-            current = draft.standings[endpoint.name].current
-            if current is not None and not draft.leased(current.subject):
-                board.add(_tenant(draft, endpoint.name, current, endpoint))
-        going = [endpoint for endpoint in edited if _fit_anew(draft, endpoint, board)]
-    for endpoint in edited:
-        current = draft.standings[endpoint.name].current
-        if current is None:
-            continue
-        if endpoint in going:
-            reason, cause = _why_edited(draft, endpoint)
-            draft.leaving[current.id] = Leaving(current, reason, cause, draft.owners.get(endpoint.name))
-        else:
-            _seat_incarnation(draft, endpoint.name, current, endpoint)
-            message = "its edit waits: the new version has no place yet, so the running one stays"
-            draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
-    return tuple(going)
-
-
-def _why_edited(draft: Draft, endpoint: EndpointSpec) -> tuple[str, Cause]:
-    owner, evicted_by = draft.owners.get(endpoint.name), draft.records[endpoint.name].evicted_by
-    if owner is not None:
-        return f"overlay {owner} sets it differently", Cause("overlay", endpoint.source, owner)
-    if evicted_by is not None:
-        return f"{evicted_by} no longer needs its place", Cause("restore", endpoint.source, evicted_by)
-    return "its set points were edited", Cause("edit", endpoint.source)
-
-
-def _fit_anew(draft: Draft, endpoint: EndpointSpec, board: Board) -> bool:
-    """Whether the new version has a place on the board, which it then takes."""
-    subject, current = Subject("endpoint", endpoint.name), draft.standings[endpoint.name].current
-    if draft.leased(subject):
-        return True
-    prefer = current.gpus if current is not None else ()
-    need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, prefer)
-    without = board.without(frozenset({endpoint_key(endpoint.name)}))
-    placement = place([need], without) if need else None
-    if need is None or placement is None:
-        return False
-    holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
-    board.add(Tenant(endpoint_key(endpoint.name), endpoint.priority, holds))
-    return True
-
-
-def _tenant(draft: Draft, name: str, incarnation: Incarnation, endpoint: EndpointSpec | None) -> Tenant:
-    if endpoint is None:
-        return Tenant(endpoint_key(name), 0, holds_of(incarnation))
-    return as_tenant(draft.situation, incarnation, endpoint, ready=draft.standings[name].state == "healthy")
-
-
-def _seat_incarnation(draft: Draft, name: str, current: Incarnation, endpoint: EndpointSpec | None) -> None:
-    if not draft.leased(current.subject):
-        draft.board.add(_tenant(draft, name, current, endpoint))

@@ -39,7 +39,7 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
     """Find a place for a wanted endpoint that has none, and arrange its start."""
     subject = Subject("endpoint", endpoint.name)
     record = draft.records[endpoint.name]
-    leases = draft.leased(subject)
+    leases = draft.leased(subject) if endpoint.name in draft.owners else ()
     if leases:
         gpus = tuple(x.gpu for x in leases)
         sizes, exclusive = tuple(x.memory_bytes for x in leases), leases[0].exclusive
