@@ -17,6 +17,7 @@ usage: python benchmarks/planner.py [--long] [--cp-sat-seconds S]
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -32,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec
 from stage import show
 
+from reconciler.cli.wiring import GC_THRESHOLD
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.ledger import Ledger, Timings
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import Observed, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.planner import plan
 from reconciler.units import GIB
@@ -199,6 +201,14 @@ def has_cp_sat() -> bool:
 # ---------------------------------------------------------------- whole decisions
 
 
+def settle_memory() -> None:
+    """What is there stays: collections look only at what comes and goes, as often as in the daemon."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
+
+
 def decisions(case: Instance, overlays: int) -> tuple[list[float], list[float]]:
     """Milliseconds of `plan()` on the converged box, and of the admission of an overlay."""
     items, running = [], []
@@ -208,11 +218,16 @@ def decisions(case: Instance, overlays: int) -> tuple[list[float], list[float]]:
         made = endpoint(name, len(on), memory=case.sizes[name], priority=tenant.priority, port=8000 + index)
         items.append(made)
         running.append(incarnation(made, on))
-    gpus = [gpu(i, total=TOTAL, numa_node=case.board.numa[g]) for i, g in enumerate(case.board.capacity)]
-    seen = observed(*gpus, incarnations=running)
     ledger = Ledger(timings={n: Timings(s, 1.0, 1.0) for n, s in case.load_s.items()})
     before = spec(*items)
-    ledger = plan(before, seen, ledger, NOW).ledger
+
+    def look() -> Observed:
+        gpus = [gpu(i, total=TOTAL, numa_node=case.board.numa[g]) for i, g in enumerate(case.board.capacity)]
+        return observed(*gpus, incarnations=[replace(i) for i in running])
+
+    ledger = plan(before, look(), ledger, NOW).ledger
+    settle_memory()  # as the daemon does; what it sees comes after that
+    seen = look()
     same = [milliseconds(lambda: plan(before, seen, ledger, NOW))[0] for _ in range(overlays)]
     admitted = []
     for index in range(overlays):

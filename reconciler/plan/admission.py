@@ -290,11 +290,12 @@ def _port_conflict(draft: Draft, found: Seat, beside: Sequence[Seat]) -> str | N
     gone = {k.partition("/")[2] for each in (found, *beside) for k in each.victims}
     gone.update(n for each in (found, *beside) for n in each.overlay.endpoints)
     started = {n.subject.name: each.overlay for each in beside for n in each.needs if n.subject.kind == "endpoint"}
+    engines = [need for need in found.needs if need.subject.kind == "endpoint"]
+    if not engines:
+        return None
     others = {n: e for n, e in draft.wanted.items() if n not in gone}
     others |= {n: by.endpoints.get(n) or base[n] for n, by in started.items()}
-    for need in found.needs:
-        if need.subject.kind != "endpoint":
-            continue
+    for need in engines:
         endpoint = overlay.endpoints.get(need.subject.name) or base[need.subject.name]
         holder = draft.situation.observed.ports.get(endpoint.port) if endpoint.port is not None else None
         if holder is not None:

@@ -68,10 +68,9 @@ def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) 
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
-    placed = frozenset(n for n in draft.wanted if draft.has_place(n))
     return Consents(
-        draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving, placed,
-        draft.now.plus(begin - draft.now.wall), last, windows,
+        draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving,
+        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows,
     )  # fmt: skip
 
 

@@ -185,6 +185,16 @@ class Board:
             known[gpu] = Hold(size, alone) if holds else None
         return known[gpu]
 
+    def free(self, gpu: str, *, alone: bool) -> int | None:
+        """Bytes that nobody holds of one GPU; None: it cannot be used, or somebody is there who cannot share it.
+
+        With `alone` whoever asks cannot.
+        """
+        capacity, held = self.capacity.get(gpu), self.held(gpu)
+        if held is None or capacity is None:
+            return capacity
+        return None if alone or held.exclusive else capacity - held.memory_bytes
+
     def is_crowded(self, gpu: str) -> bool:
         """Whether the tenants of one GPU do not fit there together."""
         held = self.held(gpu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from reconciler.plan.board import Board, Tenant, Victims
 from reconciler.plan.observed import Subject
@@ -21,16 +21,29 @@ class Gang:
         self, prices: Mapping[str, Cost], zero: Cost, near: Callable[[str], object], count: int, before: Victims
     ) -> None:
         self.before = before
-        together: dict[object, list[str]] = {}  # of equals first those that a whole gang finds near each other
-        for gpu in sorted(prices, key=prices.__getitem__):
-            together.setdefault((near(gpu), prices[gpu]), []).append(gpu)
-        groups = sorted(together.items(), key=lambda item: (item[0][1], len(item[1]) < count))  # type: ignore[index]
-        self.gpus = [gpu for _, group in groups for gpu in group]
-        self._sums = list(accumulate((prices[g] for g in self.gpus), add, initial=zero))
+        self.gpus = sorted(prices, key=prices.__getitem__)
+        if count > 1:
+            equals = [list(some) for _, some in groupby(self.gpus, key=prices.__getitem__)]
+            self.gpus = [gpu for some in equals for gpu in _near_first(some, near, count)]
+        self._prices, self._sums = prices, [zero]
 
     def at_least(self, position: int, count: int) -> Cost:
         """A lower bound of what `count` GPUs from `position` on add to the cost."""
-        return tuple(b - a for a, b in zip(self._sums[position], self._sums[position + count], strict=True))
+        sums = self._sums
+        for gpu in self.gpus[len(sums) - 1 : position + count]:  # of thousands the first few are looked at
+            sums.append(add(sums[-1], self._prices[gpu]))
+        return tuple([b - a for a, b in zip(sums[position], sums[position + count], strict=True)])
+
+
+def _near_first(gpus: list[str], near: Callable[[str], object], count: int) -> list[str]:
+    """Of GPUs that cost the same first those of which so many are near each other."""
+    if len(gpus) == 1:
+        return gpus
+    together: dict[object, list[str]] = {}
+    for gpu in gpus:
+        together.setdefault(near(gpu), []).append(gpu)
+    groups = sorted(together.values(), key=lambda group: len(group) < count)
+    return [gpu for group in groups for gpu in group]
 
 
 def minimal_sets(tenants: Sequence[Tenant], gpu: str, missing: int) -> Iterator[tuple[str, ...]]:

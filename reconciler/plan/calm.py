@@ -25,24 +25,23 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
         4. of its past nothing counts any more: no eviction, end in a row, nap, move, failure, or clean start to come
     """
     remembered, probes, found = situation.ledger.endpoints, situation.observed.probes, {}
-    for name, endpoint in situation.running.items():
-        runs, record = situation.of_endpoint(name), remembered.get(name)
-        if record is None or len(runs) != 1:
-            continue
-        current = runs[0]
-        probe = probes.get(current.id)
+    endpoints = situation.running
+    for name, current in situation.sole.items():
+        endpoint, record, probe = endpoints.get(name), remembered.get(name), probes.get(current.id)
         if (
-            current.phase == "running"
+            endpoint is not None
+            and record is not None
+            and probe is not None
+            and current.phase == "running"
             and current.strays == ()
             and current.stop is None
             and current.undying_since is None  # 1
             and current.process_hash == endpoint.process_hash
             and situation.satisfies(endpoint.gpus, current.gpus)  # 2
-            and probe is not None
             and probe.misses < endpoint.health.failures
             and not probe.sleeping
             and record.ready_incarnation == current.id
-            and hung_for(probe) < endpoint.health.hung_s  # 3
+            and (probe.moved is None or hung_for(probe) < endpoint.health.hung_s)  # 3
             and record.state == "healthy"
             and not record.evictions
             and not record.streak

@@ -90,6 +90,8 @@ class Draft:
     standings: Standings = field(default_factory=Standings)
     calm: dict[str, Incarnation] = field(default_factory=dict)
     """Endpoints that nothing has to be decided on, and of which no overlay has spoken: each with what runs of it."""
+    _stirring: tuple[str, ...] | None = None
+    """Everybody else, as long as it is known."""
     roused: set[str] = field(default_factory=set)
     """Those that were calm when the decision began, and of which an overlay has spoken since."""
     residents: Residents = field(default_factory=Residents)
@@ -154,7 +156,7 @@ class Draft:
 
         spoken_of = self._spoken_of()
         calm = {name: run for name, run in calm_ones(situation).items() if name not in spoken_of}
-        self.calm, self.standings = dict(calm), Standings(names, judge)
+        self.calm, self.standings, self._stirring = dict(calm), Standings(names, judge), None
         self.records = {n: remembered[n] if n in self.calm else self.standings[n].record for n in self.standings}
         for name in self.stirring():
             wake = self.standings[name].wake
@@ -169,6 +171,7 @@ class Draft:
         for name in self.calm.keys() & self._spoken_of():
             del self.calm[name]
             self.roused.add(name)
+            self._stirring = None
 
     def _spoken_of(self) -> set[str]:
         """Endpoints that an overlay displaces, has moved, sets or asks for."""
@@ -178,9 +181,11 @@ class Draft:
                 spoken.update((*step.record.evicted, *step.record.moved))
         return spoken
 
-    def stirring(self) -> list[str]:
+    def stirring(self) -> tuple[str, ...]:
         """The endpoints that have to be decided on, in order."""
-        return [name for name in self.standings if name not in self.calm]
+        if self._stirring is None:
+            self._stirring = tuple([name for name in self.standings if name not in self.calm])
+        return self._stirring
 
     @property
     def now(self) -> Instant:

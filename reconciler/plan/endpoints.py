@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from reconciler.clock import Instant
 from reconciler.plan.board import Hold, Tenant, endpoint_key
@@ -104,7 +105,7 @@ def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: Endpoint
     """One that runs, with what it holds and what it costs that it leaves: only one that is ready loses readiness."""
     times = situation.timings(endpoint)
     lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities)) if ready else 0.0
-    departure_s = situation.leaving_s(endpoint) + memory_return_s(situation.timings(endpoint))
+    departure_s = situation.leaving_s(endpoint) + memory_return_s(times)
     return Tenant(
         endpoint_key(endpoint.name),
         endpoint.priority,
@@ -118,7 +119,12 @@ def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: Endpoint
 def holds_of(incarnation: Incarnation) -> dict[str, Hold]:
     """What an incarnation holds of each of its GPUs."""
     sizes = zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
-    return {gpu: Hold(size, incarnation.exclusive) for gpu, size in sizes}
+    return {gpu: _hold(size, incarnation.exclusive) for gpu, size in sizes}
+
+
+@lru_cache(maxsize=1024)  # many hold the same
+def _hold(memory_bytes: int, exclusive: bool) -> Hold:  # noqa: FBT001 - the fields of a Hold
+    return Hold(memory_bytes, exclusive)
 
 
 def hung_for(probe: Probe | None) -> float:

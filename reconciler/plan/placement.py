@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reconciler.plan.board import Board, Need, Tenant, Victims
 from reconciler.plan.observed import Subject
 from reconciler.plan.search import solve
-from reconciler.plan.wishes import Cost, Proof, Wish
+from reconciler.plan.wishes import BROKEN, CONTESTED, MOVES, TAIL, Cost, Proof, Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,39 @@ def place(
     `may_displace_all` must be monotone: once it refuses a set it refuses every larger one. Without `may_displace`
     nobody is displaced.
     """
+    if may_displace is None and len(needs) == 1:
+        if not may_displace_all(frozenset()):
+            return None
+        free = _free_gpus(needs[0], board)
+        if needs[0].count == 1 or len(free) < needs[0].count:
+            return _cheapest(needs[0], board, free)
     wish = Wish("asker", (tuple(needs),), may_displace=may_displace)
     found = solve((wish,), board, lambda victims, _: may_displace_all(victims))
     return None if found is None else Placement(found.gpus, frozenset(found.victims), found.cost, found.proof)
+
+
+def _free_gpus(need: Need, board: Board) -> dict[str, int]:
+    """The GPUs that a need may have beside everybody → bytes that nobody holds there."""
+    found = {}
+    for gpu in need.candidates:
+        free = board.free(gpu, alone=need.exclusive)
+        if free is not None and need.memory_bytes[gpu] <= free:
+            found[gpu] = free
+    return found
+
+
+def _cheapest(need: Need, board: Board, free: Mapping[str, int]) -> Placement | None:
+    """What the search would come to for one GPU, or for more than there are: most questions are of this kind."""
+    if len(free) < need.count:
+        return None
+    may_choose = need.count != len(need.candidates)
+
+    def price(gpu: str) -> tuple[int, int, int]:
+        contested = board.contested.get(gpu, 0) if may_choose else 0
+        return int(bool(need.prefer) and gpu not in need.prefer), contested, free[gpu] >> 20
+
+    gpu = min(free, key=price)
+    cost = [0] * len(TAIL)
+    cost[MOVES], cost[CONTESTED], cost[BROKEN] = price(gpu)
+    proof = Proof(optimal=True, bound=tuple(cost), steps=len(need.candidates))
+    return Placement({need.subject: (gpu,)}, frozenset(), tuple(cost), proof)

@@ -50,8 +50,12 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         draft.want()
         before = {name: step.record for name, step in draft.steps.items()}
         admit_all(draft)
-        progress(draft)
+        went_on = progress(draft)
         if before == {name: step.record for name, step in draft.steps.items()}:
+            break
+        if not went_on and not _anybody_waits(
+            draft
+        ):  # all are seated as it is, and nobody would be admitted after them
             break
     for step in draft.steps.values():
         if step.record.state == "starting":
@@ -102,6 +106,12 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         notes=_notes(draft),
         solved=draft.solved,
     )
+
+
+def _anybody_waits(draft: Draft) -> bool:
+    """Whether an overlay is to begin some time."""
+    known = ((step.record.state, step.spec) for step in draft.steps.values() if step.spec is not None)
+    return any(state == "pending" or spec.makespan.schedule is not None for state, spec in known)
 
 
 def _notes(draft: Draft) -> tuple[str, ...]:
@@ -179,7 +189,7 @@ def fingerprint(observed: Observed, situation: Situation) -> str:
         observed.boot_id,
         observed.gpus_known,
         tuple((g.uuid, g.state, g.healthy, situation.rooms[g.uuid].foreign_bytes // step) for g in observed.gpus),
-        "\n".join(i.id for i in observed.incarnations),
+        "\n".join([i.id for i in observed.incarnations]),
         tuple(
             (i.id, i.phase, i.strays, i.exit_code, i.stop is not None)
             for i in observed.incarnations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -47,14 +47,21 @@ class Consents:
     """Endpoints that the overlay itself sets aside: they count as gone already."""
     leaving: frozenset[str] = frozenset()
     """Endpoints that are about to leave anyhow: ready they may be, but not for long."""
-    placed: frozenset[str] = frozenset()
-    """Wanted endpoints that run and stay, or are about to be started."""
+    has_place: Callable[[str], bool] = lambda _: False
+    """Whether a wanted endpoint runs and stays, or is about to be started."""
+    calm: Collection[str] = frozenset()
+    """Endpoints that are ready and of whose past nothing counts."""
     begin: Instant | None = None
     """When the overlay is to begin; None: now."""
     last: float = inf
     """Epoch seconds at which it has given its place back, whatever it does."""
     windows: tuple[Window, ...] = ()
     """Windows to come that it may not delay."""
+
+    @cached_property
+    def placed(self) -> frozenset[str]:
+        """Wanted endpoints that run and stay, or are about to be started."""
+        return frozenset(filter(self.has_place, self.endpoints))
 
     @cached_property
     def floors(self) -> Mapping[str, int]:
@@ -64,6 +71,16 @@ class Consents:
             for capability in overlay.requires:
                 floors[capability] = max(1, floors.get(capability, 0))
         return floors
+
+    def may_displace(self, tenant: Tenant) -> bool:
+        """Whether displacing this tenant by itself breaks no rule."""
+        if tenant.priority >= self.overlay.priority:  # whoever is behind an overlay is one more reason against it
+            return False
+        name = tenant.key.removeprefix("endpoint/")
+        if name not in self.calm or self.windows:
+            return not self.broken_by(tenant)
+        consent = self.overlay.allow_baseline_eviction and self.endpoints[name].preemptible
+        return consent and self.situation.sees(tenant.holds)
 
     def broken_by(self, tenant: Tenant) -> frozenset[str]:
         """The rules that displacing this tenant would break by itself."""
@@ -95,7 +112,7 @@ class Consents:
             "NotPreemptible": not endpoint.preemptible,
             "NoEvictionLeft": self._promised_to(name) is not None,
             "CoolDown": bool(tired),
-            "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tuple(tenant.holds)),
+            "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tenant.holds),
         }
         return frozenset(rule for rule, holds in rules.items() if holds)
 
@@ -185,7 +202,8 @@ class Consents:
     def _ready(self) -> Mapping[str, frozenset[str]]:
         found: dict[str, set[str]] = {}
         for name, endpoint in self.endpoints.items():
-            if self.standings[name].state == "healthy" and name not in self.leaving:
+            ready = name in self.calm or self.standings[name].state == "healthy"
+            if endpoint.capabilities and ready and name not in self.leaving:
                 for capability in endpoint.capabilities:
                     found.setdefault(capability, set()).add(name)
         return {capability: frozenset(names) for capability, names in found.items()}
@@ -210,7 +228,8 @@ class Consents:
         floors = (lambda _: True) if "FloorWouldBreak" in waive else self._floors_on(board)
         if not floors(frozenset()):
             return None
-        return place(needs, board, may_displace=lambda t: self.broken_by(t) <= waive, may_displace_all=floors)
+        may = (lambda t: self.broken_by(t) <= waive) if waive else self.may_displace
+        return place(needs, board, may_displace=may, may_displace_all=floors)
 
     def explain(self, needs: Sequence[Need], board: Board) -> Refusal:
         """Why `seek` found nothing: the first single rule whose absence would help, else what the box lacks.

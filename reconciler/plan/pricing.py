@@ -11,7 +11,22 @@ from operator import itemgetter
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
 from reconciler.plan.bounds import minimal_sets
 from reconciler.plan.observed import Subject
-from reconciler.plan.wishes import BROKEN, CONTESTED, DELAY, ISLANDS, LOST, MOVES, NUMA, SCALE, Cost, Levels, Wish, add
+from reconciler.plan.wishes import (
+    BROKEN,
+    CONTESTED,
+    DELAY,
+    DUE,
+    ISLANDS,
+    LOST,
+    MOVES,
+    NUMA,
+    SCALE,
+    TAIL,
+    Cost,
+    Levels,
+    Wish,
+    add,
+)
 
 CLOSELY = 64
 """Up to so many GPUs the price of each is worked out closely before any is taken."""
@@ -53,6 +68,8 @@ class Room:
 
 Way = tuple[Cost, Mapping[str, int], Victims]
 """One way to take one more GPU: the cost and the delays of the branch with it, and the victims that it adds."""
+_Yield = tuple[int, int, int]
+"""Bytes that a tenant gives up on one GPU, and the parts of a victim and of lost readiness that it counts as there."""
 NOBODY = Room(frozenset(), [], 0)
 
 
@@ -67,7 +84,8 @@ class Pricing:
         self._board = board
         self._lawful = lawful
         self._waiting = frozenset(w.key for w in wishes if w.waits)
-        self._rights: dict[tuple[str, str], bool] = {}
+        self._rights: dict[str, dict[str, bool]] = {wish.key: {} for wish in wishes}
+        """Wish → tenant → whether it may take its place."""
         self._laws: dict[tuple[Victims, frozenset[str]], bool] = {}
         self._losses: dict[tuple[str, Victims], Cost] = {}
         self._several = len(wishes) > 1
@@ -84,6 +102,8 @@ class Pricing:
         """
         prices: dict[str, Cost] = {}
         candidates = self.candidates(need)
+        if wish.may_displace is None and not branch.taken and not branch.gone:
+            return self._free(need, candidates)
         if len(candidates) <= CLOSELY:
             for gpu in candidates:
                 ways = self.openings(wish, need, gpu, branch)
@@ -103,36 +123,57 @@ class Pricing:
             insort(cheapest, prices[gpu])
         return prices
 
+    def _free(self, need: Need, candidates: list[str]) -> dict[str, Cost]:
+        """The same for one that displaces nobody, as long as nothing is decided on."""
+        prices, board, before = {}, self._board, self.levels.zero[:DUE]
+        may_choose = need.count != len(need.candidates)
+        for gpu in candidates:
+            free = board.free(gpu, alone=need.exclusive)
+            if free is not None and need.memory_bytes[gpu] <= free:
+                tail = [0] * len(TAIL)
+                tail[MOVES] = SCALE * (bool(need.prefer) and gpu not in need.prefer)
+                tail[CONTESTED] = SCALE * board.contested.get(gpu, 0) if may_choose else 0
+                tail[BROKEN] = SCALE * (free >> 20)
+                prices[gpu] = (*before, *tail)
+        self.steps += 2 * len(candidates)
+        return prices
+
     def _roughly(self, wish: Wish, gpu: str, room: Room) -> Cost:
         """A quick lower bound of what room on one GPU costs: how many victims of the highest priority that is needed.
 
-        Who holds other GPUs as well may be a victim already, and is taken to cost nothing; who moves is no victim.
+        And what they lose at the least: whatever leaves besides costs more at an earlier level. As in `_least`, who
+        holds several GPUs is paid for in parts; who moves is no victim.
         """
-        cost = list(self.levels.zero)
         missing = room.missing
-        classes: dict[int, list[int]] = {}
+        classes: dict[int, list[_Yield]] = {}
         for tenant in room.shared:
-            if len(tenant.holds) > 1 or tenant.moves:
-                missing -= tenant.holds[gpu].memory_bytes
+            size, parts = tenant.holds[gpu].memory_bytes, len(tenant.holds)
+            if tenant.moves:
+                missing -= size
             else:
-                classes.setdefault(tenant.priority, []).append(tenant.holds[gpu].memory_bytes)
-        for priority in sorted(classes) if missing > 0 else ():
-            sizes = classes[priority]
-            if sum(sizes) >= missing:
-                there = accumulate(sorted(sizes, reverse=True))
-                cost[self.levels.victim(wish.key, priority)] = SCALE * (1 + sum(total < missing for total in there))
+                worth = size, SCALE // parts, SCALE * tenant.lost_ms // parts
+                classes.setdefault(tenant.priority, []).append(worth)
+        if missing <= 0:
+            return self.levels.zero
+        cost = list(self.levels.zero)
+        for priority in sorted(classes):
+            there = classes[priority]
+            total = sum([size for size, _, _ in there])
+            if total >= missing:
+                cost[self.levels.victim(wish.key, priority)], cost[LOST] = _fewest(there, missing)
                 break
-            missing -= sum(sizes)
+            missing -= total
         return tuple(cost)
 
     def may(self, wish: Wish, tenant: Tenant) -> bool:
         """Whether a wish may take a tenant's place."""
         if wish.may_displace is None:
             return False
-        key = wish.key, tenant.key
-        if key not in self._rights:
-            self._rights[key] = wish.may_displace(tenant)
-        return self._rights[key]
+        rights = self._rights[wish.key]
+        known = rights.get(tenant.key)
+        if known is None:
+            known = rights[tenant.key] = wish.may_displace(tenant)
+        return known
 
     def is_lawful(self, victims: Victims, seated: frozenset[str]) -> bool:
         """Whether these may be displaced together, and these wishes seated."""
@@ -170,11 +211,8 @@ class Pricing:
         """What would have to leave one GPU; None: nothing makes room there."""
         self.steps += 1
         if wish.may_displace is None and not branch.gone and gpu not in branch.taken:
-            held, size = self._board.held(gpu), self._board.capacity[gpu]
-            if held is not None and (need.exclusive or held.exclusive):
-                return None
-            there = held.memory_bytes if held is not None else 0
-            return NOBODY if need.memory_bytes[gpu] + there <= size else None
+            free = self._board.free(gpu, alone=need.exclusive)
+            return NOBODY if free is not None and need.memory_bytes[gpu] <= free else None
         yielding: list[Tenant] = []
         fixed = [hold for _, hold in branch.taken.get(gpu, ())]
         for tenant in self._board.on(gpu):
@@ -313,6 +351,24 @@ class Pricing:
     def miss(self, at_least: Cost) -> None:
         """Note what a branch that is not looked at may cost at the least."""
         self.missed = at_least if self.missed is None else min(self.missed, at_least)
+
+
+def _fewest(there: Sequence[_Yield], missing: int) -> tuple[int, int]:
+    """Of tenants of one priority the fewest that may give up so many bytes, and the least that these lose, in parts."""
+    if all(part == SCALE for _, part, _ in there):
+        sizes = sorted([size for size, _, _ in there], reverse=True)
+        count = 1 + sum([held < missing for held in accumulate(sizes)])
+        losses = sorted([lost for size, _, lost in there if count > 1 or size >= missing])
+        return SCALE * count, sum(losses[:count])
+    cost = 0
+    for size, part, _ in sorted(
+        there, key=lambda item: item[1] / max(1, item[0])
+    ):  # as if the last one could leave in part
+        if size >= missing:
+            cost += part * missing // size
+            break
+        cost, missing = cost + part, missing - size
+    return max(cost, min(part for _, part, _ in there)), min(lost for _, _, lost in there)
 
 
 def taking(wish: Wish, need: Need, gpu: str, branch: Branch, way: Way) -> Branch:

@@ -26,7 +26,7 @@ def leavers(draft: Draft, overlay: str, leases: list[Lease]) -> list[Incarnation
     """
     gpus = {x.gpu for x in leases}
     found = [x.incarnation for x in draft.leaving.values() if x.overlay == overlay or gpus & set(x.incarnation.gpus)]
-    here = [i for i in draft.situation.observed.incarnations if gpus & set(i.gpus)]
+    here = [i for i in draft.situation.passing if gpus & set(i.gpus)]
     found += restless(draft, gpus)
     return found + [i for i in here if _lingers(draft, i) or _ends(draft, i)]
 

@@ -18,6 +18,9 @@ from reconciler.plan.situation import Situation
 from reconciler.plan.windows import held_back, keeping_off, opening_soon
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
+MOST_NAMED = 12
+"""So many of those who have a place are named to one that has none."""
+
 
 def need_of(
     situation: Situation, subject: Subject, gpus: GpuClaim, memory: MemoryClaim, prefer: tuple[str, ...] = ()
@@ -30,9 +33,8 @@ def need_of(
                 return None
             candidates, count = pinned, len(pinned)
         case GpuCount(count):
-            candidates = tuple(u for u in situation.gpus if u in situation.managed)
-    sizes = {uuid: situation.claim_bytes(memory, situation.gpus[uuid]) for uuid in candidates}
-    return Need(subject, candidates, count, sizes, isinstance(memory, WholeGpu), prefer)
+            candidates = situation.placeable
+    return Need(subject, candidates, count, situation.sizes(memory, candidates), isinstance(memory, WholeGpu), prefer)
 
 
 def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
@@ -159,9 +161,8 @@ def _port_blocked(draft: Draft, endpoint: EndpointSpec) -> bool:
             Blocked(subject, "PortInUse", message, ("end that process, or choose another port",), transient=True)
         )
         return True
-    for other in draft.situation.observed.incarnations:
-        ours = other.alive and other.port == endpoint.port and other.subject != subject and endpoint.port is not None
-        if ours and other.id not in draft.leaving:
+    for other in draft.situation.on_port.get(endpoint.port, ()) if endpoint.port is not None else ():
+        if other.subject != subject and other.id not in draft.leaving:
             message = f"port {endpoint.port} is in use by {other.subject} (pid {other.pid})"
             draft.block(Blocked(subject, "PortInUse", message, ("choose another port",), transient=True))
             return True
@@ -200,10 +201,19 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
         return Blocked(need.subject, "EvictedBy", message, (), end, transient=True)
     lack = lacking(draft.situation, [need])
     if lack.transient and lack.reason == "InsufficientGpus":
-        rivals = sorted({t.key.partition("/")[2] for g in need.candidates for t in draft.board.on(g)})
-        message = f"its GPUs are held by {', '.join(rivals)}; endpoints do not displace each other"
+        message = f"its GPUs are held by {_holders(draft, need)}; endpoints do not displace each other"
         return Blocked(need.subject, "InsufficientGpus", message, ("free a GPU, or lower its claim",), transient=False)
     return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)
+
+
+def _holders(draft: Draft, need: Need) -> str:
+    """Who is on the GPUs that a need may be met with; of many the first."""
+    found: set[str] = set()
+    for gpu in need.candidates:
+        found.update(t.key.partition("/")[2] for t in draft.board.on(gpu))
+        if len(found) > MOST_NAMED:
+            return ", ".join([*sorted(found)[:MOST_NAMED], "and others"])
+    return ", ".join(sorted(found))
 
 
 def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> tuple[str | None, float | None]:

@@ -6,7 +6,7 @@ Nothing is decided here. Each question that several rules ask of the inputs is a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -54,24 +54,27 @@ class Situation:
         self.ledger = ledger
         self.now = now
         self.gpus: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in observed.gpus}
-        self._endpoints: dict[str, list[Incarnation]] = {}
+        self.sole: dict[str, Incarnation] = {}
+        """Endpoint → its only incarnation; most have one."""
+        self._several: dict[str, list[Incarnation]] = {}
         self._workloads: dict[str, list[Incarnation]] = {}
         self.passing: list[Incarnation] = []
         """Incarnations of endpoints of which something may have ended, would not end or has yet to begin, and all of
         workloads; as observed."""
         for incarnation in observed.incarnations:
-            subject = incarnation.subject
-            if subject.kind == "endpoint":
-                runs = self._endpoints
-                if incarnation.phase != "running" or incarnation.undying_since is not None:
-                    self.passing.append(incarnation)
-            else:
-                runs = self._workloads
+            name = incarnation.subject.name
+            if incarnation.subject.kind != "endpoint":
+                self._workloads.setdefault(name, []).append(incarnation)
                 self.passing.append(incarnation)
-            if subject.name in runs:
-                runs[subject.name].append(incarnation)
+                continue
+            if incarnation.phase != "running" or incarnation.undying_since is not None:
+                self.passing.append(incarnation)
+            if name in self._several:
+                self._several[name].append(incarnation)
+            elif name in self.sole:
+                self._several[name] = [self.sole.pop(name), incarnation]
             else:
-                runs[subject.name] = [incarnation]
+                self.sole[name] = incarnation
         self.rejected = frozenset(PurePath(problem.file).stem for problem in spec.problems)
         """Overlays whose file is there and cannot be accepted: unknown, not absent."""
 
@@ -79,12 +82,10 @@ class Situation:
 
     def incarnations(self, subject: Subject) -> Sequence[Incarnation]:
         """All incarnations of `subject` not yet archived, oldest first."""
-        runs = self._endpoints if subject.kind == "endpoint" else self._workloads
-        return runs.get(subject.name, ())
-
-    def of_endpoint(self, name: str) -> Sequence[Incarnation]:
-        """The same of one endpoint, by its name."""
-        return self._endpoints.get(name, ())
+        if subject.kind != "endpoint":
+            return self._workloads.get(subject.name, ())
+        sole = self.sole.get(subject.name)
+        return self._several.get(subject.name, ()) if sole is None else (sole,)
 
     def living(self, subject: Subject) -> list[Incarnation]:
         """Those that may still run something."""
@@ -99,7 +100,8 @@ class Situation:
         names = dict.fromkeys(self.spec.endpoints)  # in order, most often: quickly sorted
         for overlay in self.spec.overlays.values():
             names.update(dict.fromkeys(overlay.endpoints))
-        names.update(dict.fromkeys(self._endpoints))
+        names.update(dict.fromkeys(self.sole))
+        names.update(dict.fromkeys(self._several))
         return sorted(names)
 
     @cached_property
@@ -126,11 +128,10 @@ class Situation:
     def leaving_s(self, endpoint: EndpointSpec) -> float:
         """Predicted seconds from asking it to give way until it has, whichever way it is that it goes."""
         times = self.timings(endpoint)
-        ways = [times.stop_s]
-        if endpoint.evict.method == "sleep":
-            levels = (n for n in endpoint.profile.sleep_levels if n >= endpoint.evict.level)
-            ways += [self.nap_s(endpoint, level)[0] for level in levels]
-        return times.drain_s + max(ways)
+        if endpoint.evict.method != "sleep":
+            return times.drain_s + times.stop_s
+        levels = (n for n in endpoint.profile.sleep_levels if n >= endpoint.evict.level)
+        return times.drain_s + max([times.stop_s, *(self.nap_s(endpoint, level)[0] for level in levels)])
 
     def nap_s(self, endpoint: EndpointSpec, level: int) -> tuple[float, float]:
         """Predicted seconds to fall asleep at a level that its engine has, and to be ready again after it."""
@@ -139,6 +140,11 @@ class Situation:
         return times.sleep_s.get(level, sleep_s), times.wake_s.get(level, wake_s)
 
     # ------------------------------------------------------------ GPUs
+
+    @cached_property
+    def placeable(self) -> tuple[str, ...]:
+        """UUIDs that a count may be met with, in NVML order."""
+        return tuple(u for u in self.gpus if u in self.managed)
 
     @cached_property
     def managed(self) -> frozenset[str]:
@@ -151,6 +157,15 @@ class Situation:
     @cached_property
     def _by_index(self) -> Mapping[int, str]:
         return {gpu.index: gpu.uuid for gpu in self.observed.gpus}
+
+    @cached_property
+    def on_port(self) -> Mapping[int, list[Incarnation]]:
+        """Port → the incarnations that may still run something and were given it, as observed."""
+        found: dict[int, list[Incarnation]] = defaultdict(list)
+        for incarnation in self.observed.incarnations:
+            if incarnation.port is not None and incarnation.alive:
+                found[incarnation.port].append(incarnation)
+        return found
 
     @cached_property
     def _on_gpu(self) -> Mapping[str, list[Incarnation]]:
@@ -175,6 +190,12 @@ class Situation:
             return len(gpus) == claim.count
         wanted = self.resolve_pins(claim)
         return wanted is not None and sorted(wanted) == sorted(gpus)
+
+    def sizes(self, memory: MemoryClaim, gpus: Sequence[str]) -> dict[str, int]:
+        """Bytes claimed on each of these GPUs, by UUID."""
+        if isinstance(memory, MemoryBytes):
+            return dict.fromkeys(gpus, memory.bytes)
+        return {uuid: self.claim_bytes(memory, self.gpus[uuid]) for uuid in gpus}
 
     def claim_bytes(self, memory: MemoryClaim, gpu: Gpu) -> int:
         """Bytes claimed on one GPU; the whole GPU is its total less the reserve."""
@@ -201,14 +222,15 @@ class Situation:
         return Room(gpu, capacity, foreign, lingering, unusable)
 
     def _unusable(self, gpu: Gpu) -> str | None:
-        rules = (
-            (gpu.uuid not in self.managed, "NotManaged"),
-            (gpu.uuid in self.ledger.quarantines, "Quarantined"),
-            (gpu.state == "lost", "GpuLost"),
-            (gpu.state == "unknown" or not self.observed.gpus_known or gpu.processes is None, "GpuUnknown"),
-            (not gpu.healthy, "GpuUnhealthy"),
-        )
-        return next((reason for holds, reason in rules if holds), None)
+        if gpu.uuid not in self.managed:
+            return "NotManaged"
+        if gpu.uuid in self.ledger.quarantines:
+            return "Quarantined"
+        if gpu.state == "lost":
+            return "GpuLost"
+        if gpu.state == "unknown" or not self.observed.gpus_known or gpu.processes is None:
+            return "GpuUnknown"
+        return None if gpu.healthy else "GpuUnhealthy"
 
     def _attribute(self, gpu: Gpu, used: int) -> tuple[int, int]:
         """Foreign and lingering bytes of one GPU.
@@ -275,6 +297,11 @@ class Situation:
     def _ended_at(incarnation: Incarnation) -> float:
         return incarnation.exited.mono if incarnation.exited else incarnation.started.mono
 
-    def sees(self, gpus: tuple[str, ...]) -> bool:
+    @cached_property
+    def seen(self) -> frozenset[str]:
+        """UUIDs of the GPUs that can be read now."""
+        return frozenset(uuid for uuid, gpu in self.gpus.items() if gpu.state == "ok")
+
+    def sees(self, gpus: Iterable[str]) -> bool:
         """Whether every one of these GPUs can be read now; without it nothing destructive happens on them."""
-        return all((gpu := self.gpus.get(uuid)) is not None and gpu.state == "ok" for uuid in gpus)
+        return self.seen.issuperset(gpus)

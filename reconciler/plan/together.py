@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from operator import itemgetter
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Verdict
@@ -89,7 +88,7 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
     wishes = [a.wish for a in askers]
     for name, need in restless.items():
         tenant = draft.board.tenants[f"endpoint/{name}"]
-        takers = frozenset(a.wish.key for a in askers if not a.consents.broken_by(tenant))
+        takers = frozenset(a.wish.key for a in askers if a.consents.may_displace(tenant))
         wishes.append(Wish(tenant.key, ((need,),), yields=(takers, tenant.priority)))
 
     def law(victims: Victims, seated: frozenset[str]) -> bool:
@@ -132,8 +131,11 @@ def _movers(draft: Draft, askers: Sequence[Asker], board: Board) -> dict[str, Mo
     asking = {a.overlay.name for a in askers}
     off = keeping_off(w for w in draft.windows if w.name not in asking)
     found: dict[str, Mover] = {}
-    needs = {t.key: need for t in board.tenants.everybody() if (need := can_move(draft, t)) is not None}
-    for key, need in sorted(needs.items(), key=itemgetter(0)):
+    movable = (endpoint_key(n) for n, e in draft.situation.spec.endpoints.items() if e.movable)
+    for key in sorted(key for key in movable if key in board.tenants):
+        need = can_move(draft, board.tenants[key])
+        if need is None:
+            continue
         by = frozenset(a.wish.key for a in askers if a.may_move(board.tenants[key]))
         if by:
             elsewhere = off(need)
@@ -158,7 +160,7 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
 
     def may(tenant: Tenant) -> bool:
         if tenant.key not in rights:
-            rights[tenant.key] = not begun & tenant.holds.keys() and not consents.broken_by(tenant)
+            rights[tenant.key] = (not begun or not begun & tenant.holds.keys()) and consents.may_displace(tenant)
         return rights[tenant.key]
 
     def may_move(tenant: Tenant) -> bool:

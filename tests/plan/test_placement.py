@@ -9,6 +9,8 @@ from random import Random
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.observed import Subject
 from reconciler.plan.placement import Placement, place
+from reconciler.plan.search import solve
+from reconciler.plan.wishes import Wish
 
 SUBJECT = Subject("workload", "render")
 
@@ -105,3 +107,15 @@ def test_the_cost_that_is_told_is_that_of_the_place_that_is_given() -> None:
             on = tuple(found.gpus[SUBJECT])
             assert fits(board, need, on, found.victims)
             assert found.cost == cost(board, need, on, found.victims), f"case {number}: {found}"
+
+
+def test_a_place_beside_everybody_is_the_one_that_the_search_comes_to() -> None:
+    found = 0
+    for number in range(400):
+        board, need = case(number)
+        quick, searched = place([need], board), solve((Wish("asker", ((need,),)),), board)
+        assert (quick is None) == (searched is None), f"case {number}"
+        if quick is not None and searched is not None:
+            found += 1
+            assert (quick.gpus, quick.cost) == (searched.gpus, searched.cost), f"case {number}"
+    assert 50 < found < 350
