@@ -81,13 +81,17 @@ def test_intent_and_run_records_say_who_runs_and_for_what(nursery: Nursery, tmp_
 
 
 def test_a_leader_begins_with_clean_signals_and_three_descriptors(nursery: Nursery) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    old = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    """Also below a daemon that was started by `nohup` in the background of a shell, which ignores these for good."""
+    blocked = {signal.SIGUSR1, signal.SIGTERM}
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR2, signal.SIGPIPE)
+    old = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         incarnation = nursery.started(OBEDIENT)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-        signal.signal(signal.SIGUSR2, old)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+        for number, handler in old.items():
+            signal.signal(number, handler)
     pid = nursery.run_record(incarnation).pid
     status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
     assert int(status["SigBlk"], 16) == 0

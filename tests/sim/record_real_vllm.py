@@ -28,6 +28,7 @@ FILE = Path(__file__).with_name("real_vllm.json")
 
 def main(names: list[str]) -> None:
     vllm = Path(os.environ["RECONCILER_TEST_VLLM"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and inherited so
     answers = {}
     version = subprocess.run([str(vllm), "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     for name in names or SCENES:
