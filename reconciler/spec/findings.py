@@ -112,7 +112,7 @@ class Findings:
             if isinstance(entry.node, Scalar) and entry.node.value is None:
                 is_mapping = get_origin(field.annotation) is dict or _is_model(field.annotation)
                 if not is_mapping:
-                    self.add(entry.key_at, f'"{name}" has no value', "write one, or remove the line")
+                    self._note_null(entry.key_at, name)
             elif (inner := inner_model(kind, (name,))) is not None:
                 items = entry.node.items if isinstance(entry.node, Sequence) else (entry.node,)
                 for item in items:
@@ -120,6 +120,9 @@ class Findings:
             elif values is not None and isinstance(entry.node, Map):
                 for key, value in entry.node.entries.items():
                     self._note_nulls(values, value.node, tree, (*prefix, name, key))
+
+    def _note_null(self, at: Source, name: str) -> None:
+        self.add(at, f'"{clip(name)}" has no value', "write one, or remove the line")
 
     def _note_error(self, kind: type[BaseModel], error: Any, tree: Node, prefix: Path) -> None:
         loc: Path = error["loc"]
@@ -130,8 +133,10 @@ class Findings:
         path = (*prefix, *loc)
         node = child(tree, *path)
         at = locate(tree, path)
-        if isinstance(node, Scalar) and node.value is None and error["type"] != "extra_forbidden":
-            return  # noted as a key without a value, or by its owner
+        is_null = isinstance(node, Scalar) and node.value is None and error["type"] != "extra_forbidden"
+        if is_null and isinstance(path[-1], str):  # that of a field is noted already; here the same counts once
+            self._note_null(locate(tree, path, key=True), path[-1])
+            return
         if isinstance(node, Sequence) and node.items and error["type"] == "too_short":
             return  # what is wrong is an item of it, and noted there
         match error["type"]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
-from spec_texts import BASE, problems
+import yaml
+from spec_texts import BASE, problems, read
 
 ENDPOINT = "version: 1\nendpoints:\n  a:\n    model: m\n    port: 1\n"
 
@@ -94,6 +99,8 @@ ENDPOINT = "version: 1\nendpoints:\n  a:\n    model: m\n    port: 1\n"
         (ENDPOINT + "    env: {RECONCILER_X: y}\n", "6:11", "belongs to the reconciler", "remove"),
         (ENDPOINT + "    env_file: nowhere.env\n", "6:15", "/etc/box/nowhere.env", None),
         (ENDPOINT + "    executable:\n", "6:5", '"executable" has no value', "remove the line"),
+        (ENDPOINT + "    env:\n      HF_HOME:\n", "7:7", '"HF_HOME" has no value', "write one"),
+        (ENDPOINT + "    args:\n    - --foo\n    -\n", "8:6", "null is not a text", "quotes"),
         ("version: 1\nendpoints:\n  a: {model: m, port: 70000}\n", "3:23", "70000 is not a port", None),
         ("version: 1\nendpoints:\n  a: {model: m, port: 80.0}\n", "3:23", "80.0 is not a port", None),
         # engines
@@ -168,3 +175,73 @@ def test_a_mistake_in_defaults_is_told_once() -> None:
 
 def test_no_more_than_a_hundred_problems_are_told() -> None:
     assert len(problems("version: 1\n" + "".join(f"k{i}: 1\n" for i in range(3000)))) == 100
+
+
+WHOLE = """\
+version: 1
+node: {gpus: [0, 1], reserve: 1GiB}
+priorities: {high: 900}
+capabilities: {ask: {min_available: 1}}
+defaults: {env: {A: b}, health: {interval: 5s}}
+notify: {chat: {command: [x, y]}}
+engines:
+  x:
+    like: vllm
+    args: [--a]
+    env: {C: d}
+    busy_metrics: [m]
+    failures: [{pattern: p, kind: K, hint: h}]
+    sleep:
+      args: [--s]
+      env: {E: f}
+      level_1: {sleep: [{path: /p, answer: {a: true}}], wake: [{path: /w}]}
+endpoints:
+  e:
+    engine: x
+    model: m
+    port: 8001
+    gpus: [0, 1]
+    priority: high
+    capabilities: [ask]
+    args: [--foo]
+    env: {G: h}
+    health: {path: /h}
+    evict: {method: sleep, level: 1}
+"""
+JOB = """\
+version: 1
+makespan: {duration: 20m}
+gpus: [0]
+requires: [ask]
+workload: {command: [x, y], env: {A: b}}
+set: {e: {args: [--bar], env: {B: c}}}
+"""
+
+
+def places(node: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Each key and item below."""
+    for step, below in node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else ()):
+        yield (*path, step)
+        yield from places(below, (*path, step))
+
+
+def emptied(document: object, path: tuple[str | int, ...]) -> str:
+    """The text without a value at `path`."""
+    document = copy.deepcopy(document)
+    owner: Any = document
+    for step in path[:-1]:
+        owner = owner[step]
+    owner[path[-1]] = None
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def test_nothing_that_has_no_value_drops_an_endpoint_or_overlay_in_silence() -> None:
+    """Dropped without a problem, an endpoint would count as removed, and be stopped."""
+    assert not problems(WHOLE, {"job.yaml": JOB})
+    for setpoints, job in (
+        *((emptied(yaml.safe_load(WHOLE), path), JOB) for path in places(yaml.safe_load(WHOLE)) if path[1:]),
+        *((WHOLE, emptied(yaml.safe_load(JOB), path)) for path in places(yaml.safe_load(JOB)) if path[1:]),
+    ):
+        if not problems(setpoints, {"job.yaml": job}):
+            spec = read(setpoints, {"job.yaml": job})
+            assert (set(spec.endpoints), set(spec.overlays)) == ({"e"}, {"job"}), f"{setpoints}\n---\n{job}"

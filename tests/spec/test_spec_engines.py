@@ -318,6 +318,11 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: 1.5}}}}", "2:71", "is no text"),
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: false}}}}", "2:27", "sleeps or not"),
         ("engines: {x: {like: vllm, sleep: {level_3: {}}}}", "2:35", "level_3"),
+        (
+            "engines: {x: {sleep: {level_1: {wake: [{path: /w}], sleep: [{path: /a, answer: {a: null}}]}}}}",
+            "2:81",
+            "no value",
+        ),
         ("engines: {x: {like: vllm, env: {CUDA_VISIBLE_DEVICES: '1'}}}", "2:33", "belongs to the reconciler"),
         ("engines: {x: {like: vllm, sleep: {env: {'A B': '1'}}}}", "2:41", "not the name of a variable"),
         ("engines: {x: {like: vllm, busy_metrics: ['r{m=\"a\"}']}}", "2:42", "not the name of a metric"),
