@@ -17,6 +17,7 @@ from reconciler.errors import UnknownName, UsageError
 from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
+from reconciler.plan.endpoints import describe_exit
 from reconciler.plan.ledger import TERMINAL
 from reconciler.plan.render import in_zone
 from reconciler.plan.status import agenda_data, incident_data, iso, status_data
@@ -158,10 +159,10 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         yield f"Planned until {clock(plan['until'])}: {plan['reason']} (expected: {states}). No incident meanwhile."
     if record is not None and record.exits:
         last = record.exits[-1]
-        code = "an unknown exit code" if last.exit_code is None else f"exit code {last.exit_code}"
         how = "as planned" if last.planned else "unplanned"
         ended = clock(iso(last.at.wall))
-        yield f"It last ended at {ended} with {code}, {how}; {item['restarts']} unplanned ends are remembered."
+        yield f"It last ended at {ended}, {how}, with {describe_exit(last)}."
+        yield f"{item['restarts']} unplanned ends are remembered."
 
 
 def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:

@@ -118,7 +118,7 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
         lambda c: c.covered,
         "WrongWay",
         "warning",
-        lambda c: f"{_name(c)} is {c.view.state}, expected {_expected(c)} ({_entry(c).reason})",
+        lambda c: f"{_name(c)} is {c.view.state}, expected {_expected(c)} ({_entry(c).reason}){_because(c)}",
     ),
     _Rule(lambda c: c.overdue_s > ESCALATE_AFTER_S, "Overdue", "critical", _overdue),
     _Rule(lambda c: c.entry is not None, "Overdue", "warning", _overdue),
@@ -139,7 +139,7 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
         lambda c: c.crash is not None,
         "Unplanned",
         "warning",
-        lambda c: f"{_name(c)} ended by itself with {_crash(c)} and is {c.view.state}",
+        lambda c: f"{_name(c)} {_crash(c)} and is {c.view.state}",
     ),
     _Rule(
         lambda c: c.view.state in ("unhealthy", "sleeping"),
@@ -308,7 +308,9 @@ def _waits_for(case: Case) -> str:
 
 def _crash(case: Case) -> str:
     assert case.crash is not None  # noqa: S101 - asked only by the row that holds with one
-    return describe_exit(case.crash)
+    if case.crash.ended_for is not None:
+        return f"was ended because {case.crash.ended_for}"
+    return f"ended by itself with {describe_exit(case.crash)}"
 
 
 def _exit_words(exit_code: int | None) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Clock, Instant
 from reconciler.observe.probe import Answer, Connection, OwnsListener, ProbeTarget
-from reconciler.plan.endpoints import hung_for
 from reconciler.plan.observed import Probe
 
 LOG = logging.getLogger(__name__)
@@ -264,7 +263,7 @@ def is_material(before: Probe | None, after: Probe, target: ProbeTarget) -> bool
     """
     if before is None or before.ready != after.ready or before.sleeping != after.sleeping:
         return True
-    if (hung_for(before) >= target.hung_s) != (hung_for(after) >= target.hung_s):
+    if (before.frozen_s >= target.hung_s) != (after.frozen_s >= target.hung_s):
         return True
     return after.misses == target.failures or (after.busy == 0 and before.busy != 0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from reconciler.plan.endpoints import Standing, hung_for
+from reconciler.plan.endpoints import Standing
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.situation import Situation
 
@@ -41,7 +41,7 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
             and probe.misses < endpoint.health.failures
             and not probe.sleeping
             and record.ready_incarnation == current.id
-            and (probe.moved is None or hung_for(probe) < endpoint.health.hung_s)  # 3
+            and (probe.moved is None or probe.frozen_s < endpoint.health.hung_s)  # 3
             and record.state == "healthy"
             and not record.evictions
             and not record.streak

@@ -35,7 +35,8 @@ def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | No
     """Until when this incarnation is given time to finish its requests; None when there is nothing to wait for.
 
     Draining is over when its time is up, when the engine reports no request in flight since the stop was asked for,
-    or when it cannot report any (not ready, no metric): waiting for an answer that cannot come helps nobody.
+    or when it cannot report any (not ready, no metric): waiting for an answer that cannot come helps nobody. So it is
+    when its engine hangs or sleeps: what is in flight cannot finish. One whose counter moves again does not hang.
     """
     if incarnation.subject.kind == "workload" or stop.drain_s <= 0:
         return None
@@ -45,6 +46,8 @@ def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | No
     record = draft.records[incarnation.subject.name]
     known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
     if known is None or not known.profile.busy_metrics or record.ready_incarnation != incarnation.id:
+        return None
+    if probe is not None and (probe.sleeping or probe.frozen_s >= known.health.hung_s):
         return None
     since = progress.requested if progress else draft.now
     until = since.plus(stop.drain_s)

@@ -10,7 +10,7 @@ from reconciler.clock import Instant
 from reconciler.plan.board import Hold, Tenant, endpoint_key
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
 from reconciler.plan.naps import follow, serves
-from reconciler.plan.observed import Incarnation, Probe, Subject
+from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import memory_return_s
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
@@ -62,7 +62,7 @@ def stand(situation: Situation, name: str, endpoint: EndpointSpec | None) -> Sta
     if state == "unhealthy":
         record = replace(record, unhealthy_since=record.unhealthy_since or situation.now)
     elif state in ("healthy", "sleeping"):
-        record = replace(record, unhealthy_since=None)
+        record = replace(record, unhealthy_since=None, ending=None)
     if state == "unhealthy" and must_restart is None and record.unhealthy_since is not None:
         due = record.unhealthy_since.plus(health.unhealthy_for_s)
         if situation.now.mono >= due.mono:
@@ -89,8 +89,8 @@ def _judge(
     if not serves(record.nap, probe) and (probe is None or probe.misses < health.failures):
         return "sleeping", "", None, None  # 3
     if record.ready_incarnation == current.id:
-        if (frozen_s := hung_for(probe)) >= health.hung_s:
-            message = f"Hung: requests run and no token was made for {frozen_s:.0f} s, though it answers"
+        if probe is not None and probe.frozen_s >= health.hung_s:
+            message = f"Hung: requests run and no token was made for {probe.frozen_s:.0f} s, though it answers"
             return "unhealthy", message, None, None  # 6
         if probe is None or probe.misses < health.failures:
             return "healthy", "", None, None  # 4
@@ -127,16 +127,6 @@ def _hold(memory_bytes: int, exclusive: bool) -> Hold:  # noqa: FBT001 - the fie
     return Hold(memory_bytes, exclusive)
 
 
-def hung_for(probe: Probe | None) -> float:
-    """Seconds between two readings of its counter of work that were the same, with requests running at each.
-
-    Between readings: a page that does not come, because the box is busy, makes nobody hung.
-    """
-    if probe is None or probe.moved is None or probe.progress_at is None:
-        return 0.0
-    return probe.progress_at.since(probe.moved)
-
-
 def _absorb_answer(
     situation: Situation, record: EndpointRecord, current: Incarnation, restart: Restart
 ) -> EndpointRecord:
@@ -169,10 +159,10 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         )
         planned = ended.stop is not None and record.unhealthy_since is None
         streak = record.streak if planned else (1 if calm else record.streak + 1)
-        end = Exit(ended.id, at, ended.exit_code, planned, None if planned else ended.failure)
-        record = replace(
-            record, exits=(*record.exits, end)[-KEPT_EXITS:], streak=streak, ready_since=None, unhealthy_since=None
-        )
+        ended_for = record.ending if ended.stop is not None else None
+        end = Exit(ended.id, at, ended.exit_code, planned, None if planned else ended.failure, ended_for)
+        record = replace(record, exits=(*record.exits, end)[-KEPT_EXITS:], streak=streak)
+        record = replace(record, ready_since=None, unhealthy_since=None, ending=None)
         recent = [e for e in record.exits if not e.planned and at.since(e.at) <= restart.window_s]
         if not planned and len(recent) > restart.max_restarts:
             record = replace(
@@ -188,11 +178,13 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
 
 
 def describe_exit(end: Exit) -> str:
-    """An exit in words, with what the log said of it."""
+    """An exit in words, with why it was ended, or what the log said of it."""
     if end.exit_code is None:
         words = "an unknown exit code"
     else:
         words = f"signal {-end.exit_code}" if end.exit_code < 0 else f"exit code {end.exit_code}"
+    if end.ended_for:
+        return f"{words}, ended because {end.ended_for}"
     return f"{words} ({end.failure})" if end.failure else words
 
 

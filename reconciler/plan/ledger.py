@@ -111,6 +111,8 @@ class Exit:
     """We had asked for it, and not because it was unhealthy."""
     failure: str | None = None
     """What its log said of it: a class and a hint."""
+    ended_for: str | None = None
+    """What was wrong with it, so that it was ended; None: it ended by itself, or nothing was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,8 @@ class EndpointRecord:
     """The incarnation that was last seen ready (so that an adopted one that fails is unhealthy, not starting)."""
     ready_since: Instant | None = None
     unhealthy_since: Instant | None = None
+    ending: str | None = None
+    """What is wrong with what runs of it, so that it is ended; noted before it is asked to stop."""
     failed: str | None = None
     """Why it is failed; sticky until `failed_hash` no longer matches, or `reset`."""
     failed_hash: str | None = None

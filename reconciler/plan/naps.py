@@ -178,13 +178,15 @@ def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving
     2. it has to leave for another reason than giving way → no nap
     3. told to sleep and asleep or not yet, and it has to give way no more → the nap stays until `rise`
     4. it waits to be told, and has to give way no more → no nap, nothing was done to it
-    5. it has to give way while it wakes up → no nap: it stops
+    5. it has to give way while it wakes up, or broke before it was told to sleep → no nap: it stops
     6. it has to give way, and what is leased beside it fits with its residue → the nap goes on, or begins
     7. otherwise it stops
     """
-    nap, situation = draft.records[endpoint.name].nap, draft.situation
-    if nap is not None and nap.failed is not None:
-        return f"it stops: {nap.failed}" if leaving is not None and leaving.cause.kind == "evict" else ""  # 1
+    record, situation = draft.records[endpoint.name], draft.situation
+    nap = record.nap
+    failed = nap.failed if nap is not None else (record.ending if current.stop is not None else None)
+    if failed is not None:
+        return f"it stops: {failed}" if leaving is not None and leaving.cause.kind == "evict" else ""  # 1
     if current.process_hash != endpoint.process_hash or (leaving is not None and leaving.cause.kind != "evict"):
         return ""  # 1, 2
     if leaving is None:
@@ -194,6 +196,8 @@ def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving
     else:
         if nap is not None and nap.waking is not None:
             return "it stops: it is waking up"  # 5
+        if nap is not None and nap.begun is None and draft.standings[endpoint.name].state == "unhealthy":
+            return f"it stops: {draft.standings[endpoint.name].reason}"  # 5
         if nap is None:
             level, why = _way(draft, endpoint, current)
             nap = Nap(current.id, level, situation.now, why=why) if level is not None else None

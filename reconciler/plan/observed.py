@@ -146,6 +146,16 @@ class Probe:
     progress_at: Instant | None = None
     """When it was last read."""
 
+    @property
+    def frozen_s(self) -> float:
+        """Seconds between two readings of its counter of work that were the same, with requests running at each.
+
+        Between readings: a page that does not come, because the box is busy, makes nobody hung.
+        """
+        if self.moved is None or self.progress_at is None:
+            return 0.0
+        return self.progress_at.since(self.moved)
+
 
 @dataclass(frozen=True, slots=True)
 class PortHolder:

@@ -18,6 +18,7 @@ from reconciler.plan.draft import Draft, Leaving
 from reconciler.plan.edits import carry_out as carry_out_edits
 from reconciler.plan.edits import is_as_wanted, seat_running
 from reconciler.plan.endpoints import Standing
+from reconciler.plan.ledger import EndpointRecord
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
@@ -181,7 +182,17 @@ def _keep(
         seat_running(draft, draft.board, name, endpoint)
         return "stays"
     draft.leaving[current.id] = replace(leaving, reason=f"{leaving.reason}; {awake}") if awake else leaving
+    draft.records[name] = replace(draft.records[name], ending=_ending(draft.records[name], standing, leaving))
     return "leaves"
+
+
+def _ending(record: EndpointRecord, standing: Standing, leaving: Leaving) -> str | None:
+    """What is wrong with one that leaves, if that is why it does; None: nothing, or it would leave anyway."""
+    if standing.must_restart is not None:
+        return (record.ending or f"it was {standing.must_restart}") if leaving.cause.kind == "drift" else None
+    if record.nap is not None and record.nap.failed is not None and leaving.cause.kind in ("drift", "evict"):
+        return record.nap.failed  # the nap itself is forgotten with this decision
+    return record.ending
 
 
 def _must_leave(
@@ -225,12 +236,14 @@ def _must_leave(
     move = under_way(draft, name)
     if move is not None and move.incarnation == current.id:
         return Leaving(current, *in_words(draft, move))  # 5
-    if current.stop is not None:
-        return Leaving(current, "a stop is under way", Cause("cleanup", endpoint.source))  # 6
-    nap = draft.records[name].nap
-    if nap is not None and nap.failed is not None:
-        return Leaving(current, nap.failed, Cause("drift", endpoint.source, detail="sleep"))  # 6
-    renew = draft.records[name].renew_before
+    record = draft.records[name]
+    if current.stop is not None:  # 6
+        broken = Cause("drift", endpoint.source, detail="it is ended")
+        cause = broken if record.ending else Cause("cleanup", endpoint.source)
+        return Leaving(current, record.ending or "a stop is under way", cause)
+    if record.nap is not None and record.nap.failed is not None:
+        return Leaving(current, record.nap.failed, Cause("drift", endpoint.source, detail="sleep"))  # 6
+    renew = record.renew_before
     if renew is not None and current.started.mono < renew.mono:
         return Leaving(current, "a clean start was asked for", Cause("request", endpoint.source))  # 7
     return None

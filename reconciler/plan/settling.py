@@ -83,8 +83,9 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         draft.wakes.append(not_before)
         wait = not_before.since(draft.now)
         message = f"it ended {record.streak} times in a row; the next start is in {wait:.1f} s"
-        last = record.exits[-1].failure if record.exits else None
-        message += f" ({last})" if last else ""
+        last = record.exits[-1] if record.exits else None
+        told = last and (last.ended_for or last.failure)
+        message += f" ({told})" if told else ""
         draft.block(
             Blocked(
                 subject,
@@ -140,9 +141,11 @@ def _why_started(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> tu
     if standing.current is not None and draft.leaving[standing.current.id].cause.kind in ("edit", "request", "drift"):
         leaving = draft.leaving[standing.current.id]
         return leaving.reason, leaving.cause
-    if record.exits and not record.exits[-1].planned:
-        told = record.exits[-1].failure
-        reason = f"it should run and does not: {told}" if told else "it should run and does not"
+    last = record.exits[-1] if record.exits else None
+    if last is not None and last.ended_for is not None:
+        return f"it was ended because {last.ended_for}", Cause("drift", endpoint.source, detail="it was ended")
+    if last is not None and not last.planned:
+        reason = f"it should run and does not: {last.failure}" if last.failure else "it should run and does not"
         return reason, Cause("drift", endpoint.source, detail="it ended by itself")
     return "its set point is running", Cause("setpoint", endpoint.source)
 

@@ -31,7 +31,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
             "port": port,
             "gpus": [gpu],
             "health": {"interval": "500ms", "timeout": "3s", "unhealthy_for": "3s", "hung": f"{HUNG_S:g}s"},
-            "stop": {"drain": "0s", "grace": "2s"},
+            "stop": {"drain": "10m", "grace": "2s"},  # what is in flight cannot finish: nobody waits for it
         }
     # `hung` is deaf to SIGTERM, as a core in a call of its driver is; `idle` answers slowly, as on a busy box
     node = tmp_path / "node.yaml"
@@ -128,3 +128,9 @@ def test_a_hang_is_told_and_ended_and_what_is_idle_or_slow_is_left_alone(box: Bo
     said = [(i["kind"], i["subject"]) for i in box.json("incidents", "--all")["data"]["incidents"]]
     assert {("Hung", "stuck"), ("Hung", "hung")} <= set(said)
     assert not [name for _, name in said if name in ("idle", "slow")]
+    events = box.json("events")["data"]["events"]
+    assert not [e for e in events if "by itself" in f"{e['message']} {e['cause']}"], "they were ended"
+    for name in ("stuck", "hung"):
+        (last,) = [line for line in box.run("explain", name).stdout.splitlines() if line.startswith("It last ended")]
+        assert "unplanned, with" in last
+        assert "ended because it was unhealthy for 3 s: Hung: requests run and no token was made for" in last

@@ -328,6 +328,8 @@ SENTENCES = [
     (Box((view(A, "pending", reason="GpuOccupied: pid 4711"),)), "thinking cannot start: GpuOccupied: pid 4711"),
     (Box((view(A, "pending", reason="PortInUse: port 8080"),)), "thinking cannot start: PortInUse: port 8080"),
     (Box((view(A, "pending"),), (CRASHED,)), "thinking ended by itself with signal 9 and is pending"),
+    (Box((view(A, "pending"),), (replace(NEW, exits=(replace(crash(), ended_for="it hung"),)),)),
+     "thinking was ended because it hung and is pending"),
     (Box((view(A, "unhealthy", reason="503"),)), "thinking is unhealthy and nobody planned it: 503"),
     (Box((view(A, "sleeping"),)), "thinking is sleeping and nobody planned it"),
     (Box(overlays=(overlay_record("render", state="failed", exit_code=3),)),

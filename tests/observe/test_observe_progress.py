@@ -10,7 +10,6 @@ from http_box import HttpBox
 from reconciler.clock import Instant
 from reconciler.observe.probe import PROGRESS_PACE_S, Answer, Connection, ProbeTarget
 from reconciler.observe.prober import next_probe
-from reconciler.plan.endpoints import hung_for
 
 PAGE = b"""# TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0"} 2.0
@@ -36,7 +35,7 @@ def hung(*answers: Answer, pace: float = 15.0) -> float:
     probe = None
     for number, answer in enumerate(answers):
         probe = next_probe(probe, TARGET, answer, BEGIN.plus(number * pace))
-    return hung_for(probe)
+    return probe.frozen_s
 
 
 def working(running: int, progress: int, **fields: object) -> Answer:

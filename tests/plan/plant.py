@@ -69,6 +69,8 @@ class Plant:
     """GPU index -> NVLink island."""
     busy: dict[str, int] = field(default_factory=dict)
     """Incarnation → requests in flight; 0 if not there."""
+    frozen: dict[str, float] = field(default_factory=dict)
+    """Incarnation → monotonic second since when its counter of work stands still with requests running."""
     nameless: frozenset[str] = frozenset()
     """Incarnations whose memory NVML names no process for."""
     begun: list[float] = field(default_factory=list)
@@ -126,9 +128,12 @@ class Plant:
             return Probe(of.id, self.now, False, misses, failing, None, None, detail="connection refused")
         answers = at is not None and self.now.mono >= at
         sleeping = of.id in self.asleep if answers else None
-        return Probe(
+        told = Probe(
             of.id, self.now, answers, 0, None, self.now if answers else None, self.busy.get(of.id, 0), sleeping
         )
+        since = self.frozen.get(of.id)
+        moved = None if since is None else self.now.plus(since - self.now.mono)
+        return replace(told, moved=moved, progress_at=self.now)
 
     # ------------------------------------------------------------ acting
 

@@ -8,11 +8,13 @@ import pytest
 from builders import endpoint, foreign, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, names, overlay_state
 
+from reconciler.health.assess import Facts, assess
+from reconciler.health.incident import Incident
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Timings
 from reconciler.plan.naps import called
 from reconciler.plan.planner import plan
-from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
+from reconciler.spec.spec import EndpointSpec, Evict, Health, OverlaySpec, Spec, Stop
 from reconciler.units import GIB
 
 SLEEP = Evict("sleep", 1, 10 * GIB)
@@ -89,6 +91,54 @@ def test_a_failed_wake_becomes_a_restart() -> None:
     assert ops(run, "ask") == ["start", "sleep", "wake", "stop", "start"]
     assert run.plant.is_ready("ask")
     assert run.ledger.overlays["render"].state == "done"
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake"])
+def test_what_failed_is_named_wherever_somebody_looks_until_it_is_over(call: str) -> None:
+    """In its state while it is stopped, in the incident, and of its last end."""
+    run = warm(sleeper(stop=Stop(drain_s=900.0)), plant=Plant(behaviour=Behaviour(failing=frozenset({call}))))
+    current = run.plant.current("ask")
+    assert current is not None
+    reasons: list[str] = []
+    incidents: tuple[Incident, ...] = ()
+
+    def watch(run: Run, decided: Plan) -> None:
+        nonlocal incidents
+        view = decided.endpoints["ask"]
+        reasons.extend([view.reason] if view.state == "stopping" else [])
+        facts = Facts(run.spec, decided.endpoints, decided.ledger, run.plant.observe(), (), decided.blocked)
+        incidents, _ = assess(facts, incidents, decided.now)
+        if current.id in run.plant.asleep:
+            run.plant.busy[current.id] = 3  # queued: an engine that sleeps finishes nothing
+
+    run.watch = watch
+    add(run, render())
+    run.settle()
+    problem = f"it could not {call}: POST answered 500"
+    assert reasons
+    assert all(problem in reason for reason in reasons), reasons
+    (end,) = run.ledger.endpoints["ask"].exits
+    assert (end.planned, end.ended_for) == (True, problem)
+    if call == "wake":
+        assert [(i.kind, problem in i.message) for i in incidents] == [("WrongWay", True)]
+        assert "drain" not in ops(run, "ask"), "who sleeps finishes no request"
+    else:
+        assert not incidents, "that it gives way was planned, and it did"
+
+
+def test_one_that_breaks_before_it_is_told_to_sleep_stops() -> None:
+    run = warm(sleeper(stop=Stop(drain_s=900.0), health=Health(hung_s=60.0)))
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.busy[current.id] = 1
+    add(run, render())
+    run.settle(until=lambda p: any(a.op == "drain" and a.ready for a in p.actions))
+    run.plant.frozen[current.id] = run.plant.now.mono
+    run.plant.advance(60.0)
+    decided = run.decide()
+    action = next(a for a in decided.actions if a.subject.name == "ask")
+    assert action.op == "stop", "told to sleep, it would not answer; and what is in flight cannot finish"
+    assert "it stops: Hung: " in action.reason
 
 
 @pytest.mark.parametrize(
