@@ -13,6 +13,7 @@ from typing import Literal
 from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.departures import draining, stop_for
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
+from reconciler.plan.endpoints import Standing
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import asleep_for, drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
@@ -125,7 +126,7 @@ class Graph:
         for name in draft.stirring():
             standing = draft.standings[name]
             current = standing.current
-            if standing.state != "starting" or current is None or current.id in draft.leaving:
+            if current is None or current.id in draft.leaving or not _may_load(standing, current):
                 continue
             endpoint = draft.wanted.get(name)
             startup = endpoint.health.startup_s if endpoint else 0.0
@@ -248,6 +249,8 @@ class Graph:
         if leaving is None:
             if not incarnation.alive and not draft.situation.memory_returned(incarnation):
                 self._memory(incarnation, (), "its memory is not seen free yet", Cause("cleanup"))
+            elif incarnation.alive and incarnation.stop is not None:  # it ends, seen or not
+                self._memory(incarnation, (), "its end is under way", Cause("cleanup"))
             return
         if incarnation.phase == "unknown":
             return
@@ -264,7 +267,7 @@ class Graph:
         stop = stop_for(draft.situation.spec, subject)
         if incarnation.phase in ("exited", "vanished"):
             return self._add(
-                "kill", subject, incarnation.gpus, (), reason=leaving.reason, cause=leaving.cause,
+                "kill", subject, incarnation.gpus, needs, reason=leaving.reason, cause=leaving.cause,
                 timeout_s=KILL_SLACK_S, predicted_s=0.1, incarnation=incarnation.id,
             )  # fmt: skip
         endpoint = draft.situation.spec.endpoints.get(subject.name) if subject.kind == "endpoint" else None
@@ -309,10 +312,14 @@ class Graph:
 
     # ------------------------------------------------------------ arriving
 
-    def _arrival_order(self, item: Arriving) -> tuple[bool, int, str]:
-        """Overlays' own first, then by priority: the order in which engines load that share a GPU."""
+    def _arrival_order(self, item: Arriving) -> tuple[bool, bool, int, str]:
+        """Overlays' own first, then by priority: the order in which engines load that share a GPU.
+
+        Who failed again and again and is not to be tried yet comes last: the others would wait for its next failure.
+        """
         endpoint = self.draft.wanted.get(item.subject.name)
-        return (item.overlay is None, -(endpoint.priority if endpoint else 0), item.subject.name)
+        priority = endpoint.priority if endpoint else 0
+        return (item.not_before is not None, item.overlay is None, -priority, item.subject.name)
 
     def _endpoint_start(self, item: Arriving, after: Iterable[int] = ()) -> int:
         draft = self.draft
@@ -410,3 +417,8 @@ class Graph:
             f"{names} no longer needs its place", Cause("restore", endpoint.source, back.holders[0]),
         )  # fmt: skip
         self._endpoint_start(item, [action for o in back.after for action in self._ended_by[o]])
+
+
+def _may_load(standing: Standing, current: Incarnation) -> bool:
+    """Whether it may be measuring memory: it was not ready yet, past its deadline or seen well or not."""
+    return standing.state in ("starting", "unhealthy", "unknown") and standing.record.ready_incarnation != current.id

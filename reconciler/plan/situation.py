@@ -59,15 +59,15 @@ class Situation:
         self._several: dict[str, list[Incarnation]] = {}
         self._workloads: dict[str, list[Incarnation]] = {}
         self.passing: list[Incarnation] = []
-        """Incarnations of endpoints of which something may have ended, would not end or has yet to begin, and all of
-        workloads; as observed."""
+        """Incarnations of endpoints of which something may have ended, is to end, does not or has yet to begin, and all
+        of workloads; as observed."""
         for incarnation in observed.incarnations:
             name = incarnation.subject.name
             if incarnation.subject.kind != "endpoint":
                 self._workloads.setdefault(name, []).append(incarnation)
                 self.passing.append(incarnation)
                 continue
-            if incarnation.phase != "running" or incarnation.undying_since is not None:
+            if incarnation.phase != "running" or incarnation.stop is not None or incarnation.undying_since is not None:
                 self.passing.append(incarnation)
             if name in self._several:
                 self._several[name].append(incarnation)
