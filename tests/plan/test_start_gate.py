@@ -160,6 +160,33 @@ def test_who_wakes_up_and_who_starts_on_one_gpu_take_turns(evict: Evict) -> None
     assert run.plant.is_ready("b")
 
 
+def test_nobody_is_told_to_sleep_beside_one_that_loads() -> None:
+    sleeper, other = sharing("a", memory=50, evict=SLEEP), sharing("b", priority=900, memory=20)
+    run = begun(sleeper)
+    run.settle()
+    run.spec = spec(sleeper, other)
+    run.step()
+    run.spec = spec(sleeper, other, overlay("job", [0], memory=50))
+    run.settle(until=overlay_state("job", "active"))
+    assert [(a.op, a.subject.name) for a in run.plant.history] == [
+        ("start", "a"), ("start", "b"), ("sleep", "a"), ("start_workload", "job"),
+    ]  # fmt: skip
+    assert run.plant.is_ready("b")
+
+
+def test_nobody_wakes_up_where_another_is_being_stopped() -> None:
+    sleeper, other = sharing("a", memory=50, evict=SLEEP), sharing("b", memory=10)
+    run = begun(sleeper, other, plant=Gated(behaviour=Behaviour(stop_s=20.0, run_s={"job": 60.0})))
+    run.settle()
+    run.spec = spec(sleeper, other, overlay("job", [0], memory=60, priority=550, duration=60.0))
+    run.settle(until=overlay_state("job", "active"))
+    run.plant.advance(59.0)
+    run.spec = spec(sleeper, replace(other, state="stopped"), *run.spec.overlays.values())
+    run.settle()
+    assert [a.op for a in run.plant.history if a.subject.name == "a"] == ["start", "sleep", "wake"]
+    assert run.stops() == ["b"]
+
+
 def test_what_a_leader_left_behind_is_not_killed_beside_one_that_loads() -> None:
     run = begun(sharing("a"))
     run.settle()
