@@ -198,11 +198,16 @@ def pss_mib(pid: int) -> float:
 
 
 def helpers(one: Box, daemon: int) -> list[int]:
-    """The shims, by their records, and the fork server, which is the daemon's only child."""
+    """The shims, by their records, and the fork server, the daemon's only child, with the shim forked in advance."""
     records = (one.root / "state" / "run").glob("*/run.json")
-    shims = [int(json.loads(record.read_text())["shim_pid"]) for record in records]
-    tasks = Path(f"/proc/{daemon}/task").glob("*/children")
-    return shims + [int(pid) for task in tasks for pid in task.read_text().split()]
+    shims = {int(json.loads(record.read_text())["shim_pid"]) for record in records}
+    servers = children(daemon)
+    return sorted(shims.union(servers, *map(children, servers)))
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def cpu_a_minute(pids: Iterable[int], span_s: float) -> float:

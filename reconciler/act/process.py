@@ -1,7 +1,7 @@
 """Starting and ending incarnations: real processes, each under a shim of its own.
 
 Every operation is an `ensure_*`: it reads the records and the process table afresh and decides on them, so that it may
-be called again at any time, by this daemon or by the next one. What a signal rests on is durable before it is sent.
+be called again at any time, by this daemon or by the next one. What a signal rests on is recorded before it is sent.
 
 Writing records and spawning block the event loop for some milliseconds. That is on purpose: between reading a record
 and acting on it nothing else runs, so two calls for one incarnation cannot both find it unsignalled.
@@ -349,8 +349,9 @@ def _encode_order(launch: Launch, state: StateDir, boot_id: str, group: str | No
         "SPT_NOENV": "1",  # setproctitle would wipe the marker from /proc/PID/environ
     }
     fields = [
-        *(str(state.run / launch.incarnation), boot_id, str(log), str(launch.log_bytes), group or "", launch.cwd),
-        _identity(launch.account),
+        *(str(state.run / launch.incarnation), boot_id, str(log), str(launch.log_bytes)),
+        "1" if subject.kind == "workload" else "",
+        *(group or "", launch.cwd, _identity(launch.account)),
         str(len(launch.argv)),
         *launch.argv,
         *(f"{name}={value}" for name, value in environment.items()),

@@ -3,19 +3,21 @@
 
 Run as `python -I -S shim.py CONTROL_FD`, by absolute path: it imports nothing of this package, and nothing after its
 start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own, for each
-message on the socket CONTROL_FD, until the other end is closed. One shim is alive per incarnation, and shares what it
-does not change with all others; hence no json, enum, pathlib or subprocess, which would be paid for by each.
+message on the socket CONTROL_FD, until the other end is closed; when there is nothing to do, the next one in advance.
+One shim is alive per incarnation, and shares what it does not change with all others; hence no json, enum, pathlib or
+subprocess, which would be paid for by each.
 
 A message brings three descriptors:
 
-order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, control group to join
-            (empty: none), working directory, whom to run as (uid, gid and groups; empty: as this process), number of
-            arguments, the arguments, then the environment as NAME=VALUE. Memory without a name: secrets touch no disk.
+order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, whether its end is to
+            outlive a power cut (empty: no), control group to join (empty: none), working directory, whom to run as
+            (uid, gid and groups; empty: as this process), number of arguments, the arguments, then the environment as
+            NAME=VALUE. Memory without a name: secrets touch no disk.
 lock        an flock of the subject, held by being open here until the last descendant ended.
 ready       closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 
-Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` becomes
-durable; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
+Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` is
+written; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
 without having run anything, after it took `run.json` back.
 
 The log is bounded here, since this process lives exactly as long as anything that writes to it, with or without a
@@ -36,14 +38,17 @@ import errno
 import fcntl
 import gc
 import os
+import select
 import sys
 import time
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 _CLONE3 = 435  # as on every architecture
 _CLONE_INTO_CGROUP = 1 << 33
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _GIVEN = 3  # descriptors with each message: order, lock, ready
+_CALM_S = 0.05  # nobody asks for so long: time to fork the next one in advance, the last is through with its start
+_PAUSE_S = 0.2  # before that is tried again where it failed, or was killed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -55,6 +60,7 @@ _WAKERS = (_signal.SIGCHLD, _signal.SIGIO)
 # (bytes/s), within these limits. So a program that writes as fast as that exceeds the bound by what is kept at most.
 _FLOOD, _LEAST_PAUSE_S, _MOST_PAUSE_S = 1 << 30, 0.01, 0.05
 _SILENT_LOOK_S = 4.0  # where nothing tells of writes, and nothing is written
+_libc, _libc_with_gil = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None, use_errno=True)
 _TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
 
 
@@ -64,23 +70,37 @@ def main() -> int:
     os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
-    name_process("reconciler-fork")
-    ctypes.CDLL(None, use_errno=True)
+    name_process(b"reconciler-fork")
     gc.disable()
     gc.freeze()  # a collection would write to every object, and end the sharing of its page
+    spare, calm_s = None, _CALM_S
     while True:
-        message, descriptors = receive(control)
-        if not message:
-            return 0
-        if len(descriptors) == _GIVEN:
-            fork_shim(control, *descriptors)
-        for fd in descriptors:
-            os.close(fd)
+        if spare is None:
+            ready = select.select([control], [], [], calm_s)[0]
+        else:
+            ready = select.select([control, spare], [], [])[0]
+        if control in ready:
+            message, descriptors = receive(control)
+            if not message:
+                return 0
+            if len(descriptors) == _GIVEN:
+                hand_over(control, spare, descriptors)
+                spare, calm_s = None, _CALM_S
+            for fd in descriptors:
+                os.close(fd)
+        elif spare is not None:  # it was killed
+            spare.close()
+            spare, calm_s = None, _PAUSE_S
+        else:
+            try:
+                spare = fork_shim(control, [])
+            except OSError:
+                calm_s = _PAUSE_S
 
 
-def receive(control: _socket.socket) -> tuple[bytes, list[int]]:
+def receive(source: _socket.socket) -> tuple[bytes, list[int]]:
     """The next message and its descriptors; empty once the other end is closed."""
-    message, ancillary, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(_GIVEN * 4), _socket.MSG_CMSG_CLOEXEC)
+    message, ancillary, _, _ = source.recvmsg(1, _socket.CMSG_SPACE(_GIVEN * 4), _socket.MSG_CMSG_CLOEXEC)
     found: list[int] = []
     for level, kind, data in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
@@ -88,49 +108,94 @@ def receive(control: _socket.socket) -> tuple[bytes, list[int]]:
     return message, found
 
 
-def fork_shim(control: _socket.socket, order: int, lock: int, ready: int) -> None:
-    """One shim, in a session of its own."""
+def hand_over(control: _socket.socket, spare: _socket.socket | None, descriptors: list[int]) -> None:
+    """Have the shim that was forked in advance take these; a fresh one where there is none, or it was killed."""
+    if spare is not None:
+        words = b"".join(fd.to_bytes(4, sys.byteorder) for fd in descriptors)
+        try:
+            spare.sendmsg([b"+"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, words)])
+        except OSError:
+            pass
+        else:
+            return
+        finally:
+            spare.close()
+    try:
+        fork_shim(control, descriptors).close()
+    except OSError as error:
+        os.write(descriptors[-1], f"it cannot be forked: {error}".encode())
+
+
+def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket:
+    """One shim, in a session of its own, with these descriptors; without any it waits for them at the answer."""
+    server = os.getpid()
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
         shim = os.fork()
-    except OSError as error:
-        os.write(ready, f"it cannot be forked: {error}".encode())
-        return
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
     if shim != 0:
-        return
+        theirs.close()
+        return ours
     code = 1
     try:
+        if not descriptors:
+            set_process(_PR_SET_PDEATHSIG, _signal.SIGKILL)
         control.close()
+        ours.close()
         os.setsid()
-        os.dup2(order, 0)
-        os.close(order)
-        code = supervise(lock, ready)
+        become_reaper()
+        given = descriptors or wait_in_advance(theirs, server)
+        theirs.close()
+        if given:
+            name_process(b"reconciler-shim")
+            code = supervise(*given)
     finally:
         os._exit(code)
 
 
-def supervise(lock: int, ready: int) -> int:
+def wait_in_advance(source: _socket.socket, server: int) -> list[int]:
+    """The descriptors that are sent; none once nobody can send them any more.
+
+    Until it has them a shim ends with the server, however it may hang: what was sent and not taken is dropped with it.
+    """
+    if os.getppid() != server:  # it died before this asked to be told
+        return []
+    descriptors = receive(source)[1]
+    set_process(_PR_SET_PDEATHSIG, 0)
+    return descriptors
+
+
+def supervise(order: int, lock: int, ready: int) -> int:
     """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
-        leader, folder_fd, log_bytes = start()
+        leader, folder_fd, log_bytes, durable = start(order)
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
     os.close(ready)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _WAKERS)  # blocked, they stay pending until waited for
-    watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd))
+    watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd), durable=durable)
     os.close(lock)
     return 0
 
 
-def start() -> tuple[int, int, int]:
-    """Carry out the order (stdin); the leader's pid, the folder its end is recorded in, bytes of its log to keep."""
-    with open(0, "rb", closefd=False) as stdin:  # 0 stays taken until /dev/null stands there
-        folder, boot_id, log, log_bytes, group, cwd, user, count, *rest = stdin.read().split(b"\0")
+def start(order: int) -> tuple[int, int, int, bool]:
+    """Carry out the order.
+
+    The answer: the leader's pid, the folder its end is recorded in, bytes of its log to keep, whether its end is to
+    outlive a power cut.
+    """
+    fields = os.pread(order, os.fstat(order).st_size, 0).split(b"\0")
+    os.close(order)
+    folder, boot_id, log, log_bytes, durable, group, cwd, user, count, *rest = fields
     argv, environment = rest[: int(count)], rest[int(count) :]
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.fchmod(log_fd, 0o600)
-    become_reaper(log_fd)
+    os.dup2(log_fd, _LOG)  # from here on own tracebacks reach it
 
     gate_out, gate_in = os.pipe()
     failure_out, failure_in = os.pipe()
@@ -148,6 +213,7 @@ def start() -> tuple[int, int, int]:
         f'{{"at":{now()},"boot_id":{quoted(boot_id.decode())},"pid":{leader},"pid_namespace":{pid_namespace()},'
         f'"session_id":{leader},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)},'
         f'"start_ticks":{start_ticks(leader)}}}',
+        durable=False,
     )
     try:  # noqa: SIM105 - contextlib would be paid for by each shim
         os.write(gate_in, b"1")
@@ -161,8 +227,9 @@ def start() -> tuple[int, int, int]:
     if failure:
         code, _, error = failure.decode(errors="replace").partition(" ")
         os.waitpid(leader, 0)
-        write_record(folder_fd, "exit.json", f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}')
-    return leader, folder_fd, int(log_bytes)
+        text = f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}'
+        write_record(folder_fd, "exit.json", text, durable=bool(durable))
+    return leader, folder_fd, int(log_bytes), bool(durable)
 
 
 def fork_leader(group: bytes) -> tuple[int, bool]:
@@ -172,33 +239,28 @@ def fork_leader(group: bytes) -> tuple[int, bool]:
     besides is for threads, of which a shim has none; the GIL stays held over the call, by the child as well (PyDLL).
     """
     if group:
-        libc = ctypes.PyDLL(None, use_errno=True)
         try:
             folder = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return os.fork(), False
         # clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, its size, tls, set_tid, its size, cgroup
         clone_args = (ctypes.c_uint64 * 11)(_CLONE_INTO_CGROUP, 0, 0, 0, _signal.SIGCHLD, 0, 0, 0, 0, 0, folder)
-        leader = int(libc.syscall(_CLONE3, clone_args, ctypes.sizeof(clone_args)))
+        leader = int(_libc_with_gil.syscall(_CLONE3, clone_args, ctypes.sizeof(clone_args)))
         os.close(folder)
         if leader >= 0:
             return leader, True
     return os.fork(), False
 
 
-def become_reaper(log_fd: int) -> None:
-    """Outlive what ends others, adopt every orphan below, and let own tracebacks reach the log."""
+def become_reaper() -> None:
+    """Outlive what ends others, and adopt every orphan below."""
     os.chdir("/")
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # ignored, it would swallow exit statuses
     ignore_polite_signals()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    name_process("reconciler-shim")
+    set_process(_PR_SET_CHILD_SUBREAPER, 1)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    os.dup2(log_fd, 2)
     os.close(null)
 
 
@@ -208,10 +270,15 @@ def ignore_polite_signals() -> None:
         _signal.signal(number, _signal.SIG_IGN)
 
 
-def name_process(name: str) -> None:
-    """What PR_SET_NAME does."""
-    with open("/proc/self/comm", "wb") as comm:
-        comm.write(name.encode())
+def name_process(name: bytes) -> None:
+    """As others see it in `ps`: at most 15 bytes."""
+    set_process(_PR_SET_NAME, ctypes.c_char_p(name))
+
+
+def set_process(what: int, value: int | ctypes.c_char_p) -> None:
+    """One prctl(2) of one argument."""
+    if _libc.prctl(what, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({what})")
 
 
 def become_leader(
@@ -298,7 +365,7 @@ def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
     raise denied or FileNotFoundError(2, "no such program on PATH", program)
 
 
-def watch(leader: int, folder_fd: int, log_bytes: int, notes: int) -> None:
+def watch(leader: int, folder_fd: int, log_bytes: int, notes: int, *, durable: bool) -> None:
     """Collect every descendant that ends, record the leader's end, bound the log, return when nobody is left.
 
     `notes`: tells by SIGIO that the log was written to; negative: its size is looked at by the clock.
@@ -309,7 +376,7 @@ def watch(leader: int, folder_fd: int, log_bytes: int, notes: int) -> None:
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
                 if ended[0] == leader:
-                    record_exit(folder_fd, os.waitstatus_to_exitcode(ended[1]))
+                    record_exit(folder_fd, os.waitstatus_to_exitcode(ended[1]), durable=durable)
         except ChildProcessError:
             trim_log(punched, log_bytes)
             say_over(folder_fd)
@@ -335,9 +402,8 @@ def ask_for_notes(folder_fd: int) -> int:
         with open("/proc/sys/fs/inotify/max_user_instances", "rb") as file:
             most = int(file.read())
         living = len(os.listdir(f"/proc/self/fd/{folder_fd}/.."))
-        libc = ctypes.CDLL(None, use_errno=True)
-        notes = int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)) if living <= most // 4 else -1
-        if notes >= 0 and libc.inotify_add_watch(notes, b"/proc/self/fd/%d" % _LOG, _IN_MODIFY) >= 0:
+        notes = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)) if living <= most // 4 else -1
+        if notes >= 0 and _libc.inotify_add_watch(notes, b"/proc/self/fd/%d" % _LOG, _IN_MODIFY) >= 0:
             fcntl.fcntl(notes, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(notes, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
             return notes
@@ -391,17 +457,16 @@ def trim_log(punched: int, keep: int) -> int:
 
 def punch_hole(start: int, length: int) -> int:
     """Give that part of the log back to the disk; 0, or the error's number."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.fallocate(_LOG, _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length))
+    done = _libc.fallocate(_LOG, _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length))
     return 0 if done == 0 else ctypes.get_errno()
 
 
-def record_exit(folder_fd: int, code: int) -> None:
-    """Make the leader's end durable, if need be once the disk has room again."""
+def record_exit(folder_fd: int, code: int, *, durable: bool) -> None:
+    """Record the leader's end, if need be once the disk has room again."""
     text = f'{{"at":{now()},"error":null,"exit_code":{code}}}'
     for attempt in range(1, _TRIES + 1):
         try:
-            write_record(folder_fd, "exit.json", text)
+            write_record(folder_fd, "exit.json", text, durable=durable)
         except OSError:
             if attempt == _TRIES:
                 raise
@@ -410,19 +475,21 @@ def record_exit(folder_fd: int, code: int) -> None:
             return
 
 
-def write_record(folder_fd: int, name: str, text: str) -> None:
-    """Replace one record whole, durably. By descriptor, so that it follows a folder that was moved."""
+def write_record(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
+    """Replace one record whole. By descriptor, so that it follows a folder that was moved."""
     temporary = f".{name}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(temporary, flags, 0o600, dir_fd=folder_fd)
     try:
         os.fchmod(fd, 0o600)
         os.write(fd, text.encode() + b"\n")
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-    os.fsync(folder_fd)
+    if durable:
+        os.fsync(folder_fd)
 
 
 def now() -> str:

@@ -136,9 +136,9 @@ class Target:
 def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
     """What of this incarnation may be signalled; None when nothing of it can live.
 
-    1. No records: it was put away, or never was. Nothing lives.
+    1. No records: it was put away, or never was. Or it is of another boot, readable or not. Nothing lives.
     2. Its intent or its run record cannot be read: not ours to signal.
-    3. They are of another boot: nothing lives.
+    3. Its run record is of another boot: nothing lives.
     4. No process is recorded, and its lock is free: it was never started. With the lock held, it is about to be.
     5. Recorded in another pid namespace: its pids mean nothing here. With the lock free its container went down.
     6. What lives under its pids contradicts it: not ours to signal.
@@ -150,11 +150,11 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
     """
     records = incarnations.read(state.run / incarnation)
     intent, run = records.intent, records.run
-    if intent is None and run is None:  # 1
+    if (intent is None and run is None) or records.of_another_boot(boot_id):  # 1
         return None
     if intent is None or isinstance(intent, Unreadable) or isinstance(run, Unreadable):  # 2
         raise NotOurs(f"{incarnation}: {'; '.join(records.unreadable) or 'it has no intent'}; nothing was signalled")
-    if intent.boot_id != boot_id or (run is not None and run.boot_id != boot_id):  # 3
+    if run is not None and run.boot_id != boot_id:  # 3
         return None
     held = _is_held(incarnations.lock_path(state, intent.kind, intent.name))
     if run is None:  # 4

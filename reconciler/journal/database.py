@@ -50,6 +50,10 @@ OLDEST_READABLE = 1
 BUSY_TIMEOUT_S = 5.0
 """Readers never block in WAL mode; only a checkpoint's last step, or another writer, makes anyone wait."""
 
+_SYNC = "NORMAL"
+"""In WAL mode this syncs at checkpoints, not at commits. A killed process loses nothing by it: its commits are in the
+page cache. A power cut may take the last commits, whole ones, and ends every process that they speak of too."""
+
 _MODE = 0o600
 _COMPANIONS = ("-wal", "-shm")
 _DAMAGE = frozenset({"SQLITE_NOTADB", "SQLITE_CORRUPT"})
@@ -144,21 +148,27 @@ def open_reader(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[sqlite3.Connection]:
-    """Everything inside, or nothing of it.
+def transaction(connection: sqlite3.Connection, path: Path, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+    """Everything inside, or nothing of it; with `durable` it has reached the disk on return, all earlier ones with it.
 
     Raises:
         StateError: the disk is full or failing, or the file is locked or read-only; nothing was changed.
     """
     with errors_explained(path, "write"):
-        connection.execute("BEGIN IMMEDIATE")
+        if durable:
+            connection.execute("PRAGMA synchronous = FULL")
         try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            with suppress(sqlite3.Error):  # on a full disk SQLite has rolled back by itself
-                connection.execute("ROLLBACK")
-            raise
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # on a full disk SQLite has rolled back by itself
+                    connection.execute("ROLLBACK")
+                raise
+        finally:
+            if durable:
+                connection.execute(f"PRAGMA synchronous = {_SYNC}")
 
 
 @contextmanager
@@ -228,10 +238,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     )
     try:
         connection.execute("PRAGMA foreign_keys = ON")
-        # NORMAL in WAL mode syncs at checkpoints, not at commits. A killed process loses nothing by it: its commits
-        # are in the page cache. A power cut may take the last commits, whole ones, and ends every process that they
-        # speak of too.
-        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA synchronous = {_SYNC}")
     except BaseException:
         connection.close()
         raise

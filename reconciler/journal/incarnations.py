@@ -1,29 +1,37 @@
 """The records of each incarnation: small JSON files that outlive every daemon and every crash.
 
-    run/<id>/intent.json   by the daemon, durable before anything is spawned
-    run/<id>/run.json      by the shim, durable before the leader's program runs; taken back if that never does
+    run/<id>/intent.json   by the daemon, before anything is spawned
+    run/<id>/run.json      by the shim, before the leader's program runs; taken back if that never does
     run/<id>/exit.json     by the shim, when the leader ends
     run/<id>/over          by the shim, empty: no descendant is left
-    run/<id>/stop.json     by the daemon, durable before the signal
+    run/<id>/stop.json     by the daemon, before the signal
     run/<id>/undying.json  by the daemon, when SIGKILL has not ended all of it at once
     run/<id>/shared.json   by the daemon: its files in /dev/shm; this one and `stop.json` are written again
 
-Each is replaced whole (temporary file, fsync, rename, fsync of the folder), `over` apart. So intent without run
-and with the lock free means *never started*, exactly. The shim (`act/shim.py`) writes its own without importing this.
+Each is replaced whole (temporary file, rename), `over` apart, and outlives the death of any process from then on. So
+intent without run and with the lock free means *never started*, exactly. The shim (`act/shim.py`) writes its own
+without importing this.
+
+A power cut ends every process, and may empty or take what was not brought to the disk (fsync). That matters only of
+work, which must not begin twice: its intent and its exit are durable. Whatever else an earlier boot left says nothing
+that somebody could live by, readable or not; which boot that was the id tells as well (docs/decisions/0032).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 from reconciler import cgroup
 from reconciler.clock import Instant
@@ -33,8 +41,8 @@ from reconciler.plan.observed import Subject, SubjectKind
 
 __all__ = [
     "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
-    "archive", "is_locked", "is_over", "list_ended", "list_ids", "lock_path", "log_path", "read", "read_shared",
-    "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
+    "archive", "is_locked", "is_over", "list_ended", "list_ids", "lock_path", "log_path", "new_id", "read",
+    "read_shared", "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -42,6 +50,9 @@ _DRAFT = ".new"
 _LARGEST_RECORD = 1 << 20
 _LARGEST_PID = 1 << 22
 """PID_MAX_LIMIT of 64-bit kernels (proc_sys_kernel(5))."""
+_BOOT_DIGITS = 12
+_ID = re.compile(r"[0-9a-f]{12}8[0-9a-f]{3}[89ab][0-9a-f]{15}")
+"""A UUID of version 8, which says nothing of the boot if it is not ours; ids of other forms do not either."""
 _LONGEST_NAME = 150
 """Bytes of a subject's name in a file name; the file systems' limit is 255."""
 
@@ -167,6 +178,24 @@ class Records:
         parts = (self.intent, self.run, self.exit, self.stop)
         return tuple(part.reason for part in parts if isinstance(part, Unreadable))
 
+    def of_another_boot(self, boot_id: str) -> bool:
+        """Whether it was started in another boot than this, so that nothing of it lives; by its id if need be."""
+        if isinstance(self.intent, Intent):
+            return self.intent.boot_id != boot_id
+        return _ID.fullmatch(self.id) is not None and self.id[:_BOOT_DIGITS] != _boot_digits(boot_id)
+
+
+def new_id(boot_id: str) -> str:
+    """An id for an incarnation of this boot: a UUID of version 8 (RFC 9562) that begins with 48 bits of the boot's.
+
+    The name of a folder is never torn: which boot it is of can be told even where a power cut left nothing readable.
+    """
+    return f"{_boot_digits(boot_id)}8{uuid4().hex[13:]}"
+
+
+def _boot_digits(boot_id: str) -> str:
+    return boot_id.replace("-", "")[:_BOOT_DIGITS]
+
 
 # ---------------------------------------------------------------- paths
 
@@ -220,11 +249,11 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 
 def write_intent(state: StateDir, intent: Intent) -> Path:
-    """Record what is about to be started; the new folder, durable on return.
+    """Record what is about to be started, durably if it is work; the new folder.
 
     Raises:
         FileExistsError: this id has records already.
-        OSError: it could not be made durable; nothing must be started.
+        OSError: it could not be recorded; nothing must be started.
     """
     target = state.run / intent.id
     if target.exists():
@@ -235,33 +264,35 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
     staging = state.run / f".{intent.id}{_DRAFT}"
     staging.mkdir(mode=0o700)
     staging.chmod(0o700)
-    _write(staging, "intent.json", encode(intent))
+    durable = intent.kind == "workload"
+    _write(staging, "intent.json", encode(intent), durable=durable)
     staging.rename(target)
-    _sync(state.run)
+    if durable:
+        _sync(state.run)
     return target
 
 
 def write_stop(state: StateDir, incarnation: str, record: StopRecord) -> None:
-    """Record how far the stop has come, durably; replaces an earlier one.
+    """Record how far the stop has come; replaces an earlier one.
 
     Raises:
-        OSError: it is not durable; nothing must be signalled.
+        OSError: it is not recorded; nothing must be signalled.
     """
-    _write(state.run / incarnation, "stop.json", encode(record))
+    _write(state.run / incarnation, "stop.json", encode(record), durable=False)
 
 
 def write_undying(state: StateDir, incarnation: str, record: Undying) -> None:
     """Record that SIGKILL has not ended it; the first such record stands.
 
     Raises:
-        OSError: it is not durable.
+        OSError: it is not recorded.
     """
     if not (state.run / incarnation / "undying.json").exists():
-        _write(state.run / incarnation, "undying.json", encode(record))
+        _write(state.run / incarnation, "undying.json", encode(record), durable=False)
 
 
 def write_exit(state: StateDir, incarnation: str, record: Exit) -> None:
-    """Record an end that no shim can record, because there was none.
+    """Record an end, durably, that no shim can record, because there was none.
 
     Raises:
         FileExistsError: its end is recorded already.
@@ -269,16 +300,16 @@ def write_exit(state: StateDir, incarnation: str, record: Exit) -> None:
     """
     if (state.run / incarnation / "exit.json").exists():
         raise FileExistsError(f"exit of {incarnation} is recorded already")
-    _write(state.run / incarnation, "exit.json", encode(record))
+    _write(state.run / incarnation, "exit.json", encode(record), durable=True)
 
 
 def write_shared(folder: Path, files: tuple[SharedFile, ...]) -> None:
     """Record these in `run/<id>` or `ended/<id>`, instead of what was recorded before.
 
     Raises:
-        OSError: it is not durable.
+        OSError: it is not recorded.
     """
-    _write(folder, "shared.json", encode(SharedFiles(files)))
+    _write(folder, "shared.json", encode(SharedFiles(files)), durable=False)
 
 
 def is_over(folder: Path) -> bool:
@@ -286,7 +317,7 @@ def is_over(folder: Path) -> bool:
     return (folder / "over").exists()
 
 
-def _write(folder: Path, name: str, text: str) -> None:
+def _write(folder: Path, name: str, text: str, *, durable: bool) -> None:
     temporary = folder / f".{name}.tmp"
     with suppress(FileNotFoundError):
         temporary.unlink()
@@ -295,9 +326,11 @@ def _write(folder: Path, name: str, text: str) -> None:
         os.fchmod(fd, 0o600)
         file.write(text + "\n")
         file.flush()
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     temporary.rename(folder / name)
-    _sync(folder)
+    if durable:
+        _sync(folder)
 
 
 def _sync(folder: Path) -> None:
@@ -390,8 +423,6 @@ def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
         return
     with suppress(FileNotFoundError):
         (state.run / incarnation).rename(state.ended / incarnation)
-        _sync(state.ended)
-        _sync(state.run)
     past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])
     for _, name, log in past[: max(0, len(past) - keep)]:
         if log is not None and Path(log).parent == state.logs:
@@ -407,16 +438,22 @@ def _past(state: StateDir, incarnation: str) -> Iterator[tuple[float, str, str |
 
     Those whose intent cannot be read are one subject: nobody's.
     """
-    of_whom = _subject_of(state.ended / incarnation)
+    of_whom = _ending(str(state.ended / incarnation))
     for name in list_ended(state):
-        intent = _read_intent(state.ended / name)
-        if isinstance(intent, Intent) and intent.subject == of_whom:
-            yield intent.started.wall, name, intent.log
-        elif of_whom is None and not isinstance(intent, Intent):
+        ending = _ending(str(state.ended / name))
+        if of_whom is not None and ending is not None and ending[0] == of_whom[0]:
+            yield ending[1], name, ending[2]
+        elif of_whom is None and ending is None:
             with suppress(OSError):
-                yield (state.ended / name).stat().st_mtime, name, None
+                log = next((str(p) for p in state.logs.iterdir() if p.name.endswith(f".{name}.log")), None)
+                yield (state.ended / name).stat().st_mtime, name, log
 
 
-def _subject_of(folder: Path) -> Subject | None:
-    intent = _read_intent(folder)
-    return intent.subject if isinstance(intent, Intent) else None
+@lru_cache(maxsize=1 << 14)
+def _ending(folder: str) -> tuple[Subject, float, str] | None:
+    """Of whom it was, when it began, and its log; None: its intent cannot be read.
+
+    Remembered: nothing is written there any more, and with each end all of them would be read again.
+    """
+    intent = _read_intent(Path(folder))
+    return (intent.subject, intent.started.wall, intent.log) if isinstance(intent, Intent) else None

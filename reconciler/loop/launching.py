@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from uuid import uuid4
 
 from reconciler.act.account import find_account
 from reconciler.act.environment import child_environment, read_env_file
 from reconciler.act.process import Launch
 from reconciler.errors import ActError
+from reconciler.journal.incarnations import new_id
 from reconciler.plan.actions import Action
 from reconciler.plan.observed import Observed
 from reconciler.spec.engines import capability_variable, endpoint_url, gpu_environment, launch
@@ -52,7 +52,7 @@ def launch_of(
     account = find_account(user) if user is not None else None
     marks = {**simulated, "RECONCILER_SUBJECT": action.subject.name}
     return Launch(
-        incarnation=uuid4().hex,
+        incarnation=new_id(observed.boot_id),
         subject=action.subject,
         process_hash=action.process_hash,
         gpus=action.gpus,

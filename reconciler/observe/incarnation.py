@@ -69,24 +69,24 @@ class IncarnationReader:
     def _phase(self, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         """The phase, and the records it was decided on (read again where the decision hung on it).
 
-        1. A record is unreadable → unknown. Its pids mean nothing in our pid namespace: its lock held → unknown, free
-           (a container was started anew) → vanished.
-        2. Its exit is recorded → exited. 3. It is of another boot → vanished.
+        1. It is of another boot, whatever of it can still be read → exited if its exit is recorded, else vanished.
+        2. A record is unreadable → unknown. 3. Its exit is recorded → exited.
         4. No run record: lock held → intent, lock free → vanished (never started).
-        5. The leader lives → running; could not be told → unknown.
+        5. Its pids mean nothing in our pid namespace: its lock held → unknown, free (a container was started anew) →
+           vanished. The leader lives → running; could not be told → unknown.
         6. The leader is gone: exit recorded meanwhile → exited; the shim lives and will record it → unknown; else
            vanished.
         """
         intent, run = records.intent, records.run
-        if records.unreadable or not isinstance(intent, Intent):  # 1
+        if records.of_another_boot(boot_id()):  # 1
+            return "exited" if isinstance(records.exit, Exit) else "vanished", records
+        if records.unreadable or not isinstance(intent, Intent):  # 2
             return "unknown", records
-        if isinstance(records.exit, Exit):  # 2
+        if isinstance(records.exit, Exit):  # 3
             return "exited", records
-        if intent.boot_id != boot_id():  # 3
-            return "vanished", records
         if not isinstance(run, Run):  # 4
             return self._without_run(intent, records, memory)
-        if run.pid_namespace != _pid_namespace():  # 1
+        if run.pid_namespace != _pid_namespace():  # 5
             return ("unknown" if self._is_held(intent) else "vanished"), records
         try:
             if is_alive(run.pid, run.start_ticks):  # 5
@@ -160,6 +160,8 @@ class IncarnationReader:
         """
         run = records.run
         if phase in ("intent", "running") or memory.over or memory.never_started:  # 1
+            return ()
+        if records.of_another_boot(boot_id()):  # 1
             return ()
         if not isinstance(run, Run):
             return () if run is None and phase != "unknown" else None  # 1, 2

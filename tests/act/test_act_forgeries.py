@@ -21,7 +21,7 @@ from reconciler.clock import SystemClock
 from reconciler.errors import NotOurs
 from reconciler.identity import boot_id, read_stat
 from reconciler.journal.codec import encode
-from reconciler.journal.incarnations import Intent, Run, Unreadable, log_path, write_intent
+from reconciler.journal.incarnations import Intent, Run, Unreadable, log_path, new_id, write_intent
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this")
 
@@ -78,6 +78,18 @@ def test_a_number_that_no_process_of_ours_can_have_is_an_unreadable_record(
     incarnation = forged(nursery, encode(dataclasses.replace(run, **{field: pid})))
     assert isinstance(nursery.records(incarnation).run, Unreadable)
     end(nursery, incarnation, refused=True)
+
+
+@pytest.mark.parametrize(("boot", "refused"), [(boot_id(), True), ("0123456789ab", False)])
+def test_an_intent_that_is_torn_is_refused_unless_its_id_is_of_another_boot(
+    nursery: Nursery, boot: str, refused: bool
+) -> None:
+    """Of another boot nothing lives: a power cut left it so, and nobody has to wait for a person to look at it."""
+    folder = nursery.state.run / new_id(boot)
+    folder.mkdir()
+    for left in ("", '{"at": {"wa'):
+        (folder / "intent.json").write_text(left)
+        end(nursery, folder.name, refused=refused)
 
 
 def test_a_record_that_names_the_daemon_itself_is_refused(nursery: Nursery) -> None:

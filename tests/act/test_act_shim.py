@@ -8,13 +8,16 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from forked import in_child
 from nursery import OBEDIENT, Nursery
 
-from reconciler.act import shim
+from reconciler.act import process, shim
+from reconciler.identity import boot_id
+from reconciler.journal.incarnations import write_intent
+from reconciler.plan.observed import Subject
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest
     monkeypatch.setattr(shim.os, "fork", fork)
     ready, report = os.pipe()
     unused: Any = None
-    shim.fork_shim(unused, -1, -1, report)
+    shim.hand_over(unused, None, [-1, -1, report])
     os.close(report)
     with os.fdopen(ready, "rb") as pipe:
         assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")
@@ -133,30 +136,56 @@ def test_the_exit_code_waits_for_a_full_disk_to_have_room_again(
     tries, pauses = [], []
     write = shim.write_record
 
-    def full_at_first(folder_fd: int, name: str, text: str) -> None:
+    def full_at_first(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
         tries.append(name)
         if len(tries) <= failures:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder_fd, name, text)
+        write(folder_fd, name, text, durable=durable)
 
     monkeypatch.setattr(shim, "write_record", full_at_first)
     monkeypatch.setattr(shim.time, "sleep", pauses.append)
-    shim.record_exit(folder, 9)
+    shim.record_exit(folder, 9, durable=True)
     assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 9
     assert pauses == [1] * failures
     assert {p.name for p in tmp_path.iterdir()} == {"exit.json"}
 
 
+@pytest.mark.parametrize(("kind", "synced"), [("endpoint", []), ("workload", [".exit.json.tmp", "ID"])])
+def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
+    nursery: Nursery, kind: Literal["endpoint", "workload"], synced: list[str]
+) -> None:
+    launch = nursery.launch(("true",), subject=Subject(kind, "thinking"))
+    write_intent(nursery.state, nursery.actor()._intent(launch, None))
+    order = os.memfd_create("order")
+    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
+
+    def supervise() -> list[str]:
+        names, sync = [], os.fsync
+
+        def note(fd: int) -> None:
+            names.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+            sync(fd)
+
+        shim.os.fsync = note
+        shim.become_reaper()
+        shim.supervise(order, os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY))
+        return ["ID" if name == launch.incarnation else name for name in names]
+
+    assert in_child(supervise) == str(synced)
+    os.close(order)
+    assert nursery.exit_code(launch.incarnation) == 0
+
+
 def test_a_disk_that_stays_full_ends_the_tries(folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
 
-    def full(*_: object) -> None:
+    def full(*_: object, durable: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shim, "write_record", full)
     monkeypatch.setattr(shim.time, "sleep", pauses.append)
     with pytest.raises(OSError, match="No space left"):
-        shim.record_exit(folder, 9)
+        shim.record_exit(folder, 9, durable=False)
     assert len(pauses) == shim._TRIES - 1
     assert list(tmp_path.iterdir()) == []
 

@@ -359,8 +359,8 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
     os.lseek(order, 0, os.SEEK_SET)
     record = shim.write_record
 
-    def kill_once_recorded(folder_fd: int, name: str, text: str) -> None:
-        record(folder_fd, name, text)
+    def kill_once_recorded(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
+        record(folder_fd, name, text, durable=durable)
         if name == "run.json":
             os.kill(json.loads(text)["pid"], signal.SIGKILL)
             until(lambda: not is_running(json.loads(text)["pid"]), "its end")
@@ -368,9 +368,9 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
     supervisor = os.fork()
     if supervisor == 0:
         shim.write_record = kill_once_recorded
-        os.dup2(order, 0)
+        shim.become_reaper()
         null = os.open("/dev/null", os.O_WRONLY)
-        os._exit(shim.supervise(os.dup(null), null))
+        os._exit(shim.supervise(order, os.dup(null), null))
     os.close(order)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
     assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL
@@ -454,6 +454,68 @@ def test_a_fork_server_that_hangs_is_given_up_and_its_order_with_it(
         nursery.run(actor.ensure_started(hung))
     assert not is_running(first)
     assert not is_locked(lock_path(nursery.state, "endpoint", "thinking"))
+    nursery.run(actor.ensure_started(next_one))
+    assert is_running(nursery.run_record(next_one.incarnation).pid)
+    assert nursery.marked(hung.incarnation) == set()
+
+
+def spare_of(actor: ProcessActor) -> int:
+    """Pid of the shim that was forked in advance."""
+    server = actor._forks.pid
+    assert server is not None
+    until(lambda: len(children(server)) == 1, "a shim forked in advance")
+    (spare,) = children(server)
+    until(lambda: (stat := read_stat(spare)) is not None and stat.session_id == spare, "it to be on its own")
+    return spare
+
+
+def test_a_start_takes_the_shim_that_was_forked_in_advance_and_another_takes_its_place(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare = spare_of(actor)
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert nursery.run_record(launch.incarnation).shim_pid == spare
+    server = actor._forks.pid
+    assert server is not None
+    until(lambda: len(children(server)) == 2, "another one")
+
+
+def test_a_start_does_without_the_shim_that_was_forked_in_advance_and_killed(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare = spare_of(actor)
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: read_stat(spare) is None, "its end")
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert nursery.run_record(launch.incarnation).shim_pid != spare
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+def test_a_shim_that_was_forked_in_advance_and_killed_is_replaced(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare = spare_of(actor)
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: read_stat(spare) is None, "its end")
+    assert spare_of(actor) != spare
+
+
+def test_a_shim_that_is_stopped_before_it_has_its_order_never_carries_it_out(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_START_S", 0.3)
+    actor = nursery.actor()
+    actor.warm()
+    spare = spare_of(actor)
+    os.kill(spare, signal.SIGSTOP)
+    hung, next_one = nursery.launch(OBEDIENT), nursery.launch(OBEDIENT)
+    with pytest.raises(ActError, match="has not reported"):
+        nursery.run(actor.ensure_started(hung))
+    until(lambda: not is_running(spare), "its end")
+    assert not is_locked(lock_path(nursery.state, "endpoint", "thinking"))
+    monkeypatch.setattr(process, "_START_S", 30.0)
     nursery.run(actor.ensure_started(next_one))
     assert is_running(nursery.run_record(next_one.incarnation).pid)
     assert nursery.marked(hung.incarnation) == set()

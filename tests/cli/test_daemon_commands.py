@@ -9,6 +9,7 @@ import pytest
 
 from reconciler.cli import wiring
 from reconciler.cli.main import run
+from reconciler.journal.incarnations import list_ended, list_ids, new_id
 from reconciler.journal.layout import StateDir, acquire_writer
 
 PREVIEW = {
@@ -46,6 +47,20 @@ def test_down_beside_a_daemon_stops_nothing_and_names_the_daemon(desk, asked, ca
 def test_down_without_a_daemon_passes_on_what_was_named(desk, asked):
     assert run([*desk.words, "down", "big", "small", "--timeout", "90s"]) == 130
     assert asked == [("down", ("big", "small"), 90.0)]
+
+
+def test_what_a_power_cut_left_is_put_away_and_is_no_incident(desk):
+    state = StateDir(desk.state)
+    state.ensure()
+    ids = sorted(new_id("0123456789ab") for _ in range(3))
+    for name, records in zip(ids, [{"intent": "", "run": ""}, {"intent": '{"arg', "exit": ""}, {}], strict=True):
+        (state.run / name).mkdir()
+        for record, text in records.items():
+            (state.run / name / f"{record}.json").write_text(text)
+    done = desk.run("down", "--timeout", "30s")
+    assert done.returncode == 0, done.stderr
+    assert (list_ids(state), list(list_ended(state))) == ((), ids)
+    assert desk.data("incidents")["incidents"] == []
 
 
 def test_a_dry_clean_start_lists_ours_and_the_foreign_and_does_nothing(desk, asked, capsys):

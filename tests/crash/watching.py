@@ -269,18 +269,18 @@ class Watcher(threading.Thread):
         elif call in BY_FOLDER:
             path = self._named(_folder(pid, args[0]) / stopper.text(asked.thread, args[1]))
         elif call in BY_DESCRIPTOR:
-            return self._written(asked, pid)
+            return self._written(asked, pid, role)
         else:
             raise AssertionError(f"no words for {call}")
         return f"{_SAME.get(call, call)} {path}" if path is not None else None
 
-    def _written(self, asked: Asked, pid: int) -> str | None:
+    def _written(self, asked: Asked, pid: int, role: str) -> str | None:
         call, target = _SAME.get(asked.call, asked.call), _target(pid, asked.args[0])
         if target.name.startswith("pipe:"):
             return f"{call} pipe"
         if target.name.startswith("socket:"):
             if asked.call == "sendmsg":
-                return "sendmsg fork server"
+                return f"sendmsg {ROLES[role]}"
             start = stopper.memory(asked.thread, asked.args[1], min(asked.args[2], 60)) if call == "sendto" else b""
             # an engine told to do something; questions and answers change nothing
             return f"sendto {start.split(b' HTTP')[0].decode()}" if start.startswith(b"POST ") else None

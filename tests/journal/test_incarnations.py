@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -28,6 +29,7 @@ from reconciler.journal.incarnations import (
     list_ids,
     lock_path,
     log_path,
+    new_id,
     read,
     write_exit,
     write_intent,
@@ -285,6 +287,42 @@ def test_the_draft_that_a_crash_left_is_cleared_away_by_the_next_intent(state: S
     assert [p.name for p in state.run.iterdir()] == ["abc"]
 
 
+def test_an_id_tells_of_which_boot_it_is_and_one_of_another_form_tells_nothing(state: StateDir) -> None:
+    one, other = "b2f5aa3c-5d1e-4c0f-9d3b-1f0e5c7a9b10", "b2f5aa3c-5d1f-4c0f-9d3b-1f0e5c7a9b10"
+    ids = {new_id(one) for _ in range(100)}
+    assert len(ids) == 100
+    assert {UUID(name).version for name in ids} == {8}
+    for name in (*ids, uuid4().hex, "abc", f"{new_id(one)}0"):
+        (state.run / name).mkdir()
+        records = read(state.run / name)
+        assert not records.of_another_boot(one)
+        assert records.of_another_boot(other) == (name in ids)
+
+
+def test_a_readable_intent_says_of_which_boot_it_is_whatever_its_id(state: StateDir) -> None:
+    records = read(write_intent(state, intent(new_id("another"), boot_id="boot")))
+    assert not records.of_another_boot("boot")
+    assert records.of_another_boot("another")
+
+
+@pytest.mark.parametrize(("kind", "synced"), [("endpoint", []), ("workload", ["intent.json", "folder", "run"])])
+def test_what_is_recorded_before_a_start_reaches_the_disk_if_it_is_work(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch, kind: str, synced: list[str]
+) -> None:
+    """Each before the name that it is found by is given: a power cut leaves all of it, or no trace."""
+    names, sync = [], os.fsync
+
+    def note(fd: int) -> None:
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        names.append({".intent.json.tmp": "intent.json", ".abc.new": "folder"}.get(name, name))
+        assert (state.run / "abc").exists() == (name == "run")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_intent(state, intent(kind=kind))
+    assert names == synced
+
+
 def test_nothing_recorded_is_absent(state: StateDir) -> None:
     records = read(state.run / "never")
     assert (records.intent, records.run, records.exit, records.stop) == (None, None, None, None)
@@ -411,6 +449,15 @@ def test_unreadable_records_can_be_put_away(state: StateDir) -> None:
     (path / "intent.json").write_text("{")
     archive(state, "abc", keep=20)
     assert list_ended(state) == ("abc",)
+
+
+def test_unreadable_records_take_their_log_along(state: StateDir) -> None:
+    logs = [log_path(state, "endpoint", "thinking", name) for name in ("first", "second")]
+    for log, name in zip(logs, ("first", "second"), strict=True):
+        log.touch()
+        (write_intent(state, intent(name)) / "intent.json").write_text("{")
+        archive(state, name, keep=1)
+    assert [log.exists() for log in logs] == [False, True]
 
 
 def test_unreadable_records_are_bounded_like_those_of_a_subject_and_others_stay(state: StateDir) -> None:

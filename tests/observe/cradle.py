@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from reconciler.act.forkserver import ForkServer
 from reconciler.census import MARKER
 from reconciler.clock import Instant, SystemClock
 from reconciler.identity import boot_id, read_marker
-from reconciler.journal.incarnations import Intent, Run, lock_path, read, write_intent
+from reconciler.journal.incarnations import Intent, Run, lock_path, new_id, read, write_intent
 from reconciler.journal.layout import StateDir, take_lock
 
 
@@ -30,15 +29,14 @@ class Cradle:
 
     def intend(self, name: str = "thinking", *, kind: str = "endpoint", port: int | None = None, **changes) -> Intent:
         """The record of a decision; nothing is started."""
-        incarnation = uuid.uuid4().hex
         values = {
-            "id": incarnation, "kind": kind, "name": name, "process_hash": "hash", "gpus": (), "memory_bytes": (),
+            "id": new_id(boot_id()), "kind": kind, "name": name, "process_hash": "hash", "gpus": (), "memory_bytes": (),
             "exclusive": False, "port": port, "attempt": 0, "argv": ("x",), "log": str(self.state.logs / "log"),
             "started": SystemClock().now(), "boot_id": boot_id(),
         }  # fmt: skip
         intent = Intent(**{**values, **changes})
         write_intent(self.state, intent)
-        self.ids.append(incarnation)
+        self.ids.append(intent.id)
         return intent
 
     @staticmethod
@@ -58,7 +56,7 @@ class Cradle:
         environment = {"PATH": os.environ["PATH"], **(env or {}), MARKER: intent.id, "SPT_NOENV": "1"}
         order = [
             str(self.state.run / intent.id), boot_id(), str(self.state.logs / f"{intent.id}.log"), str(1 << 20),
-            intent.group or "", "/", "", str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
+            "", intent.group or "", "/", "", str(len(argv)), *argv, *(f"{k}={v}" for k, v in environment.items()),
         ]  # fmt: skip
         memory = os.memfd_create("order")
         os.write(memory, "\0".join(order).encode())

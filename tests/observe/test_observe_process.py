@@ -19,7 +19,7 @@ from reconciler.clock import Instant
 from reconciler.errors import StateError
 from reconciler.identity import descendants, is_alive, read_stat
 from reconciler.journal.incarnations import Exit as ExitRecord
-from reconciler.journal.incarnations import StopRecord, archive, is_over, lock_path, write_exit, write_stop
+from reconciler.journal.incarnations import StopRecord, archive, is_over, lock_path, new_id, write_exit, write_stop
 from reconciler.journal.layout import StateDir, take_lock
 from reconciler.observe import incarnation as incarnation_module
 from reconciler.observe.process import ProcessReader
@@ -207,6 +207,24 @@ def test_an_incarnation_of_another_boot_is_vanished_or_as_it_was_recorded(cradle
     seen = {i.id: i for i in reader.read()}
     assert (seen[crashed.id].phase, seen[crashed.id].alive) == ("vanished", False)
     assert (seen[ended.id].phase, seen[ended.id].exit_code, seen[ended.id].alive) == ("exited", 4, False)
+
+
+@pytest.mark.parametrize("left", ["", '{"at": {"wa', None])
+@pytest.mark.parametrize("name", ["intent.json", "run.json", "exit.json", "stop.json"])
+def test_what_a_power_cut_emptied_tore_or_took_is_vanished_in_the_next_boot(cradle, reader, state, name, left):
+    cut = cradle.intend(id=new_id("0123456789ab-of-another-boot"), boot_id="0123456789ab-of-another-boot")
+    folder = state.run / cut.id
+    (folder / name).write_text(left or "") if left is not None else (folder / name).unlink(missing_ok=True)
+    seen = only(reader)
+    assert (seen.phase, seen.alive, seen.strays) == ("vanished", False, ())
+
+
+def test_an_exit_that_a_power_cut_left_is_told_where_it_tore_the_rest(cradle, reader, state):
+    cut = cradle.intend(id=new_id("0123456789ab"), boot_id="0123456789ab")
+    write_exit(state, cut.id, ExitRecord(4, LONG_AGO))
+    (state.run / cut.id / "intent.json").write_text("")
+    seen = only(reader)
+    assert (seen.phase, seen.exit_code, seen.alive) == ("exited", 4, False)
 
 
 def test_a_pid_that_became_another_process_is_not_the_leader(cradle, reader, state, wait_until):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from accounting import Account
@@ -853,17 +852,17 @@ class Patches:
         self.box = box
 
     def __enter__(self) -> None:
-        self.before = daemon_module.archive, launching.uuid4
+        self.before = daemon_module.archive, launching.new_id
         daemon_module.archive = forget(self.box)  # type: ignore[attr-defined]
-        launching.uuid4 = self._name  # type: ignore[assignment]
+        launching.new_id = self._name  # type: ignore[attr-defined]
         specs.resolve_texts = lambda setpoints, overlays: _resolved(setpoints, tuple(overlays))
 
-    def _name(self) -> Any:
+    def _name(self, boot_id: str) -> str:
         self.box._serial += 1
-        return SimpleNamespace(hex=f"i{self.box._serial:05d}")
+        return f"i{self.box._serial:05d}"
 
     def __exit__(self, *_: object) -> None:
-        daemon_module.archive, launching.uuid4 = self.before  # type: ignore[attr-defined]
+        daemon_module.archive, launching.new_id = self.before  # type: ignore[attr-defined]
         specs.resolve_texts = resolve_texts
 
 
