@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h; Python has no names for these
 _NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
+_TCPDIAG_GETSOCK = 18  # older than SOCK_DIAG_BY_FAMILY, and answers for both families from one walk of the tables
 _REQUEST_DUMP = 0x301
 _ERROR, _DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
-_REQUEST = struct.Struct("=BBBBI48x")  # family, protocol, extensions, padding, states, any socket
+_REQUEST = struct.Struct("=4x48xI4x")  # inet_diag_req: any socket, in these states
 _ANSWER = struct.Struct("=4xH46x16xI")  # source port (in network order), inode: inet_diag_msg, 72 bytes
 _ANSWERS_TIMEOUT_S = 1.0
-_TABLES = {socket.AF_INET: "/proc/self/net/tcp", socket.AF_INET6: "/proc/self/net/tcp6"}
+_TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
 
 LISTENING = 1 << 10
 """States are bits, as in the kernel's net/tcp_states.h."""
@@ -38,18 +38,17 @@ def sockets(states: int) -> Iterator[tuple[int, int]]:
     Raises:
         OSError: the kernel could not be asked.
     """
-    for family, table in _TABLES.items():
-        try:
-            found: Iterable[tuple[int, int]] = list(_ask_kernel(family, states))
-        except OSError:
-            found = _read_table(table, states)
-        yield from found
+    try:
+        yield from list(_ask_kernel(states))
+    except OSError:
+        for table in _TABLES:
+            yield from _read_table(table, states)
 
 
-def _ask_kernel(family: int, states: int) -> Iterator[tuple[int, int]]:
-    """Those of one family, from sock_diag(7)."""
-    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states)
-    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+def _ask_kernel(states: int) -> Iterator[tuple[int, int]]:
+    """The same from sock_diag(7)."""
+    request = _REQUEST.pack(states)
+    header = _HEADER.pack(_HEADER.size + len(request), _TCPDIAG_GETSOCK, _REQUEST_DUMP, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(_ANSWERS_TIMEOUT_S)
         kernel.send(header + request)

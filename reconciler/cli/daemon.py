@@ -13,8 +13,6 @@ from reconciler.cli import wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.plan import finish
-from reconciler.cli.progress import Progress
-from reconciler.cli.tables import gpu_list, memory
 from reconciler.cli.values import Seconds
 from reconciler.errors import DaemonRunning
 from reconciler.journal.layout import writer
@@ -54,6 +52,8 @@ def down(ctx: typer.Context, *, endpoints: _Endpoints = None, timeout: _Timeout 
 
     Example: reconciler down coding
     """
+    from reconciler.cli.progress import Progress  # spinners, which the daemon does without
+
     face = Face.of(ctx)
     _refuse_beside_a_daemon(face)
     with Progress(face) as progress:
@@ -87,6 +87,8 @@ def clean_start(
 
     Example: reconciler clean-start thinking --dry-run
     """
+    from reconciler.cli.progress import Progress
+
     face = Face.of(ctx)
     names = tuple(endpoints or ())
     if dry_run or (face.asks and not yes):
@@ -145,6 +147,8 @@ def _refuse_beside_a_daemon(face: Face) -> None:
 
 
 def _print_preview(face: Face, preview: Mapping[str, Any]) -> None:
+    from reconciler.cli.tables import gpu_list, memory  # as above
+
     ours, foreign = preview["ours"], preview["foreign"]
     face.line("Ours, to be ended:" if ours else "Nothing of ours runs.")
     for item in ours:

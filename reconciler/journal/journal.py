@@ -35,6 +35,8 @@ EVENTS_KEPT = 100_000
 """About 20 MiB; a busy box writes some thousand a day, so this is weeks."""
 PRUNE_EVERY = 1_000
 """Events between two prunings: the excess stays at one percent, and 999 of 1000 commits delete nothing."""
+UNKEPT = 20
+"""Decisions that a killed writer may lose the replay of; on a busy box they come some ms apart."""
 RESOLVED_KEPT = 1_000
 """Resolved incidents kept for `incidents --all`."""
 
@@ -58,8 +60,9 @@ class Journal(JournalReader):
         """The spec of the last decision that was kept, and its key."""
         self._deeds: object = None
         """What the last decision that was kept had done."""
-        self._unkept: tuple[int, Made] | None = None
-        """The last decision, with its number, until `keep` was called."""
+        self._measured: Mapping[tuple[str, Measure], tuple[float, ...]] | None = None
+        self._unkept: list[tuple[int, Made]] = []
+        """The last decisions, with their numbers, until `keep` is called."""
         self.notice = notice
         """Set when the journal that was found had to be put aside; it also is an event of kind `JournalReplaced`."""
 
@@ -95,13 +98,20 @@ class Journal(JournalReader):
         """The last committed ledger, its `timings` and `runs` empty. Read from the file once, at opening."""
         return self._ledger
 
+    def timings(self) -> Mapping[tuple[str, Measure], tuple[float, ...]]:
+        """What was measured; the same object until something more is."""
+        if self._measured is None:
+            self._measured = super().timings()
+        return self._measured
+
     def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant, made: Made | None = None) -> None:
         """Make a decision durable: the ledger and the events that tell of it, together or not at all.
 
         Only records that differ from the last commit are written; nothing new writes nothing. `ledger.timings` and
         `ledger.runs` are left out: they are predicted from measurements, not decided. With `made`, the decision gets a
         number, which its events bear, unless it changed nothing and has nothing done but what the last one had; what
-        went into it is written by `keep`, for which no act has to wait.
+        went into it is written by `keep`, for which no act has to wait. A decision about overlays outlives a power cut,
+        too: work that began must not begin again.
 
         Raises:
             StateError: it could not be written; the journal and `ledger()` are as before.
@@ -114,7 +124,8 @@ class Journal(JournalReader):
         if unchanged and (made is None or deeds(made.plan) == self._deeds):
             return
         rows = [(kind, name, encode(value)) for kind, name, value in written]
-        with database.transaction(self._connection, self.path) as connection:
+        durable = any(kind == "overlay" for kind, *_ in (*rows, *deleted))
+        with database.transaction(self._connection, self.path, durable=durable) as connection:
             connection.executemany("DELETE FROM records WHERE kind = ? AND name = ?", sorted(deleted))
             connection.executemany("INSERT OR REPLACE INTO records (kind, name, body) VALUES (?, ?, ?)", rows)
             if ledger.boot_id != self._ledger.boot_id:
@@ -123,21 +134,28 @@ class Journal(JournalReader):
             self._insert_events(events, now.wall, {} if number is None else {"decision": number})
         self._ledger = ledger  # what is not committed is not there
         self._deeds = None if made is None else deeds(made.plan)
-        self._unkept = None if made is None or number is None else (number, made)
+        if made is not None and number is not None:
+            self._unkept.append((number, made))
+            if len(self._unkept) >= UNKEPT:
+                self.keep()
 
     def keep(self) -> None:
-        """Write what went into the last decision, unless that was done: a killed writer loses it, and nothing else.
+        """Write what went into the last decisions, unless that was done: a killed writer loses it, and nothing else.
 
         Raises:
-            StateError: it could not be written.
+            StateError: it could not be written; it is not tried again.
         """
-        if self._unkept is None:
+        unkept, self._unkept = self._unkept, []
+        if not unkept:
             return
-        number, made = self._unkept
-        self._unkept = None
-        with database.transaction(self._connection, self.path):
-            spec = self._insert_decision(number, made)
-        self._spec = spec
+        before = self._spec
+        try:
+            with database.transaction(self._connection, self.path):
+                for number, made in unkept:
+                    self._spec = self._insert_decision(number, made)
+        except BaseException:
+            self._spec = before
+            raise
 
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         """Record what was done or seen, apart from a decision; `data` (JSON values) goes with each of the events.
@@ -213,6 +231,7 @@ class Journal(JournalReader):
                 " WHERE subject = :subject AND what = :what ORDER BY id DESC LIMIT :kept)",
                 {"subject": subject, "what": what, "kept": KEPT_PER_KEY},
             )
+        self._measured = None
 
     def _begin(self) -> None:
         generation = self.generation() + 1

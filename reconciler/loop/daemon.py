@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop.control import ControlServer
 from reconciler.loop.executor import Executor
-from reconciler.loop.history import learn, record_durations
+from reconciler.loop.history import Learner, record_durations
 from reconciler.loop.launching import launch_of
 from reconciler.loop.leftovers import Leftovers
 from reconciler.loop.notifying import Notifying
@@ -48,6 +49,8 @@ from reconciler.spec.spec import Notifier, Spec, Stop
 MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second. What is
 not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
+CALM_S = 0.05
+"""Nothing happened for so long: who was started is through with its first steps, and nobody is in the way of others."""
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
@@ -142,6 +145,7 @@ class Daemon:
         self._eyes = parts.eyes(self._wakers.wake_threadsafe)
         self._began = parts.clock.now()
         self._control = ControlServer(parts.state.control_socket, self._answer)
+        self._learner = Learner()
         self._requested: list[Change] = []
         self._uncommitted: list[asyncio.Future[None]] = []
         """Whoever waits until what they requested is durable."""
@@ -171,15 +175,14 @@ class Daemon:
         try:
             await self._control.open()
             self._load()
-            folder = self._parts.specs.overlays_folder
-            self._wakers.watch_files(self._parts.specs.path, folder)
             while True:
                 tick = await self._tick()
+                self._wakers.watch_files(self._parts.specs.path, self._parts.specs.overlays_folder)
                 for face in self._parts.faces:
                     self._parts.journal.append(await face.show(tick), self._parts.clock.now())
                 if self._stopping or (until is not None and until(tick)):
                     return tick
-                await self._wakers.wait(self._patience(tick))
+                await self._rest(self._patience(tick))
         finally:
             await self._close()
 
@@ -209,7 +212,7 @@ class Daemon:
         options = self._look_options(ledger)
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
-        ledger = learn(ledger, parts.journal.timings(), in_force.spec)
+        ledger = self._learner.learn(ledger, parts.journal.timings(), in_force.spec)
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
         made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
@@ -217,13 +220,14 @@ class Daemon:
         for request in uncommitted:
             if not request.done():
                 request.set_result(None)
-        record_durations(parts.journal, before, plan.ledger, observed, self._began, plan.archive)
-        incidents = self._assess(in_force, observed, plan, now)
-        self._notifying.offer(in_force.spec, incidents)
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
-        self._last = Tick(in_force, observed, plan, incidents, idle=False)  # what the starts are launched with
+        known = self._last.incidents if self._last else tuple(parts.journal.incidents())
+        self._last = Tick(in_force, observed, plan, known, idle=False)  # what the starts are launched with
         await self._executor.walk(plan)
-        parts.journal.keep()  # nobody waits for what follows: starts come first
+        incidents = self._assess(in_force, observed, plan, now)  # nobody waits for what follows: starts come first
+        self._last = replace(self._last, incidents=incidents)
+        self._notifying.offer(in_force.spec, incidents)
+        record_durations(parts.journal, before, plan.ledger, observed, self._began, plan.archive)
         for incarnation in observed.incarnations:
             if incarnation.id in plan.archive:
                 archive(parts.state, incarnation.id, keep=kept_for(in_force.spec, incarnation.subject))
@@ -236,6 +240,15 @@ class Daemon:
         self._looked.set()
         seconds, untold = parts.clock.now().since(began), dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
+
+    async def _rest(self, patience_s: float) -> None:
+        """Wait for something to happen. What nobody waits for at all is done once nothing did for a moment."""
+        if patience_s > CALM_S:
+            if await self._wakers.wait(CALM_S):
+                return
+            self._parts.journal.keep()
+            patience_s -= CALM_S
+        await self._wakers.wait(patience_s)
 
     def _load(self) -> SpecInForce:
         """The spec in force, read again if files may have changed."""
@@ -419,6 +432,8 @@ class Daemon:
         await self._notifying.close()
         await self._executor.close()
         self._eyes.close()
+        with suppress(StateError):  # the replay of one decision; what ends the daemon may be that it cannot write
+            self._parts.journal.keep()
 
 
 def _memory_pace(tick: Tick, now: Instant) -> float:

@@ -18,6 +18,8 @@ from reconciler.plan.observed import Observed
 
 LOADING_PACE_S, PACE_S = 10.0, 60.0
 """Engines make these files while they load, and seldom afterwards."""
+NEWBORN_S = 1.0
+"""So young nobody has made any yet, and a look would only be in the way of its first steps."""
 
 
 class Leftovers:
@@ -36,9 +38,10 @@ class Leftovers:
         """Look at those whose turn it is."""
         now = self._clock.now()
         ready = {i.id: (p := observed.probes.get(i.id)) is not None and bool(p.ready) for i in observed.incarnations}
-        running = [i.id for i in observed.incarnations if i.phase == "running"]
-        due = [i for i in running if self._is_due(i, now, ready=ready[i])]
-        self._noted = {i: (now, ready[i]) if i in due else self._noted[i] for i in running}
+        running = {i.id: now.since(i.started) for i in observed.incarnations if i.phase == "running"}
+        fresh = {i for i, age_s in running.items() if i not in self._noted and age_s < NEWBORN_S and not ready[i]}
+        due = [i for i in running if i not in fresh and self._is_due(i, now, ready=ready[i])]
+        self._noted = {i: (now, ready[i]) if i in fresh or i in due else self._noted[i] for i in running}
         if due:
             await asyncio.to_thread(self._note, due)
 

@@ -12,6 +12,10 @@ STEP_MS = 40
 watchfiles looks at what inotify gathered once a step, day and night: at 10 ms that alone took 0.3 % of a core."""
 
 
+WATCHED_S = 1.0
+"""So long after watching began, it has begun for certain."""
+
+
 class Wakers:
     """Sets one event, from wherever something may have changed."""
 
@@ -20,6 +24,7 @@ class Wakers:
         self._loop = asyncio.get_running_loop()
         self._pidfds: set[int] = set()
         self._files: asyncio.Task[None] | None = None
+        self._once_more: asyncio.TimerHandle | None = None
         self.files_changed = True
         """Files may have changed since this was last cleared."""
         self.process_ended = False
@@ -34,14 +39,16 @@ class Wakers:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout_s: float) -> None:
-        """Until woken, or until the time is up."""
+    async def wait(self, timeout_s: float) -> bool:
+        """Until woken, or until the time is up; whether it was woken."""
         try:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await self._event.wait()
         except TimeoutError:
             pass
+        woken = self._event.is_set()
         self._event.clear()
+        return woken
 
     def watch_processes(self, pidfds: Mapping[int, str]) -> None:
         """Wake once for each of these descriptors as it becomes readable (its process ended), and only once."""
@@ -57,7 +64,14 @@ class Wakers:
         self.wake()
 
     def watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
-        """Wake when the set points' or the overlays' folder changes; folders, since editors replace files."""
+        """Wake when the set points' or the overlays' folder changes; folders, since editors replace files.
+
+        To be called after the first look: to load the library takes longer than that. What was edited before files
+        are watched is seen by one more look. Called again, it does nothing.
+        """
+        if self._files is not None:
+            return
+        self._once_more = self._loop.call_later(WATCHED_S, self.wake)
         self._files = asyncio.create_task(self._watch_files(setpoints, folder), name="watch files")
 
     async def _watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
@@ -84,6 +98,8 @@ class Wakers:
         for fd in self._pidfds:
             self._loop.remove_reader(fd)
         self._pidfds = set()
+        if self._once_more is not None:
+            self._once_more.cancel()
         if self._files is not None:
             self._files.cancel()
             await asyncio.gather(self._files, return_exceptions=True)

@@ -283,6 +283,8 @@ def test_measurements_are_bounded_per_subject_and_measure(journal: Journal) -> N
     for number in range(KEPT_PER_KEY + 20):
         journal.record_timing("thinking", "load", float(number))
     journal.record_timing("thinking", "stop", 1.5)
+    before = journal.timings()
+    assert journal.timings() is before, "the same object until something more is measured"
     journal.record_timing("render", "run", 300.0)
     with reopened(journal) as again:
         found = again.timings()
@@ -356,3 +358,34 @@ def test_a_write_that_the_file_system_refuses_is_an_error_and_the_last_commit_st
     with Journal.open(path, SystemClock()) as journal:
         assert journal.notice is None
         assert journal.ledger().boot_id == "after"
+
+
+def test_what_is_decided_of_overlays_reaches_the_disk_before_it_is_acted_on_and_all_else_with_it(
+    journal: Journal,
+) -> None:
+    said: list[str] = []
+    journal._connection.set_trace_callback(said.append)
+
+    def synced(ledger: Ledger) -> bool:
+        said.clear()
+        journal.commit(ledger, [event()], NOW)
+        commit = said.index("COMMIT")
+        assert journal._connection.execute("PRAGMA synchronous").fetchone() == (1,), "NORMAL for what comes next"
+        return "PRAGMA synchronous = FULL" in said[:commit]
+
+    one = Ledger(boot_id="boot", endpoints={"a": endpoint("a")})
+    assert not synced(one)
+    begun = replace(one, overlays={"render": overlay()})
+    assert synced(begun)
+    assert not synced(replace(begun, endpoints={}))
+    assert synced(replace(begun, overlays={"render": replace(overlay(), state="completing")}))
+    assert synced(one), "that it is over"
+
+
+def test_a_decision_about_overlays_that_cannot_be_written_leaves_the_journal_as_quick_as_before(
+    journal: Journal,
+) -> None:
+    journal._connection.execute("PRAGMA query_only = ON")
+    with pytest.raises(StateError):
+        journal.commit(Ledger(boot_id="boot", overlays={"render": overlay()}), [], NOW)
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (1,)

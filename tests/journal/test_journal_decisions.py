@@ -14,7 +14,8 @@ from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
 from reconciler.journal import journal as journal_module
 from reconciler.journal.decisions import Inputs, Made, digest
-from reconciler.journal.journal import Journal
+from reconciler.journal.journal import UNKEPT, Journal
+from reconciler.plan.actions import Event
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.planner import plan
 
@@ -51,6 +52,23 @@ def test_a_decision_read_back_is_made_again_byte_for_byte_and_its_events_bear_it
     assert again == first.plan
     assert digest(again) == kept.outcome == digest(first.plan)
     assert {event.data.get("decision") for event in journal.events()} == {kept.id}
+
+
+def test_decisions_of_a_busy_moment_are_kept_together_and_a_killed_writer_loses_only_so_many(journal: Journal) -> None:
+    def decide(turn: int) -> None:
+        each = made(NOW.plus(float(turn)))
+        journal.commit(each.plan.ledger, [Event("turn", "box", str(turn), "")], each.inputs.now, each)
+
+    for turn in range(UNKEPT - 1):
+        decide(turn)
+    assert journal.decision() is None, "nobody waits for them"
+    journal.keep()
+    assert [journal.decision(n) is not None for n in (1, UNKEPT - 1, UNKEPT)] == [True, True, False]
+    for turn in range(UNKEPT, 2 * UNKEPT + 5):
+        decide(turn)
+    newest = journal.decision()
+    assert newest is not None
+    assert newest.id == 2 * UNKEPT - 1
 
 
 def test_a_decision_that_changes_nothing_and_does_nothing_else_is_not_kept_again(journal: Journal) -> None:

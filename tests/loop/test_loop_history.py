@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 from reconciler.clock import Instant
-from reconciler.loop.history import predicted, record_durations, usual_runs
+from reconciler.loop.history import Learner, predicted, record_durations, usual_runs
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.spec.load import SourceText, resolve
@@ -133,3 +133,17 @@ set:
         read_env_file=lambda _: b"",
     )  # fmt: skip
     assert predicted({("guest", "load"): [7.0]}, files)["guest"].load_s == 7.0
+
+
+def test_what_is_learnt_again_follows_each_new_measurement_and_each_edit_and_nothing_else() -> None:
+    learner, spec, ledger = Learner(), read(), Ledger(endpoints={"ask": EndpointRecord("ask")})
+    measured = {("ask", "load"): [7.0], ("job", "run"): [9.0]}
+    first = learner.learn(ledger, measured, spec)  # type: ignore[arg-type]
+    assert (first.timings["ask"].load_s, first.runs, first.endpoints) == (7.0, {"job": 9.0}, ledger.endpoints)
+    again = learner.learn(Ledger(), measured, spec)  # type: ignore[arg-type]
+    assert again.timings is first.timings
+    assert again.endpoints == {}, "the ledger is that of now"
+    more = {**measured, ("ask", "load"): [8.0]}
+    assert learner.learn(ledger, more, spec).timings["ask"].load_s == 8.0  # type: ignore[arg-type]
+    edited = replace(spec, endpoints={})
+    assert learner.learn(ledger, more, edited).timings == {}  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from reconciler.clock import Instant
 from reconciler.journal.incarnations import SharedFile
 from reconciler.journal.layout import StateDir
 from reconciler.loop import leftovers
-from reconciler.loop.leftovers import LOADING_PACE_S, PACE_S, Leftovers
+from reconciler.loop.leftovers import LOADING_PACE_S, NEWBORN_S, PACE_S, Leftovers
 from reconciler.plan.observed import Incarnation, Observed, Probe, Subject
 
 START = Instant(1000.0, 1000.0)
@@ -72,7 +72,7 @@ def test_one_is_looked_at_at_first_when_it_gets_ready_and_then_at_the_pace_of_it
         asyncio.run(followed.follow(seen("a", ready=ready)))
         return list(noted)
 
-    assert look(0, ready=False) == ["a"]
+    assert look(NEWBORN_S, ready=False) == ["a"]
     assert look(LOADING_PACE_S - 1, ready=False) == []
     assert look(1, ready=False) == ["a"]
     assert look(1, ready=True) == ["a"]
@@ -80,15 +80,36 @@ def test_one_is_looked_at_at_first_when_it_gets_ready_and_then_at_the_pace_of_it
     assert look(1, ready=True) == ["a"]
 
 
-def test_who_does_not_run_is_not_looked_at_and_begins_anew(followed: Leftovers, noted: list[str]) -> None:
+def test_a_newborn_is_left_alone_until_it_is_ready_or_its_turn_comes(
+    followed: Leftovers, clock: Clock, noted: list[str]
+) -> None:
+    asyncio.run(followed.follow(seen("a", "b")))
+    asyncio.run(followed.follow(seen("c", ready=True)))
+    assert noted == ["c"], "one that was adopted, or is as quick as that"
+    asyncio.run(followed.follow(seen("a", "b")))
+    asyncio.run(followed.follow(Observed(START, "boot", (), (), {})))
+    noted.clear()
+    asyncio.run(followed.follow(seen("a", "b")))
+    both = [*seen("a", ready=True).incarnations, *seen("b").incarnations]
+    probes = {**seen("a", ready=True).probes, **seen("b").probes}
+    asyncio.run(followed.follow(Observed(START, "boot", (), tuple(both), probes)))
+    assert noted == ["a"]
+    clock.at = clock.at.plus(LOADING_PACE_S)
+    asyncio.run(followed.follow(Observed(START, "boot", (), tuple(both), probes)))
+    assert noted == ["a", "b"]
+
+
+def test_who_does_not_run_is_not_looked_at_and_begins_anew(followed: Leftovers, clock: Clock, noted: list[str]) -> None:
+    clock.at = clock.at.plus(NEWBORN_S)
     for phase in ("running", "exited", "running"):
         asyncio.run(followed.follow(seen("a", phase=phase)))
     assert noted == ["a", "a"]
 
 
 def test_one_that_cannot_be_recorded_does_not_keep_the_others_from_it(
-    followed: Leftovers, monkeypatch: pytest.MonkeyPatch
+    followed: Leftovers, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock.at = clock.at.plus(NEWBORN_S)
     noted: list[str] = []
 
     def note(_state: StateDir, incarnation: str) -> None:

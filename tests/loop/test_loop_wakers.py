@@ -128,6 +128,21 @@ def test_files_are_watched_in_the_folders_of_the_moment(tmp_path: Path, monkeypa
     run(story)
 
 
+def test_what_was_edited_before_files_are_watched_is_seen_by_one_more_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakers, "WATCHED_S", 0.01)
+
+    async def story() -> None:
+        waker = Wakers()
+        for _ in range(2):
+            waker.watch_files(tmp_path / "setpoints.yaml", lambda: None)
+        assert await waker.wait(LONG_S)
+        await waker.close()
+
+    run(story)
+
+
 def test_a_folder_that_cannot_be_watched_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import watchfiles
 
