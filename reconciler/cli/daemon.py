@@ -39,9 +39,12 @@ def run(ctx: typer.Context) -> int:
     face = Face.of(ctx)
     options = face.options
     path, state = wiring.setpoints_path(options), wiring.state_dir(options).path
-    face.note(f"reconciler: pid {os.getpid()}, set points {path}, state {state}")
-    face.warn_of_root()
-    return wiring.run_daemon(options)
+
+    def say() -> None:
+        face.note(f"reconciler: pid {os.getpid()}, set points {path}, state {state}")
+        face.warn_of_root()
+
+    return wiring.run_daemon(options, begun=say)
 
 
 @app.command()

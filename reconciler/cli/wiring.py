@@ -259,8 +259,10 @@ def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -
             journal.close()
 
 
-def run_daemon(options: Options) -> int:
+def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:
     """Converge until SIGTERM or SIGINT; endpoints and workloads are left running.
+
+    `begun` is called once the state directory is this daemon's own.
 
     Raises:
         ReconcilerError: it cannot start, or can no longer write.
@@ -270,6 +272,7 @@ def run_daemon(options: Options) -> int:
 
     async def serve() -> None:
         with _daemon(options) as daemon:
+            begun()
             running = asyncio.get_running_loop()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it would have exit codes thrown away
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -30,6 +30,7 @@ from reconciler.spec.spec import (
 )
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate
 from reconciler.spec.trust import UntrustedError
+from reconciler.units import format_duration
 
 ReadEnvFile = Callable[[str], bytes]
 """Content of an absolute path.
@@ -182,6 +183,11 @@ def resolve_endpoint(
         hint = "leave `movable` out, or write how many GPUs it needs instead of which: `gpus: 1`"
         findings.add(at("movable"), f"`movable: true`, and {why}: there is nowhere else to move to", hint)
     context.check_gpus(gpus, at("gpus"))
+    if model.restart.initial > model.restart.max:
+        written = "initial" if "initial" in model.restart.model_fields_set else "max"
+        initial, longest = format_duration(model.restart.initial), format_duration(model.restart.max)
+        message = f"`restart.initial` is {initial} and `restart.max`, the longest wait, is {longest}"
+        findings.add(at("restart", written), message, "make `initial` shorter, or `max` longer")
     env_file, secrets = context.env_file(model.env_file, at("env_file"))
     health, ending = _health(model.health), stop(model.stop)
     if profile:  # the engine's own, where nothing is written

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from reconciler.errors import Problem, suggest
 from reconciler.spec.spec import Source
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate, plain
-from reconciler.spec.values import NAME, NAME_HELP, ItemError, variable_problem
+from reconciler.spec.values import NAME, NAME_HELP, VARIABLE_HELP, ItemError, variable_problem
 
 MAX_PROBLEMS = 100
 """Of one file: nobody reads more, and suggestions are dear."""
@@ -65,7 +65,8 @@ class Findings:
         """Note the variables of `env` that nobody may set."""
         for name, entry in env.entries.items() if isinstance(env, Map) else ():
             if problem := variable_problem(name):
-                self.add(entry.key_at, problem, "remove it: it is set for every process that is started")
+                owned = "belongs" in problem
+                self.add(entry.key_at, problem, "remove it: it is set for each process" if owned else VARIABLE_HELP)
 
     def validate(self, kind: type[M], tree: Node, prefix: Path = ()) -> M | None:
         """The node at `prefix` of `tree` as a model; None after noting every reason why it is none."""

@@ -24,6 +24,7 @@ NAME_HELP = "a name has at most 63 of a-z, 0-9, `.`, `_`, `-`, and begins with a
 OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 OWNED_PREFIX = "RECONCILER_"
 MAX_GPUS = 64
+VARIABLE_HELP = "letters, digits and _, not a digit first, then its value: `NAME: value`"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _METRIC = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*", re.ASCII)
 _URL = re.compile(r"https?://[^\s/?#]+\S*", re.ASCII)

@@ -44,6 +44,16 @@ def test_down_beside_a_daemon_stops_nothing_and_names_the_daemon(desk, asked, ca
     assert json.loads(streams.out)["error"]["code"] == "DaemonRunning"
 
 
+def test_a_second_daemon_is_refused_before_it_says_that_it_is_one(desk, capsys):
+    state = StateDir(desk.state)
+    state.ensure()
+    with acquire_writer(state):
+        assert run([*desk.words, "run"]) == 1
+    said = capsys.readouterr()
+    assert f"a daemon already runs on this state directory (pid {os.getpid()})" in said.err
+    assert "set points" not in said.err + said.out
+
+
 def test_down_without_a_daemon_passes_on_what_was_named(desk, asked):
     assert run([*desk.words, "down", "big", "small", "--timeout", "90s"]) == 130
     assert asked == [("down", ("big", "small"), 90.0)]
