@@ -52,7 +52,9 @@ def serve(root: str, name: str, port: int, gib: float) -> None:
     while True:
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(1.0)
+            connection.settimeout(
+                10.0
+            )  # who connected is slow on a busy box; of one that was killed the kernel tells at once
             try:
                 method, path = connection.recv(4096).decode().split(" ")[:2]
                 if method == "POST":
