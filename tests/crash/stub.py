@@ -52,9 +52,7 @@ def serve(root: str, name: str, port: int, gib: float) -> None:
     while True:
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(
-                10.0
-            )  # who connected is slow on a busy box; of one that was killed the kernel tells at once
+            connection.settimeout(10.0)  # who asks may be slow on a busy box; one that was killed is gone at once
             try:
                 method, path = connection.recv(4096).decode().split(" ")[:2]
                 if method == "POST":
