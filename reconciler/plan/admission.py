@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Verdict
@@ -17,9 +18,10 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
 from reconciler.plan.placement import Placement
 from reconciler.plan.preemption import Refusal
+from reconciler.plan.rehousing import rehouse
 from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
-from reconciler.plan.together import Seat, begins_before, seat_together
+from reconciler.plan.together import Seat, begins_before, foreseen_moves, seat_together
 from reconciler.plan.why import tell
 from reconciler.plan.windows import ahead_of, keeping_off, lead_s, not_to_hinder
 from reconciler.spec.spec import OverlaySpec
@@ -45,7 +47,7 @@ def admit_all(draft: Draft) -> None:
     def fits(overlay: OverlaySpec, begin: float, board: Board, off: _Off) -> bool:
         return isinstance(seek(overlay, begin, board, off, why=False), tuple)
 
-    draft.windows = reserve(draft, seek, fits)
+    draft.windows = reserve(draft, seek, fits, partial(foreseen_moves, draft))
     if draft.windows:
         told = [b for b in draft.blocked.values() if b.subject.kind == "workload"]
         seat(draft)
@@ -69,6 +71,8 @@ def admit_all(draft: Draft) -> None:
     for step in due:
         if draft.steps[step.record.name].record.state == "pending" and step.spec is not None:
             _admit(draft, step.spec, fits)
+    if rehouse(draft):
+        seat(draft)
 
 
 _Answer = tuple[Placement, list[Need]] | Refusal | None

@@ -94,6 +94,8 @@ class Draft:
     """Everybody else, as long as it is known."""
     roused: set[str] = field(default_factory=set)
     """Those that were calm when the decision began, and of which an overlay has spoken since."""
+    moving: set[str] = field(default_factory=set)
+    """Endpoints whose move begins with this decision."""
     residents: Residents = field(default_factory=Residents)
     """Everybody who was calm when the decision began, where they run."""
     records: dict[str, EndpointRecord] = field(default_factory=dict)
@@ -167,7 +169,7 @@ class Draft:
         )
 
     def rouse(self) -> None:
-        """From here on decide on the endpoints of which an overlay speaks."""
+        """From here on decide on the endpoints of which an overlay speaks, and on those that are moved."""
         for name in self.calm.keys() & self._spoken_of():
             del self.calm[name]
             self.roused.add(name)
@@ -175,7 +177,9 @@ class Draft:
 
     def _spoken_of(self) -> set[str]:
         """Endpoints that an overlay displaces, has moved, sets or asks for."""
-        spoken = {x.subject.name for x in self.leases if x.subject.kind == "endpoint"} | self.owners.keys()
+        spoken = (
+            {x.subject.name for x in self.leases if x.subject.kind == "endpoint"} | self.owners.keys() | self.moving
+        )
         for step in self.steps.values():
             if step.record.state in HOLDING:
                 spoken.update((*step.record.evicted, *step.record.moved))

@@ -13,6 +13,7 @@ from typing import Literal
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Plan
 from reconciler.plan.ledger import LIVE, TERMINAL, Ledger
+from reconciler.plan.moving import for_whom
 from reconciler.plan.observed import Observed, Subject
 from reconciler.plan.planner import plan as decide
 from reconciler.plan.predicted import PredictedBox
@@ -130,7 +131,9 @@ class _Tape:
             view = plan.endpoints.get(name)
             out = endpoint.state == "running" and view is not None and view.state != "healthy"
             record = plan.ledger.endpoints.get(name)
-            overlay = record.evicted_by or (record.move.by if record.move is not None else None) if record else None
+            overlay = (
+                record.evicted_by or (for_whom(record.move) if record.move is not None else None) if record else None
+            )
             if out:
                 begin, before = self._out.get(name, (now, None))
                 self._out[name] = (begin, before or overlay)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice, product
 from typing import Any
 
 from reconciler.plan.board import Board, Need, Tenant, endpoint_key
@@ -19,7 +19,7 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.pricing import Branch
 from reconciler.plan.search import LIMIT, solve
 from reconciler.plan.settling import own_need
-from reconciler.plan.solver import Back, Places, Problem, Work, compared, propose
+from reconciler.plan.solver import Back, Places, Problem, Proposal, Work, compared, propose
 from reconciler.plan.wishes import Choice, Cost, MayDisplace, Wish
 from reconciler.spec.spec import GpuCount
 
@@ -30,6 +30,8 @@ STEPS = 15_000
 anew at each look, which may take some tenths of a second longer for it."""
 RETURN_STEPS = 2_000
 """Of those, to see that everybody of the baseline has a place to come back to after one answer."""
+MOST_ANSWERING = 8
+"""So many ways to say for whom each is moved are tried for one proposal: one box has two or three overlays waiting."""
 FEW = 4
 """Of so many moves every part is tried, where it is not proved that all of them are needed."""
 KEPT = "move/"
@@ -74,7 +76,7 @@ def improve(problem: Problem, core: Choice) -> Answer:
     tried: list[Places] = []
     work, budget = Work(), _Budget()
     bound: Cost | None = None
-    proved = core.proof.optimal
+    proved, all_tried = core.proof.optimal, True
     for _ in range(TRIES):
         if budget.left <= 0:
             bound = None
@@ -86,16 +88,42 @@ def improve(problem: Problem, core: Choice) -> Answer:
         bound = proposal.bound
         if bound >= compared(best.choice.cost):
             break
-        found = _carried_out(problem, proposal.places, proposal.by, budget) if proposal.places else best
-        if found is not None and found.choice.cost < best.choice.cost:
-            best = found
-            proved = found.choice.proof.optimal
+        for by in _answering(problem, proposal):
+            if by is None:
+                all_tried = False
+                break
+            found = _carried_out(problem, proposal.places, by, budget)
+            if found is not None and found.choice.cost < best.choice.cost:
+                best = found
+                proved = found.choice.proof.optimal
         tried.append(proposal.places)
         if bound >= compared(best.choice.cost):
             break
-    if proved and budget.left > 0 and bound is not None and bound >= compared(best.choice.cost):
+    if proved and all_tried and budget.left > 0 and bound is not None and bound >= compared(best.choice.cost):
         return best
     return _as_bounded(_least_part(problem, best, budget), bound)
+
+
+def _answering(problem: Problem, proposal: Proposal) -> Iterator[Mapping[str, str] | None]:
+    """For whom each may be moved: as proposed, and every other way where that says who may give way to those that move.
+
+    None at the end: there are more than `MOST_ANSWERING`.
+    """
+    if not proposal.places:
+        return
+    yield proposal.by
+    board, meeting = problem.board.without(proposal.places), []
+    for key, gpus in sorted(proposal.places.items()):
+        need = problem.movers[key].need
+        rooms = [board.free(gpu, alone=need.exclusive) for gpu in gpus]
+        if any(free is None or free < need.memory_bytes[gpu] for gpu, free in zip(gpus, rooms, strict=True)):
+            meeting.append(key)
+        board.add(Tenant(key, 0, need.holds(gpus)))
+    ways = product(*(sorted(problem.movers[key].askers) for key in meeting))
+    others = (by for way in ways if (by := {**proposal.by, **dict(zip(meeting, way, strict=True))}) != proposal.by)
+    yield from islice(others, MOST_ANSWERING)
+    if next(others, None) is not None:
+        yield None
 
 
 def _as_bounded(answer: Answer, bound: Cost | None) -> Answer:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
+from typing import Protocol
 
 from reconciler.clock import Instant
 from reconciler.plan.board import Board, Need, Tenant, Victims
@@ -30,12 +31,37 @@ class Refusal:
     transient: bool
 
 
+class Asks(Protocol):
+    """Who wants others to leave: an overlay."""
+
+    @property
+    def priority(self) -> int:
+        """Whose is not lower stays."""
+
+    @property
+    def allow_baseline_eviction(self) -> bool:
+        """Whether endpoints of the baseline may have to leave at all."""
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Capabilities of which it needs a provider."""
+
+
+@dataclass(frozen=True, slots=True)
+class Homeless:
+    """An endpoint that has no place: it asks for moves alone."""
+
+    priority: int
+    allow_baseline_eviction: bool = True
+    requires: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)  # no slots: some properties are cached
 class Consents:
-    """The rules of displacement for one overlay, as questions about tenants."""
+    """The rules of displacement for one that asks, as questions about tenants."""
 
     situation: Situation
-    overlay: OverlaySpec
+    overlay: Asks
     endpoints: Mapping[str, EndpointSpec]
     """Every endpoint wanted now, as it is wanted now."""
     standings: Mapping[str, Standing]

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from math import inf
 
+from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
@@ -32,6 +33,8 @@ MOST_AHEAD = 24
 """Of one schedule: an hourly one has as many within the horizon."""
 Fits = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], bool]
 """Whether there is such a placement."""
+Moves = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], tuple[str, ...]]
+"""Names of the endpoints that would have to be moved for it; none: nobody, or that does not help."""
 Seek = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], tuple[Placement, list[Need]] | Refusal | None]
 """The least lawful placement of an overlay that begins at a moment (epoch seconds) on a board, its needs seen through a
 filter; why there is none; or None: its files ask for what cannot be."""
@@ -54,13 +57,13 @@ class _Coming:
         return -record.priority, (record.seen or record.since).wall, record.name
 
 
-def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
+def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window, ...]:
     """Find a place for every window still to come; say of those that have none what is in their way, and until when.
 
     The outcomes for each, the most important and of equals the first seen first:
         1. it has a place           → its window, and a wake-up for the moment at which it opens
         2. other windows take it    → WindowTaken, with the next free slot
-        3. it has none in any case  → the rule or the lack that stands in its way
+        3. it has none in any case  → the rule or the lack that stands in its way, and who would have to be moved
     """
     draft.windows = ()
     for coming in sorted(_to_come(draft), key=lambda c: c.turn):
@@ -76,7 +79,8 @@ def reserve(draft: Draft, seek: Seek, fits: Fits) -> tuple[Window, ...]:
             refusal = answer
         else:
             if refusal is not None and start > draft.now.wall and not coming.live:
-                draft.block(_conflict(draft, overlay, start, refusal, seek, fits))  # 2, 3
+                told = _conflict(draft, overlay, start, refusal, seek, fits)  # 2, 3
+                draft.block(_with_moves(told, moves(overlay, start, board, off)))
     return draft.windows
 
 
@@ -207,6 +211,18 @@ def _starts_after(draft: Draft, overlay: OverlaySpec, start: float) -> Iterator[
 
 def _later(window: Window, seconds: float) -> Window:
     return replace(window, opens=window.opens + seconds, start=window.start + seconds, end=window.end + seconds)
+
+
+def _with_moves(told: Blocked, moved: tuple[str, ...]) -> Blocked:
+    """What is told of a window for which somebody would have to be moved: that is decided once it is due."""
+    if not moved:
+        return told
+    names, verb = ", ".join(moved), "is" if len(moved) == 1 else "are"
+    if not solver.is_available():
+        hint = f"`{solver.INSTALL}`: it fits once {names} {verb} moved, and nobody is without the solver"
+        return replace(told, alternatives=(*told.alternatives, hint))
+    message = f"{told.message}; it fits once {names} {verb} moved, which is decided when it is due"
+    return replace(told, message=message)
 
 
 def _conflict(

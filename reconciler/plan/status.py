@@ -14,6 +14,7 @@ from reconciler.errors import Problem
 from reconciler.plan.actions import EndpointView, Plan
 from reconciler.plan.agenda import AgendaTracker
 from reconciler.plan.ledger import LIVE, TERMINAL, AgendaEntry, OverlayRecord, Span
+from reconciler.plan.moving import for_whom
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 from reconciler.plan.overlays import predicted_end
 from reconciler.spec.engines import endpoint_url
@@ -231,7 +232,7 @@ class _View:
         if record is not None and record.evicted_by:
             found.append(_condition("EvictedBy", record.evicted_by))
         if record is not None and record.move is not None:
-            found.append(_condition("Moving", f"it makes room for {record.move.by}"))
+            found.append(_condition("Moving", f"it makes room for {for_whom(record.move)}"))
         if record is not None and record.failed:
             found.append(_condition("Failed", record.failed))
         if run is not None and run.alive and spec is not None and run.process_hash != spec.process_hash:

@@ -18,7 +18,7 @@ from reconciler.plan.moves import Answer, can_move, improve, way_back
 from reconciler.plan.moving import under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.preemption import Consents
-from reconciler.plan.search import Search
+from reconciler.plan.search import Search, solve
 from reconciler.plan.settling import need_elsewhere
 from reconciler.plan.solver import PLACES, Mover, Problem
 from reconciler.plan.why import judge, judge_moves
@@ -142,6 +142,37 @@ def _movers(draft: Draft, askers: Sequence[Asker], board: Board) -> dict[str, Mo
             candidates = tuple(g for g in elsewhere.candidates if g in board.capacity)
             found[key] = Mover(replace(elsewhere, candidates=candidates), by)
     return found
+
+
+def foreseen_moves(
+    draft: Draft, overlay: OverlaySpec, begin: float, board: Board, off: Callable[[Need], Need]
+) -> tuple[str, ...]:
+    """Who would have to be moved for an overlay to have a place at a moment to come, nobody giving way.
+
+    Nobody: it has none with moves either. The fewest GPUs moved to, by the core's own search: who may be moved
+    is seated anew, at home if that goes.
+    """
+    own, consents = own_needs(draft, overlay), consents_of(draft, overlay, begin)
+    movers: dict[str, Need] = {}
+    for key in (endpoint_key(n) for n, e in draft.situation.spec.endpoints.items() if e.movable):
+        tenant = board.tenants.get(key)
+        need = can_move(draft, tenant) if tenant is not None else None
+        if tenant is not None and need is not None and consents.broken_by(tenant) <= {"NotPreemptible"}:
+            home = tuple(tenant.holds)
+            candidates = tuple(g for g in need.candidates if g in home or g in off(need).candidates)
+            movers[key] = replace(need, candidates=candidates, prefer=home)
+    if own is None or not 0 < len(movers) <= MOST_TOGETHER:
+        return ()
+    rest = board.without([*movers, *map(endpoint_key, overlay.endpoints)])
+    seated = [Wish(key, ((need,),)) for key, need in movers.items()]
+    for providers in islice(provider_choices(draft, overlay, placeless=True), MOST_CHOICES):
+        needs = tuple(off(need) for need in (*own, *providers))
+        choice = solve([Wish(f"overlay/{overlay.name}", (needs,)), *seated], rest)
+        if choice is not None:
+            moved = [k for k, n in movers.items() if set(choice.gpus[n.subject]) != set(n.prefer)]
+            lawful = consents.floors_hold(frozenset(moved))
+            return tuple(sorted(k.partition("/")[2] for k in moved)) if lawful else ()
+    return ()
 
 
 def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:

@@ -148,8 +148,9 @@ class EndpointModel(Model):
     preemptible: Flag = True
     """Whether an overlay of higher priority may take its GPUs; `false` is hard."""
     movable: Flag = False
-    """Whether it may be restarted on other GPUs to make room for an overlay of higher priority that may evict. Needs a
-    count of GPUs, and the extra `solver`: without that, what runs is not moved."""
+    """Whether it may be restarted on other GPUs to make room for an overlay of higher priority that may evict, or for
+    an endpoint of higher priority without a place. Needs a count of GPUs, and the extra `solver`: without that, what
+    runs is not moved."""
     evict: EvictModel = Field(default_factory=EvictModel)
     """How it gives way."""
     args: Words = ()

@@ -241,10 +241,15 @@ class Account:
         for name, move in movers.items():
             if name in known:
                 continue
-            asking, endpoint = self.spec.overlays[move.by], self.spec.endpoints[name]
-            assert move.by in self.admitted, f"{name} moves for {move.by}, which is not admitted"
-            assert name in self.plan.ledger.overlays[move.by].moved
-            assert asking.allow_baseline_eviction, f"{move.by} has {name} moved without consent"
+            endpoint, homeless = self.spec.endpoints[name], move.by.removeprefix("endpoint/")
+            asking = self.spec.endpoints[homeless] if homeless != move.by else self.spec.overlays[move.by]
+            if isinstance(asking, EndpointSpec):
+                comes = [a for a in starts(self.plan) if a.subject == Subject("endpoint", homeless)]
+                assert comes, f"{name} moves for {homeless}, which is not started"
+            else:
+                assert move.by in self.admitted, f"{name} moves for {move.by}, which is not admitted"
+                assert name in self.plan.ledger.overlays[move.by].moved
+                assert asking.allow_baseline_eviction, f"{move.by} has {name} moved without consent"
             assert endpoint.movable, f"{name} is moved without consent"
             assert endpoint.priority < asking.priority, f"{move.by} has {name} moved, which is not lower"
             runs = next(i for i in self.observed.incarnations if i.id == move.incarnation)

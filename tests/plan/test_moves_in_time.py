@@ -171,3 +171,34 @@ def test_what_fits_without_a_move_asks_no_solver(run: Run, monkeypatch: pytest.M
     decided = run.decide()
     assert not decided.solved
     assert decided.ledger.overlays["small"].state != "pending"
+
+
+def test_a_window_that_fits_only_after_a_move_is_told_so_and_begins_after_it(run: Run) -> None:
+    start = run.plant.now.wall + 3600.0
+    run.spec = spec(CODE, CHAT, replace(RENDER, makespan=replace(RENDER.makespan, start=start)))
+    decided = run.decide()
+    (told,) = (b for b in decided.blocked if b.subject.name == "render")
+    assert "it fits once code is moved, which is decided when it is due" in told.message
+    assert decided.actions == ()
+    run.settle(until=overlay_state("render", "active"))
+    assert run.plant.now.wall - start < 30
+    assert place(run) == (uuid(1),)
+
+
+def test_a_window_for_which_no_move_makes_room_is_told_nothing_of_one(run: Run) -> None:
+    start = run.plant.now.wall + 3600.0
+    run.spec = spec(CODE, CHAT, replace(overlay("wide", 2), makespan=replace(RENDER.makespan, start=start)))
+    (told,) = (b for b in run.decide().blocked if b.subject.name == "wide")
+    assert "moved" not in told.message
+
+
+def test_without_the_solver_a_window_that_a_move_would_help_is_told_what_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver, "is_available", lambda: False)
+    start = run.plant.now.wall + 3600.0
+    run.spec = spec(CODE, CHAT, replace(RENDER, makespan=replace(RENDER.makespan, start=start)))
+    (told,) = (b for b in run.decide().blocked if b.subject.name == "render")
+    assert any(
+        "pip install 'reconciler[solver]'" in hint and "once code is moved" in hint for hint in told.alternatives
+    )
