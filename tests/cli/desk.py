@@ -95,7 +95,7 @@ class Desk:
         if self.daemon is not None:
             self.daemon.terminate()
             self.daemon.wait(20)
-            self.run("down", "--timeout", "40s")
+            self.answer("down", "--timeout", "40s")
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> tuple[str, str]:

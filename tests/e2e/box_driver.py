@@ -215,7 +215,7 @@ class Box:
                 self.daemon.wait(5)
             except subprocess.TimeoutExpired:
                 self.kill()
-        subprocess.run(self.argv("down", "--timeout", "20s"), capture_output=True, timeout=60, check=False)
+        self.said("down", "--timeout", "20s")
         for record in (self.state / "run").glob("*/run.json"):  # a failed test must not leave processes behind
             content = json.loads(record.read_text())
             for key in ("pid", "shim_pid"):

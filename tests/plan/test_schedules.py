@@ -28,15 +28,17 @@ def scheduled(schedule: str, zone: str, **fields: float) -> OverlaySpec:
 def first_valid(day: date, at: time, zone: str) -> float:
     """The instant at which the clocks on the wall first show this time or, where it is skipped, the next one there is.
 
-    Worked out by walking through UTC minute by minute: no rule of `zoneinfo` about folds and gaps is leant on.
+    Worked out by walking through UTC, at last minute by minute: no rule of `zoneinfo` about folds and gaps
+    is leant on.
     """
-    utc = datetime(day.year, day.month, day.day, tzinfo=UTC) - timedelta(hours=15)
+    wanted = datetime.combine(day, at)
+    utc = wanted.replace(tzinfo=UTC) - timedelta(hours=15)
     end = utc + timedelta(hours=45)
     while utc < end:
-        local = utc.astimezone(ZoneInfo(zone))
-        if local.date() == day and local.time().replace(tzinfo=None) >= at:
+        local = utc.astimezone(ZoneInfo(zone)).replace(tzinfo=None)
+        if local.date() == day and local >= wanted:
             return utc.timestamp()
-        utc += timedelta(minutes=1 if abs((utc.astimezone(ZoneInfo(zone)).date() - day).days) == 0 else 15)
+        utc += timedelta(minutes=1 if wanted - local <= timedelta(hours=2) else 15)
     raise AssertionError(f"{day} {at} never comes in {zone}")
 
 

@@ -31,7 +31,7 @@ from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
 
 SEEDS = 2000
-BATCH = 50
+BATCH = 20
 REPLAYED = 40
 TOLD = 4
 """Boxes with twenty overlays each, once as planned and once with twenty strikes; `soak.py --incidents N` has more."""
