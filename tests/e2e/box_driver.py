@@ -57,6 +57,7 @@ class Box:
         self.spec: dict[str, Any] = {"version": 1, "node": {"name": "box"}, "endpoints": {}}
         self.daemon: subprocess.Popen[bytes] | None = None
         self.node = "4x80GiB"
+        self.program = PROGRAM
 
     # ------------------------------------------------------------ files
 
@@ -123,7 +124,7 @@ class Box:
 
     def argv(self, *words: str) -> list[str]:
         return [
-            *PROGRAM,
+            *self.program,
             "--setpoints",
             str(self.setpoints),
             "--state-dir",
@@ -140,7 +141,7 @@ class Box:
         """What a command says, on stdout and on stderr; called within this process: much is asked, and often."""
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
-            run(self.argv(*words)[len(PROGRAM) :])
+            run(self.argv(*words)[len(self.program) :])
         return out.getvalue(), err.getvalue()
 
     def json(self, *words: str) -> Any:

@@ -57,7 +57,7 @@ def test_without_consent_nothing_is_evicted_and_the_reason_is_told(full_box: Box
     )
     assert blocked[0]["reason"] == "NoConsent"
     assert "humble" in blocked[0]["message"] or "important" in blocked[0]["message"]
-    assert full_box.overlay_view("render")["state"] == "pending"
+    full_box.wait_overlay("render", "pending")
     assert full_box.pids() == before
 
 
