@@ -265,7 +265,11 @@ class Consents:
             2. several do: the first of them, and all of them in the message
             3. nothing of ours could make room: foreign memory, unusable GPUs, or simply too little of it
         """
+        there = {tenant.key: tenant for need in needs for gpu in need.candidates for tenant in board.on(gpu)}
+        alone = {rule for tenant in there.values() if len(by := self.broken_by(tenant)) == 1 for rule in by}
         for rule in RULES:  # 1
+            if rule not in alone and rule != "FloorWouldBreak":
+                continue  # without it nobody more could give way than did not do
             placement = self.seek(needs, board, waive=frozenset({rule}))
             if placement is not None:
                 return self._protected((rule,), placement, board)
