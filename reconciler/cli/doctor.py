@@ -65,6 +65,8 @@ def examine(options: Options) -> tuple[Check, ...]:
     from reconciler.checkup.subjects import check_leftovers, check_ports, check_programs, has_gangs
     from reconciler.checkup.system import check_groups, check_kernel, check_versions
     from reconciler.observe.gpus import NvmlReader
+    from reconciler.observe.snapshot import all_endpoints
+    from reconciler.spec.profiles import PROFILES
 
     state = wiring.state_dir(options)
     on_state = check_state(state)  # before anything here touches it
@@ -79,7 +81,8 @@ def examine(options: Options) -> tuple[Check, ...]:
     found: list[Check] = [*check_versions(), *check_kernel(gangs=spec is not None and has_gangs(spec))]
     found += [check_groups(_daemon(state)), driver]
     if isinstance(seen, wiring.Look):
-        found += check_gpus(seen.observed, seen.ledger)
+        own = {endpoint.profile.name: endpoint.profile for endpoint in all_endpoints(seen.spec)}
+        found += check_gpus(seen.observed, seen.ledger, {**own, **PROFILES}.values())
     elif seen is not None:
         found.append(seen)
     found += files

@@ -31,6 +31,9 @@ SLEEP_PART = {1: 0.08, 2: 0.03}
 WAKE_PART = {1: 0.1, 2: 0.4}
 """Level 1: 0.3-6 s against 38-98 s of a cold start were published. Level 2 is a guess: weights are read again."""
 
+_CLAP = r"(?m:^)error: (?:unexpected argument|invalid value|a value is required|the following required arguments)"
+"""How programs in Rust (the launchers of TGI and TEI) refuse their command line."""
+
 _PYTHON_FAILURES = (
     FailurePattern(
         r"Error in memory profiling",
@@ -44,7 +47,7 @@ _PYTHON_FAILURES = (
     ),
     FailurePattern(r"[Aa]ddress already in use", "PortTaken", "another process has its port; `ss -ltnp` names it"),
     FailurePattern(
-        r"(?m)error: (?:unrecognized arguments|argument |the following arguments|ambiguous option)",
+        r"(?m)error: (?:unrecognized arguments|argument |the following arguments|ambiguous option)|" + _CLAP,
         "BadArgument",
         "correct `args:`; the engine's --help knows them",
     ),
@@ -61,6 +64,27 @@ _PYTHON_FAILURES = (
     ),
 )
 
+
+_RUST_FAILURES = (
+    FailurePattern(
+        r"CUDA_ERROR_OUT_OF_MEMORY",
+        "OutOfMemory",
+        "give it a larger GPU or smaller batches, or see with `reconciler status` who holds its GPU",
+    ),
+    FailurePattern(r"Address already in use", "PortTaken", "another process has a port of it; `ss -ltnp` names it"),
+    FailurePattern(_CLAP, "BadArgument", "correct `args:`; the engine's --help knows them"),
+    FailurePattern(
+        r"status client error \(40[13]",
+        "NoAccess",
+        "accept the model's licence and put HF_TOKEN in its env_file",
+    ),
+    FailurePattern(
+        # not any 404: a model without one of the optional files is served
+        r"Could not download model artifacts|`config.json` not found",
+        "ModelNotFound",
+        "correct `model:`, or download it first",
+    ),
+)
 
 Word = bool | int | str
 """What a field of an engine's answer may hold that is compared with."""
@@ -198,13 +222,18 @@ class EngineProfile:
     failures: tuple[FailurePattern, ...] = ()
     """What its log says when it ends by itself; the first that is found names the class."""
     titles: tuple[str, ...] = ()
-    """Regular expressions of process titles: secondary evidence, for people and for `doctor`."""
+    """Regular expressions of process titles: `doctor` knows by them what an engine left behind that nobody owns."""
 
     @property
     def sleeps(self) -> bool:
         """Whether it can free its GPU memory and keep its process."""
         return bool(self.sleep_levels)
 
+
+# Both take port 9000 besides their own, which is then served on neither, and end where it is taken: of two on one box
+# one would not start (text-embeddings-inference#477, text-generation-inference#3062). 0 is any that is free; older ones
+# do not read it.
+_ANY_PROMETHEUS_PORT = {"PROMETHEUS_PORT": "0"}
 
 # Load and stop times: vLLM measured 27-98 s to ready, 0.4-0.9 s from SIGTERM to exit when idle; others by analogy.
 PROFILES: Mapping[str, EngineProfile] = {
@@ -309,6 +338,7 @@ PROFILES: Mapping[str, EngineProfile] = {
             model_args=("--model-id", "{model}"),
             # two launchers share /tmp/text-generation-server unless told otherwise
             base_args=("--hostname", "{host}", "--port", "{port}", "--shard-uds-path", "/tmp/text-generation-{port}"),  # noqa: S108
+            env=_ANY_PROMETHEUS_PORT,
             many_gpus_args=("--num-shard", "{gpu_count}"),
             fraction_args=("--cuda-memory-fraction", "{fraction}"),
             metrics_path="/metrics",
@@ -323,10 +353,12 @@ PROFILES: Mapping[str, EngineProfile] = {
             executable="text-embeddings-router",
             model_args=("--model-id", "{model}"),
             base_args=("--hostname", "{host}", "--port", "{port}"),
+            env=_ANY_PROMETHEUS_PORT,
             metrics_path="/metrics",
             busy_metrics=("te_queue_size",),
             load_s=20.0,
             stop_s=2.0,
+            failures=_RUST_FAILURES,
             titles=(r"\btext-embeddings-router\b",),
         ),
         EngineProfile(name="custom", executable=None),

@@ -107,6 +107,30 @@ def test_a_gpu_that_is_not_well_is_told_with_what_to_do(seen: Gpu, words: str) -
     assert check.hint
 
 
+@pytest.mark.parametrize(
+    ("command", "engine"),
+    [
+        ("VLLM::EngineCore", "vllm"),
+        ("VLLM::Worker_TP1", "vllm"),
+        ("/opt/venv/bin/python /opt/venv/bin/vllm serve o/m --port 80", "vllm"),
+        ("sglang::scheduler_TP0", "sglang"),
+        ("/usr/bin/llama-server -m m.gguf", "llamacpp"),
+        ("/opt/conda/bin/python /opt/conda/bin/text-generation-server serve o/m", "tgi"),
+        ("text-embeddings-router --model-id o/m", "tei"),
+        ("python train.py --teacher vllm", None),
+        ("vim llama-servers.md", None),
+        (None, None),
+    ],
+)
+def test_what_an_engine_left_behind_is_known_by_its_title(command: str | None, engine: str | None) -> None:
+    """SIGKILL of a vLLM server leaves its engine core with the memory: no record of ours names it."""
+    seen = gpu(used_bytes=9 * GIB, processes=(GpuProcess(7, 8 * GIB, None, "ann", command),))
+    (check,) = check_gpus(observed(seen), Ledger())
+    assert (check.level, "never signalled" in (check.hint or "")) == ("warning", True)
+    told = (check.hint or "").partition(" engine that is not this program's")
+    assert (told[0].rpartition(" ")[2] if told[1] else None) == engine
+
+
 def test_a_quarantined_gpu_is_told_with_the_command_that_clears_it() -> None:
     ledger = Ledger(quarantines={"GPU-a": Quarantine("GPU-a", NOW, "MemoryNotFreed")})
     (check,) = check_gpus(observed(gpu()), ledger)

@@ -124,6 +124,20 @@ def test_a_process_sees_its_gpus_and_no_other() -> None:
     assert start("model: m, port: 1, evict: {method: sleep}", [0]).env["VLLM_SERVER_DEV_MODE"] == "1"
 
 
+@pytest.mark.parametrize("engine", ["tgi", "tei"])
+def test_two_of_an_engine_with_a_port_for_metrics_besides_its_own_do_not_meet_there(engine: str) -> None:
+    assert start(f"engine: {engine}, model: m, port: 1", [0]).env["PROMETHEUS_PORT"] == "0"
+    asked = start(f"engine: {engine}, model: m, port: 1, env: {{PROMETHEUS_PORT: '9100'}}", [0])
+    assert asked.env["PROMETHEUS_PORT"] == "9100"
+
+
+@pytest.mark.parametrize("engine", PROFILES)
+def test_every_engine_sees_its_gpus_in_the_order_of_the_bus_and_keeps_its_marker(engine: str) -> None:
+    command = "command: [run]" if engine == "custom" else "model: m"
+    env = start(f"engine: {engine}, {command}, port: 1, gpus: 2", [3, 1]).env
+    assert {"CUDA_VISIBLE_DEVICES": "3,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "SPT_NOENV": "1"}.items() <= env.items()
+
+
 @given(st.integers(1, 200 * GIB), st.lists(st.integers(8 * GIB, 192 * GIB), min_size=1, max_size=8))
 def test_an_engine_is_never_granted_more_than_was_claimed(claim: int, totals: list[int]) -> None:
     endpoint = replace(read(BASE + f"    memory: {claim}B\n").endpoints["coding"])
@@ -352,7 +366,22 @@ def test_who_uses_a_broken_profile_is_not_said_to_use_an_unknown_one(wrong: str)
         ("vllm", "usage: vllm serve [model_tag]\nvllm: error: unrecognized arguments: --no-such", "BadArgument"),
         ("vllm", "OSError: Can't load the configuration of '/nowhere'.", "ModelNotFound"),
         ("vllm", "OSError: x/y is not a local folder and is not a valid model identifier listed on", "ModelNotFound"),
+        ("vllm", "huggingface_hub.errors.GatedRepoError: 401 Client Error.", "NoAccess"),
+        ("vllm", "OSError: [Errno 98] Address already in use", "PortTaken"),
         ("tgi", "huggingface_hub.errors.GatedRepoError: 401 Client Error.", "NoAccess"),
+        ("tgi", "error: unexpected argument '--nope' found\n\nUsage: text-generation-launcher", "BadArgument"),
+        ("tgi", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "OutOfMemory"),
+        ("tei", "INFO Args {}\nerror: invalid value 'x' for '--port <PORT>': invalid digit", "BadArgument"),
+        ("tei", 'Error: DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")', "OutOfMemory"),
+        ("tei", ("Error: failed to build prometheus recorder\n\nCaused by:\n    failed to create HTTP listener: "
+                "Address already in use (os error 98)"), "PortTaken"),
+        ("tei", ("Error: Could not download model artifacts\n\nCaused by:\n    0: request error: HTTP status client "
+                "error (401 Unauthorized) for url (https://huggingface.co/o/m/resolve/main/config.json)"), "NoAccess"),
+        ("tei", ("Error: Could not download model artifacts\n\nCaused by:\n    0: request error: HTTP status client "
+                "error (404 Not Found) for url (https://huggingface.co/o/m/config.json)"), "ModelNotFound"),
+        ("tei", "WARN Could not download `model.onnx`: request error: HTTP status client error (404 Not Found)", None),
+        ("llamacpp", "couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 80", "PortTaken"),
+        ("llamacpp", "main: error: failed to load model '/w/m.gguf'", "ModelNotFound"),
         ("sglang", "OSError: [Errno 98] Address already in use", "PortTaken"),
         ("llamacpp", "ggml_cuda: cudaMalloc failed: out of memory", "OutOfMemory"),
         ("llamacpp", "error: invalid argument: --nope", "BadArgument"),
