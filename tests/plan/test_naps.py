@@ -257,6 +257,18 @@ def test_two_that_would_park_more_than_host_memory_holds_do_not_both() -> None:
     assert levels == [1, 2]
 
 
+@pytest.mark.parametrize(("size", "starts"), [(27, True), (29, False)])
+def test_what_one_that_sleeps_keeps_is_nobody_elses(size: int, starts: bool) -> None:
+    """79 GiB less 50 of the work leave 29, and 1.5 of them are the residue's."""
+    run = warm(sleeper())
+    add(run, render(memory=50))
+    run.settle(until=overlay_state("render", "active"))
+    run.spec = spec(*run.spec.endpoints.values(), *run.spec.overlays.values(), endpoint("late", [0], memory=size))
+    decided = run.decide()
+    assert ("start late" in names(a for a in decided.actions if a.ready)) == starts
+    assert decided.endpoints["ask"].state == "sleeping"
+
+
 def test_requests_in_flight_are_finished_before_it_sleeps_but_no_longer_than_the_drain() -> None:
     run = warm(sleeper(stop=Stop(drain_s=20.0)))
     current = run.plant.current("ask")
