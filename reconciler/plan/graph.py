@@ -13,7 +13,6 @@ from typing import Literal
 from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.departures import draining, stop_for
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft, Leaving
-from reconciler.plan.endpoints import Standing
 from reconciler.plan.ledger import Nap, Timings
 from reconciler.plan.naps import asleep_for, drained, rested, wakes
 from reconciler.plan.observed import Incarnation, Subject
@@ -34,6 +33,8 @@ KILL_SLACK_S = 10.0
 SPAWN_S = 0.1
 SPAWN_TIMEOUT_S = 30.0
 UNKNOWN_RUN_S = 86400.0
+_LOADS = ("starting", "unhealthy", "unknown")
+"""States of one that was never ready in which it may be measuring memory."""
 CALL_TIMEOUT_S = 120.0
 """How long an engine may take to sleep or to wake up: moving 140 GB of weights over PCIe takes half a minute."""
 
@@ -122,22 +123,35 @@ class Graph:
     # ------------------------------------------------------------ what is under way
 
     def _loading(self) -> None:
+        """Wait for those that load. One that cannot be verified, or is late and cannot be ended, may load yet.
+
+        Until twice its deadline nobody loads beside such a one; that others end does it no harm that counts.
+        """
         draft = self.draft
         for name in draft.stirring():
             standing = draft.standings[name]
             current = standing.current
-            if current is None or current.id in draft.leaving or not _may_load(standing, current):
+            ready = current is not None and standing.record.ready_incarnation == current.id
+            if current is None or ready or current.id in draft.leaving or standing.state not in _LOADS:
                 continue
             endpoint = draft.wanted.get(name)
             startup = endpoint.health.startup_s if endpoint else 0.0
             left = startup - draft.now.since(current.started)
+            late = standing.state != "starting"
+            if late and left <= -startup:
+                continue
             load = draft.situation.timings(endpoint).load_s if endpoint else 0.0
             cause = Cause("setpoint", endpoint.source if endpoint else None)
             action = self._add(
                 "wait_ready", current.subject, current.gpus, (), reason="it loads", cause=cause,
                 timeout_s=max(0.0, left), predicted_s=load - draft.now.since(current.started), incarnation=current.id,
             )  # fmt: skip
-            self._note_loading(current.subject, current.gpus, action)
+            if late:
+                draft.wakes.append(current.started.plus(2 * startup))
+                self._vacating.append(current)
+                self._vacated_by[current.id] = action
+            else:
+                self._note_loading(current.subject, current.gpus, action)
         for name, nap in draft.naps.items():  # one that is being woken measures and takes memory as one that loads
             if nap.waking is not None:
                 self._wake(name, nap, ())
@@ -417,8 +431,3 @@ class Graph:
             f"{names} no longer needs its place", Cause("restore", endpoint.source, back.holders[0]),
         )  # fmt: skip
         self._endpoint_start(item, [action for o in back.after for action in self._ended_by[o]])
-
-
-def _may_load(standing: Standing, current: Incarnation) -> bool:
-    """Whether it may be measuring memory: it was not ready yet, past its deadline or seen well or not."""
-    return standing.state in ("starting", "unhealthy", "unknown") and standing.record.ready_incarnation != current.id

@@ -29,11 +29,14 @@ class Gated(Plant):
     were_ready: set[str] = field(default_factory=set)
     ending: frozenset[str | None] = frozenset()
     """Who is to end by the decision that is carried out: whether it measures rightly is no matter any more."""
+    doubtful: frozenset[str] = frozenset()
+    """Endpoints of which nobody can tell whether they load, or that should have by now."""
     forgotten: dict[str, tuple[float, Action]] = field(default_factory=dict)
     """Calls of a daemon that died: the engines are busy with them all the same."""
 
     def act(self, decided: Plan) -> list[Action]:
         self.ending = frozenset(a.incarnation for a in decided.actions if a.op in ("stop", "drain", "kill"))
+        self.doubtful = frozenset(n for n, v in decided.endpoints.items() if v.state in ("unhealthy", "unknown"))
         return super().act(decided)
 
     def forget_calls(self) -> None:
@@ -61,7 +64,7 @@ class Gated(Plant):
         done = super()._carry_out(action)
         if (self.incarnations, self.called) != before:  # not what is under way already
             brings = action.op in ("start", "start_workload", "wake")
-            kept_out = {"loads", "wakes"} | ({"ends", "lingers", "falls asleep"} if brings else set())
+            kept_out = {"loads", "wakes"} | ({"may load", "ends", "lingers", "falls asleep"} if brings else set())
             kept_out |= {"falls asleep"} if action.op == "sleep" else set()
             for other, what in (*beside, *predecessor):
                 shared = set(other.gpus) & set(action.gpus)
@@ -80,8 +83,9 @@ class Gated(Plant):
             return "ends"
         if one.phase == "exited":
             return "ends" if one.id in self.ending else None
-        loads = one.subject.kind == "endpoint" and one.id not in self.were_ready | self.ending
-        return "loads" if loads else None
+        if one.subject.kind == "workload" or one.id in self.were_ready | self.ending:
+            return None
+        return "may load" if one.subject.name in self.doubtful else "loads"
 
 
 def sharing(name: str, *gpus: int, **fields: object) -> EndpointSpec:
@@ -217,6 +221,28 @@ def test_who_cannot_be_ended_as_one_of_its_gpus_is_not_seen_keeps_others_off_the
     assert not plant._busy_with(plant.incarnations[0])
     plant.overrides.clear()
     run.settle(until=lambda p: p.endpoints["other"].state == "healthy")
+
+
+def test_one_that_is_stuck_keeps_nobody_from_ending_and_from_loading_no_longer_than_twice_its_deadline() -> None:
+    """It cannot be ended: one of its GPUs is not seen, or who it is cannot be verified."""
+    for unseen in (True, False):
+        stuck, other = sharing("stuck", 0, 1, health=Health(startup_s=60.0)), sharing("other", 0)
+        plant = Plant(behaviour=Behaviour(load_s=9000.0))
+        run = Run(spec(stuck), plant)
+        run.step()
+        plant.behaviour.load_s = 40.0
+        if unseen:
+            plant.overrides[1] = {"state": "unknown"}
+        else:
+            plant._change(plant.incarnations[0].id, lambda i: replace(i, phase="unknown"))
+        run.spec = spec(stuck, other)
+        began = plant.now.mono
+        run.settle(until=lambda _, run=run: "other" in run.starts())  # type: ignore[misc]
+        assert plant.now.mono - began == pytest.approx(120.0, abs=1.0)
+        run.settle(until=lambda p: p.endpoints["other"].state == "healthy")
+        run.spec = spec(stuck, replace(other, state="stopped"))
+        run.settle(until=lambda p: p.endpoints["other"].state == "stopped")
+        assert run.stops() == ["other"]
 
 
 @pytest.mark.parametrize("seed", range(12))
