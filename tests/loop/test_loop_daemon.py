@@ -21,6 +21,8 @@ from reconciler.loop import daemon as daemon_module
 from reconciler.loop.control import ask
 from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
+from reconciler.observe.nvml import CACHED, FRESH, ReadOptions
+from reconciler.observe.snapshot import ObserveOptions
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
 from reconciler.plan.observed import Gpu, Observed
 
@@ -38,11 +40,13 @@ class Eyes:
 
     def __init__(self) -> None:
         self.looks = 0
+        self.asked: list[ReadOptions] = []
         self.before_look: Callable[[], None] = lambda: None
 
-    def observe(self, *_: object) -> Observed:
+    def observe(self, _: object, options: ObserveOptions) -> Observed:
         self.before_look()
         self.looks += 1
+        self.asked.append(options.gpus)
         now = SystemClock().now()
         gpus = tuple(Gpu(i, f"GPU-{i}", "A", "ok", 80 << 30, 0, (), "", healthy=True, at=now) for i in (0, 1))
         return Observed(now, "boot", gpus, ())
@@ -185,6 +189,27 @@ def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to
 
     with pytest.raises(ReconcilerError, match="the box went away"):
         house.run(story)
+
+
+def test_the_end_of_a_process_has_all_of_the_gpus_looked_at_afresh_once(house: House) -> None:
+    """Also if a look a moment before saw its memory free, and was too early for its end to be recorded."""
+
+    async def look_again(daemon: Daemon) -> None:
+        before = house.eyes.looks
+        daemon.look_again()
+        while house.eyes.looks == before:
+            await asyncio.sleep(0.01)
+
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        await look_again(daemon)
+        daemon._wakers.process_ended = True
+        await look_again(daemon)
+        await look_again(daemon)
+        assert house.eyes.asked.count(FRESH) == 1
+        assert house.eyes.asked[-1] == CACHED
+
+    house.run(story)
 
 
 def test_a_bad_edit_and_its_repair_are_told_once_each(house: House) -> None:
