@@ -16,9 +16,12 @@ from reconciler.plan.actions import EndpointView
 from reconciler.plan.endpoints import describe_exit
 from reconciler.plan.ledger import TERMINAL, AgendaEntry, EndpointRecord, Exit, Ledger, OverlayRecord
 from reconciler.plan.observed import Gpu, Subject
+from reconciler.units import format_duration
 
 T = TypeVar("T")
 
+LASTING_S = 60.0
+"""What passes by itself has passed by then: a record being written, a process that the kernel clears away."""
 ESCALATE_AFTER_S = 300.0
 """Overdue for this long is critical: an entry's end already has the slack of twice the predicted time."""
 
@@ -46,6 +49,14 @@ class Case:
     """Epoch seconds."""
     returning: bool = False
     """An overlay that displaced it is over, and it was not ready since."""
+    undying_s: float = 0.0
+    """Seconds since SIGKILL was sent to one that lives on and holds no GPU: else the GPU's own incident tells of it."""
+
+    @property
+    def lasts_s(self) -> float:
+        """Seconds for which it has been in its state."""
+        since = self.record.state_since
+        return 0.0 if since is None or self.record.state != self.view.state else max(0.0, self.now - since.wall)
 
     @property
     def covered(self) -> bool:
@@ -86,7 +97,22 @@ def _overdue(case: Case) -> str:
 
 
 ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
+    _Rule(
+        lambda c: c.view.state == "unknown" and c.lasts_s >= LASTING_S,
+        "Unplanned",
+        "warning",
+        lambda c: (
+            f"{_name(c)} is left alone, {format_duration(c.lasts_s)} by now{_because(c)}; look at its records in run/,"
+            " and whether its shim is stopped (then `kill -CONT` it)"
+        ),
+    ),
     _explained(lambda c: c.view.state == "unknown"),  # not seen is not wrong
+    _Rule(
+        lambda c: c.undying_s >= LASTING_S,
+        "Unplanned",
+        "warning",
+        lambda c: f"{_name(c)} was killed {format_duration(c.undying_s)} ago and does not end{_because(c)}",
+    ),
     _explained(lambda c: _unwanted(c) and (c.overdue_s == 0 or c.view.state in ("stopped", "sleeping", "failed"))),
     _Rule(
         lambda c: c.returning and c.view.state == "failed",
@@ -176,8 +202,9 @@ def find(facts: Facts, now: float) -> tuple[Finding, ...]:
     """Everything that is wrong at `now` (epoch seconds), endpoints first."""
     entries = _latest_entries(facts.ledger.agenda, now)
     records = facts.ledger.endpoints
+    undying = _undying(facts, now)
     cases = {
-        name: Case(view, record, entries.get(name), now, _is_returning(facts.ledger, record))
+        name: Case(view, record, entries.get(name), now, _is_returning(facts.ledger, record), undying.get(name, 0.0))
         for name, view in sorted(facts.endpoints.items())
         for record in (records.get(name) or EndpointRecord(name),)
     }
@@ -190,6 +217,16 @@ def find(facts: Facts, now: float) -> tuple[Finding, ...]:
     floors = _floors(facts, cases, wrong)
     overlays = (_first(OVERLAY_RULES, o, name, name) for name, o in sorted(facts.ledger.overlays.items()))
     return (*wrong.values(), *floors, *filter(None, overlays), *_gpus(facts), *_files(facts))
+
+
+def _undying(facts: Facts, now: float) -> dict[str, float]:
+    """Endpoints without GPUs that SIGKILL did not end, and for how long."""
+    return {
+        incarnation.subject.name: now - incarnation.undying_since.wall
+        for incarnation in facts.observed.incarnations
+        if incarnation.undying_since is not None and incarnation.alive and not incarnation.gpus
+        if incarnation.subject.kind == "endpoint"
+    }
 
 
 def below_floor(facts: Facts, capability: str) -> bool:

@@ -13,7 +13,7 @@ from reconciler.health.facts import Facts
 from reconciler.health.incident import Incident
 from reconciler.plan.actions import Blocked, EndpointView, Event
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Exit, Ledger, OverlayRecord, Quarantine
-from reconciler.plan.observed import Gpu, Observed
+from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 from reconciler.spec.spec import (
     EndpointSpec,
     Evict,
@@ -66,6 +66,15 @@ def overlay_record(name: str, **changes: Any) -> OverlayRecord:
     return replace(OverlayRecord(name, "active", T0, T0.wall, "h", 600, SOURCE), **changes)
 
 
+def killed(name: str, ago_s: float, **changes: Any) -> Incarnation:
+    """An endpoint without GPUs that was killed so long ago, and does not end."""
+    made = Incarnation(
+        "i-1", Subject("endpoint", name), "h", (), (), exclusive=False, port=8080, started=T0.plus(-3600),
+        phase="running", pid=1, strays=(), exit_code=None, exited=None, undying_since=T0.plus(-ago_s),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
 def gpu(index: int, state: Any = "ok", detail: str = "") -> Gpu:
     return Gpu(index, f"GPU-{index}", "RTX 4090", state, 24 << 30, 0, (), detail, healthy=True, at=T0)
 
@@ -85,6 +94,7 @@ class Box:
     floors: Mapping[str, int] = field(default_factory=dict)
     """All endpoints offer all of these."""
     blocked: tuple[Blocked, ...] = ()
+    incarnations: tuple[Incarnation, ...] = ()
 
     def facts(self) -> Facts:
         specs = {v.name: endpoint_spec(v.name, *self.floors) for v in self.views}
@@ -97,7 +107,7 @@ class Box:
                 quarantines={q.gpu: q for q in self.quarantines},
                 agenda=self.agenda,
             ),
-            observed=Observed(T0, "boot", self.gpus, (), gpus_known=self.gpus_known),
+            observed=Observed(T0, "boot", self.gpus, self.incarnations, gpus_known=self.gpus_known),
             problems=self.problems,
             blocked=self.blocked,
         )

@@ -7,13 +7,13 @@ from typing import Any
 
 import builders
 import pytest
-from health_box import T0, Box, asked, crash, entry, gpu, overlay_record, view
+from health_box import T0, Box, asked, crash, entry, gpu, killed, overlay_record, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.errors import Problem
 from reconciler.health.assess import assess
-from reconciler.health.rules import ESCALATE_AFTER_S
+from reconciler.health.rules import ESCALATE_AFTER_S, LASTING_S
 from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Quarantine
 from reconciler.plan.observed import Subject
@@ -84,6 +84,30 @@ def test_an_endpoint_that_need_not_run_is_no_trouble(state: str, desired: str, r
     box = Box(views=(view(A, state, desired),), records=(record,))
     assert box.wrong() == []
     assert replace(box, agenda=(COVER,)).wrong() == []
+
+
+@pytest.mark.parametrize("desired", ["running", "stopped", "displaced"])
+@pytest.mark.parametrize(("for_s", "wrong"), [(LASTING_S - 1, []), (LASTING_S, ["Unplanned/a:warning"])])
+def test_one_that_cannot_be_told_for_a_minute_is_somebodys_to_look_at(
+    desired: str, for_s: float, wrong: list[str]
+) -> None:
+    """As one whose shim was stopped before it recorded its end: nothing is done about it, and nobody would know."""
+    record = EndpointRecord("a", state="unknown", state_since=T0.plus(-for_s))
+    assert Box((view("a", "unknown", desired),), (record,)).wrong() == wrong
+    before = replace(record, state="healthy")
+    assert Box((view("a", "unknown", desired),), (before,)).wrong() == [], "it has only just become so"
+
+
+@pytest.mark.parametrize("desired", ["running", "stopped"])
+def test_one_that_sigkill_does_not_end_is_told_of_by_its_gpus_or_by_itself(desired: str) -> None:
+    def wrong(ago_s: float, **changes: object) -> list[str]:
+        return Box((view("a", "stopping", desired),), incarnations=(killed("a", ago_s, **changes),)).wrong()
+
+    assert wrong(LASTING_S - 1) == []
+    assert wrong(LASTING_S) == ["Unplanned/a:warning"]
+    assert wrong(LASTING_S, gpus=("GPU-0",), memory_bytes=(1,)) == [], "its GPU is quarantined, with an incident"
+    assert wrong(LASTING_S, phase="exited") == [], "it has ended"
+    assert wrong(LASTING_S, subject=Subject("workload", "a")) == []
 
 
 @pytest.mark.parametrize(
@@ -308,6 +332,7 @@ BACK = replace(NEW, evicted_by="render")
 GIVEN_UP = "6 ends within 600 s"
 
 # one row per sentence that an incident can say of an endpoint or overlay
+LOOK = "look at its records in run/, and whether its shim is stopped (then `kill -CONT` it)"
 SENTENCES = [
     (Box((view(A, "failed", reason="Failed: gone"),)), "thinking has failed and is not started again: Failed: gone"),
     (Box((view(A, "failed", reason="Failed: gone"),), (replace(NEW, failed=GIVEN_UP),)),
@@ -332,6 +357,11 @@ SENTENCES = [
      "thinking was ended because it hung and is pending"),
     (Box((view(A, "unhealthy", reason="503"),)), "thinking is unhealthy and nobody planned it: 503"),
     (Box((view(A, "sleeping"),)), "thinking is sleeping and nobody planned it"),
+    (Box((view(A, "unknown", reason="its process could not be verified"),),
+         (EndpointRecord(A, state="unknown", state_since=T0.plus(-90)),)),
+     f"thinking is left alone, 1m30s by now: its process could not be verified; {LOOK}"),
+    (Box((view(A, "stopping", reason="the kernel waits for something"),), incarnations=(killed(A, 61),)),
+     "thinking was killed 1m1s ago and does not end: the kernel waits for something"),
     (Box(overlays=(overlay_record("render", state="failed", exit_code=3),)),
      "the workload of render ended with exit code 3"),
     (Box(overlays=(overlay_record("render", state="failed", exit_code=-9),)),
