@@ -30,7 +30,7 @@ def nobody_calm() -> Iterator[None]:
 
 
 @given(worlds())
-@examples(60)
+@examples(45)
 def test_a_plan_is_the_same_if_every_calm_endpoint_is_decided_on(world: World) -> None:
     found = 0
 

@@ -249,6 +249,28 @@ def test_14_overlays_that_all_fit_in_free_memory_displace_nobody() -> None:
     assert seen > 50
 
 
+def test_14_and_13_gangs_that_all_fit_in_free_gpus_of_a_large_box_get_them_whole_and_displace_nobody() -> None:
+    for number in range(6000, 6100):
+        draw = Random(number)
+        many = draw.randint(9, 16)
+        taken = [0.3 if draw.random() < 0.5 else None for _ in range(draw.randint(0, many - 1))]
+        made = [endpoint(f"e{i}", [i], memory=part, priority=10, port=8000 + i) for i, part in enumerate(taken)]
+        runs = [incarnation(e, [i]) for i, e in enumerate(made)]
+        left, asked = many - len(taken), []
+        while left and len(asked) < 4:
+            count = draw.randint(1, left)
+            left -= count
+            memory = draw.choice([None, None, 0.9])
+            asked.append(overlay(f"o{len(asked)}", count, memory=memory, priority=draw.choice([5, 15, 900])))
+        seen = observed(*(gpu(i) for i in range(many)), incarnations=runs)
+        decided = plan(spec(*made, *asked), seen, Ledger(), NOW)
+        records = decided.ledger.overlays
+        assert {n: len(r.gpus) for n, r in records.items()} == {o.name: o.gpus.count for o in asked if o.gpus}
+        assert not any(r.evicted for r in records.values()), f"box {number}"
+        placed = [g for r in records.values() for g in r.gpus]
+        assert len(set(placed)) == len(placed), f"box {number}"
+
+
 def test_16_one_more_free_gpu_never_makes_a_joint_choice_worse() -> None:
     for number in range(4000, 4500):
         made = box(number)

@@ -29,7 +29,7 @@ def watched(world: World) -> Run:
 
 
 @given(worlds())
-@examples(100)
+@examples(80)
 def test_every_run_comes_to_rest_and_every_plan_on_the_way_is_lawful(world: World) -> None:
     run = watched(world)
     world.happen(run)
@@ -49,7 +49,7 @@ def test_every_run_comes_to_rest_and_every_plan_on_the_way_is_lawful(world: Worl
 
 
 @given(worlds(sleepers=True))
-@examples(60)
+@examples(45)
 def test_5_6_12_15_18_20_hold_as_well_where_endpoints_sleep_refuse_to_or_keep_too_much(world: World) -> None:
     run = watched(world)
     world.happen(run)
@@ -77,7 +77,7 @@ def assert_is_the_baseline(run: Run, last: Plan) -> None:
     assert {i.subject.name for i in run.plant.incarnations} <= set(wanted)
 
 
-@given(worlds(), st.integers(0, 7))
+@given(worlds(), st.integers(0, 15))
 @examples(30)
 def test_20_nothing_destructive_is_done_on_a_gpu_that_falls_silent(world: World, index: int) -> None:
     world = replace(world, unknown=frozenset({index % len(world.sizes)}))
@@ -99,7 +99,7 @@ def backwards(spec: Spec) -> Spec:
 
 
 @given(worlds())
-@examples(40)
+@examples(30)
 def test_the_order_of_files_and_maps_does_not_matter(world: World) -> None:
     def same(run: Run, decided: Plan) -> None:
         seen = run.plant.observe()

@@ -11,7 +11,7 @@ from builders import NOW, endpoint, overlay, spec
 from hypothesis import given
 from hypothesis import strategies as st
 from plant import Plant, Run
-from worlds import World, examples, worlds
+from worlds import World, box_sizes, examples, worlds
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Plan
@@ -55,7 +55,7 @@ def windowed(draw: st.DrawFn, of: Spec) -> Spec:
 @st.composite
 def timed_worlds(draw: st.DrawFn) -> World:
     """A box whose overlays have windows and deadlines; up to 16 GPUs."""
-    world = draw(worlds(most_gpus=16))
+    world = draw(worlds())
     after = windowed(draw, world.after)
     between = replace(world.between, overlays={n: after.overlays[n] for n in world.between.overlays})
     return replace(world, between=between, after=after)
@@ -120,11 +120,17 @@ def test_18_and_25_after_windows_and_deadlines_the_baseline_is_back_and_no_suppr
     assert {entry.endpoint for entry in last.ledger.agenda} <= blocked
 
 
-@given(st.lists(st.tuples(st.sampled_from([1.0, 60.0, 130.0, 400.0, 1500.0]), st.booleans()), min_size=5, max_size=30))
-@examples(30)
-def test_22_evictions_per_hour_are_bounded_however_files_are_toggled(toggles: list[tuple[float, bool]]) -> None:
-    ask = endpoint("ask", 1, priority=40)
-    run = Run(spec(ask), Plant(totals=[80 << 30]))
+@given(
+    st.lists(st.tuples(st.sampled_from([1.0, 60.0, 130.0, 400.0, 1500.0]), st.booleans()), min_size=5, max_size=30),
+    box_sizes(),
+    st.data(),
+)
+@examples(20)
+def test_22_evictions_per_hour_are_bounded_however_files_are_toggled(
+    toggles: list[tuple[float, bool]], gpus: int, data: st.DataObject
+) -> None:
+    ask = endpoint("ask", gpus, priority=40)
+    run = Run(spec(ask), Plant(totals=[80 << 30] * gpus))
     run.settle()
     stopped: dict[str, float] = {}
 
@@ -135,7 +141,8 @@ def test_22_evictions_per_hour_are_bounded_however_files_are_toggled(toggles: li
 
     run.watch = count
     for index, (seconds, there) in enumerate(toggles):
-        run.spec = spec(ask, overlay(f"o{index % 3}", 1, duration=30.0)) if there else spec(ask)
+        asks = overlay(f"o{index % 3}", data.draw(st.integers(1, gpus)), duration=30.0)
+        run.spec = spec(ask, asks) if there else spec(ask)
         run.plant.behaviour.default_run_s = 20.0
         end = run.plant.now.plus(seconds).mono
         run.settle(until=lambda decided, end=end: decided.now.mono >= end)
@@ -145,8 +152,8 @@ def test_22_evictions_per_hour_are_bounded_however_files_are_toggled(toggles: li
     assert all(len([t for t in evicted if begin <= t < begin + HOUR]) <= 3 for begin in evicted)
 
 
-@given(worlds(most_gpus=6))
-@examples(60)
+@given(worlds(most_gpus=15))
+@examples(50)
 def test_16_one_more_free_gpu_never_means_more_victims_nor_fewer_admitted(world: World) -> None:
     """Asked of one overlay alone on a box whose counted claims are met: where nobody else moves onto the new GPU."""
     run = Run(world.before, Plant(totals=list(world.sizes), numa=world.numa))

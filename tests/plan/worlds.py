@@ -19,6 +19,8 @@ from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
 from reconciler.units import GIB
 
 SCALE = int(os.environ.get("PLAN_EXAMPLES", "0"))
+SMALL = 8
+"""GPUs of a box that is not a large one."""
 CAPABILITIES = ("ask", "code")
 PRIORITIES = (10, 20, 30, 900)
 REFUSALS = (frozenset(), frozenset(), frozenset({"sleep"}), frozenset({"wake"}))
@@ -100,8 +102,14 @@ class World:
         plant.overrides = {i: {"state": "unknown"} for i in self.unknown}
 
 
-def _claims(gpus: int, *, most: int = 3) -> st.SearchStrategy[int | list[int]]:
-    most = min(most, gpus)
+def box_sizes(most: int = 16) -> st.SearchStrategy[int]:
+    """How many GPUs a box has: many are small, and some are as large as they come."""
+    small = st.integers(1, min(SMALL, most))
+    return small if most <= SMALL else st.one_of(small, small, small, st.integers(SMALL + 1, most))
+
+
+def _claims(gpus: int) -> st.SearchStrategy[int | list[int]]:
+    most = min(3 if gpus <= SMALL else 6, gpus)
     pins = st.lists(st.integers(0, gpus - 1), min_size=1, max_size=most, unique=True)
     return st.one_of(st.integers(1, most), st.integers(1, most), pins, pins, st.integers(0, most))
 
@@ -158,16 +166,19 @@ def overlays(draw: st.DrawFn, gpus: int, index: int, known: list[EndpointSpec]) 
 
 
 @st.composite
-def worlds(draw: st.DrawFn, most_gpus: int = 8, *, sleepers: bool = False) -> World:
-    """A box with a baseline, then overlays, edits, strangers and silent GPUs.
+def worlds(draw: st.DrawFn, most_gpus: int = 16, *, sleepers: bool = False) -> World:
+    """A box with a baseline, then overlays, edits, strangers and silent GPUs. A quarter have more than eight GPUs.
 
     `sleepers`: who can may give way by sleeping, and no endpoint is edited.
     """
-    gpus = draw(st.integers(1, most_gpus))
+    gpus = draw(box_sizes(most_gpus))
     sizes = [draw(st.sampled_from([24, 80])) * GIB] * gpus
     if draw(st.integers(0, 3)) == 0:
         sizes = [draw(st.sampled_from([24, 80])) * GIB for _ in range(gpus)]
-    baseline = [draw(endpoints(gpus, i, sleepers=sleepers)) for i in range(draw(st.integers(1, min(7, gpus + 2))))]
+    baseline = [
+        draw(endpoints(gpus, i, sleepers=sleepers))
+        for i in range(draw(st.integers(1, min(7 if gpus <= SMALL else 10, gpus + 2))))
+    ]
     floors = {c: draw(st.integers(1, 2)) for c in CAPABILITIES if draw(st.integers(0, 2)) == 0}
     later = list(baseline)
     if baseline and not sleepers and draw(st.integers(0, 2)) == 0:  # one is edited, or another one in its stead
