@@ -17,7 +17,7 @@ from reconciler.spec.engines import HOST
 from reconciler.spec.profiles import EngineCall, SleepCheck
 
 if TYPE_CHECKING:
-    import httpx
+    from reconciler.http import httpx
 
 _SETTLE_S, _LOOK_S = 5.0, 0.1
 """How long an engine may take, after its calls returned, to say that it sleeps or is awake; and the pace of asking."""
@@ -53,7 +53,7 @@ class EngineActor:
             NotOurs: 1.
             ActError: a call failed or timed out, or it does not say so afterwards.
         """
-        import httpx
+        from reconciler.http import httpx
 
         if owns(order.incarnation, order.port) is not True:  # 1
             raise NotOurs(f"who listens on port {order.port} is not seen to be {order.incarnation}; nothing was posted")
@@ -63,7 +63,7 @@ class EngineActor:
                 httpx.AsyncClient(
                     base_url=f"http://{HOST}:{order.port}",
                     trust_env=False,
-                    verify=False,  # noqa: S501 - plain HTTP on the loopback, and loading the certificates costs 20 ms
+                    verify=False,  # plain HTTP on the loopback, and loading the certificates costs 20 ms
                     timeout=timeout_s,
                 ) as client,
             ):

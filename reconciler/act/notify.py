@@ -131,7 +131,7 @@ def _title(node: str, notices: Iterable[Notice]) -> str:
 
 
 async def _post(notifier: Notifier, message: Message) -> None:
-    import httpx
+    from reconciler.http import httpx
 
     url = _address(notifier)
     host = urlsplit(url).hostname or "?"

@@ -80,7 +80,7 @@ class Connection:
     """A kept connection to one target. One question at a time."""
 
     def __init__(self, target: ProbeTarget, clock: Clock) -> None:
-        import httpx
+        from reconciler.http import httpx
 
         self._clock = clock
         self._httpx = httpx
