@@ -35,8 +35,8 @@ EVENTS_KEPT = 100_000
 """About 20 MiB; a busy box writes some thousand a day, so this is weeks."""
 PRUNE_EVERY = 1_000
 """Events between two prunings: the excess stays at one percent, and 999 of 1000 commits delete nothing."""
-UNKEPT = 20
-"""Decisions that a killed writer may lose the replay of; on a busy box they come some ms apart."""
+UNKEPT = 5
+"""Decisions that a killed writer may lose the replay of; on a busy box they come some ms apart, and each is a look."""
 RESOLVED_KEPT = 1_000
 """Resolved incidents kept for `incidents --all`."""
 
