@@ -11,8 +11,18 @@ from plant import Plant, Run
 from worlds import World, examples, worlds
 
 from reconciler.plan.actions import WAITS, Plan
-from reconciler.plan.agenda import PLANNED_CAUSES, AgendaTracker
+from reconciler.plan.agenda import (
+    LEAVING_STATES,
+    PLANNED_CAUSES,
+    RETURNING_STATES,
+    SLACK_FACTOR,
+    SLACK_S,
+    AgendaTracker,
+)
+from reconciler.plan.ledger import Timings
+from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.requests import clean_start, stopped
+from reconciler.plan.situation import Situation
 
 ASK = endpoint("ask", [0], priority=100)
 RENDER = overlay("render", gpus=[0], priority=500, duration=300.0)
@@ -24,6 +34,10 @@ def settled() -> Run:
     run.plant.advance(600.0)
     run.settle()
     return run
+
+
+def decided_timings(run: Run) -> Timings:
+    return Situation(run.spec, run.plant.observe(), run.ledger, run.plant.now).timings(ASK)
 
 
 def acts(decided: Plan) -> list[str]:
@@ -83,7 +97,12 @@ def test_a_window_to_come_is_listed_before_it_opens_and_in_force_when_its_victim
     decided = run.decide()
     (to_come,) = decided.agenda
     assert (to_come.endpoint, to_come.overlay) == ("ask", "render")
-    assert decided.now.wall < to_come.start < start < start + 300.0 < to_come.until
+    times = decided_timings(run)
+    way = times.drain_s + times.stop_s + times.load_s
+    assert decided.now.wall < to_come.start < start
+    assert to_come.until == start + 300.0 + MEMORY_RETURN_S + SLACK_FACTOR * way + SLACK_S
+    assert to_come.expected_states == (*LEAVING_STATES, *RETURNING_STATES)
+    assert to_come.reason == "gives way to render"
     assert decided.ledger.agenda == (), "what is to come explains nothing yet"
     run.settle(until=lambda p: bool(acts(p)))
     (entry,) = run.ledger.agenda

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from math import inf
+from typing import Any
 
 from builders import NOW, endpoint, incarnation, observed, overlay, spec
 from builders import gpu as gpu_of
@@ -12,9 +15,15 @@ from plant import Plant, Run, overlay_state
 from worlds import examples
 
 from reconciler.plan.actions import Blocked, Plan
-from reconciler.plan.ledger import Ledger, Timings
+from reconciler.plan.admission import admit_all
+from reconciler.plan.draft import Draft
+from reconciler.plan.ledger import Ledger, OverlayState, Timings
+from reconciler.plan.observed import Subject
+from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
-from reconciler.spec.spec import EndpointSpec, OverlaySpec, WholeGpu
+from reconciler.plan.situation import Situation
+from reconciler.plan.windows import KILL_S, surely_over
+from reconciler.spec.spec import EndpointSpec, OverlaySpec, Stop, WholeGpu
 
 HOUR = 3600.0
 
@@ -129,9 +138,16 @@ def test_an_endpoint_is_not_brought_back_for_less_than_twice_its_load_time() -> 
     run.plant.behaviour.default_run_s = 400
     run.spec = spec(ask, bounded(work, began + 430), night)
     run.settle(until=overlay_state("work", "done"))
+    words = "night would displace it again before it had been ready as long as it takes to load"
+    end = began + 500 + 300 + MEMORY_RETURN_S
+    held = Blocked(Subject("endpoint", "ask"), "Held", words, (), end, transient=True)
+    assert blocked(run.decide(), "ask") == held
+    later = overlay("later", 1, priority=600, start=began + 550, duration=100, memory=20)
+    small = overlay("night", 1, priority=600, start=began + 500, duration=300, memory=20)
+    run.spec = spec(ask, bounded(work, began + 430), small, later)
     said = blocked(run.decide(), "ask")
-    assert said is not None
-    assert said.reason == "Held"
+    assert said == replace(held, message=f"later, {words}"), "the one that is over last"
+    run.spec = spec(ask, bounded(work, began + 430), night)
     run.settle(until=overlay_state("night", "active"))
     assert run.starts().count("ask") == 1, "it was started for a moment only"
     run.settle()
@@ -281,8 +297,43 @@ def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are
     assert said is not None
     assert said.reason == "WindowTaken"
     assert "hourly (2026-11-24 02:00:00Z to 2026-11-24 02:10:01Z)" in said.message
+    assert said.transient, "the time alone mends it"
+    draft = Draft.of(Situation(run.spec, run.plant.observe(), run.ledger, run.plant.now))
+    admit_all(draft)
+    kept = [w for w in draft.windows if w.name == "hourly"]
+    assert len(kept) > 20
+    for one, other in pairwise(kept):
+        assert {other.opens - one.opens, other.start - one.start, other.end - one.end} == {HOUR}
     run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 2 * HOUR)
     assert run.plant.begun == [NOW.wall + HOUR, NOW.wall + 2 * HOUR], "the patient one got in between"
+
+
+def end_of(state: OverlayState, overlay_: OverlaySpec | None, **fields: Any) -> float:
+    """Seconds after NOW at which a live overlay that entered this state at NOW is surely over."""
+    known = overlay_ or overlay("work", 1)
+    record = replace(open_record(known, NOW), state=state, **fields)
+    draft = Draft.of(Situation(spec(), observed(gpu_of(0)), Ledger("boot"), NOW))
+    return surely_over(draft, OverlayStep(record, overlay_, None, None)) - NOW.wall
+
+
+def test_what_is_being_ended_is_over_after_its_grace_a_kill_and_the_return_of_its_memory() -> None:
+    work = overlay("work", 1)
+    assert work.workload is not None
+    patient = replace(work, workload=replace(work.workload, stop=replace(Stop(), grace_s=100.0)))
+    for state in ("completing", "restoring"):
+        assert end_of(state, patient) == 100.0 + KILL_S + MEMORY_RETURN_S  # type: ignore[arg-type]
+        assert end_of(state, None) == Stop().grace_s + KILL_S + MEMORY_RETURN_S  # type: ignore[arg-type]
+
+
+def test_what_runs_is_over_after_every_try_that_is_left_if_it_is_stopped_then_and_else_nobody_knows() -> None:
+    stopped = overlay("work", 1, duration=600.0, grace=60.0, on_overrun="stop", retries=3)
+    turn = 600.0 + 60.0 + Stop().grace_s + KILL_S + MEMORY_RETURN_S
+    for attempt, left in ((0, 4), (1, 3), (3, 1)):
+        assert end_of("active", stopped, active_since=NOW.plus(-50.0), attempt=attempt) == left * turn - 50.0
+    assert end_of("active", overlay("work", 1, retries=3), active_since=NOW) == inf
+    assert end_of("active", None, active_since=NOW) == inf, "its file cannot be read"
+    reserved = overlay("work", 1, duration=600.0, workload=False)
+    assert end_of("active", reserved, active_since=NOW) == 600.0 + MEMORY_RETURN_S
 
 
 @st.composite
