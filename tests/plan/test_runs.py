@@ -379,9 +379,15 @@ def test_a_workload_whose_record_was_lost_keeps_its_gpu_and_is_not_started_again
     with_overlays(run, overlay("render", gpus=[0]))
     run.settle(until=overlay_state("render", "active"))
     job = run.plant.current("render", "workload")
+    began = run.ledger.overlays["render"].active_since
+    run.plant.advance(100)
     run.ledger = Ledger()
     decided = run.decide()
-    assert decided.ledger.overlays["render"].state == "active"
+    record = decided.ledger.overlays["render"]
+    assert (record.state, record.since, record.active_since) == ("active", run.plant.now, job.started)
+    assert (record.gpus, record.attempt, record.window_start) == (job.gpus, job.attempt, job.started.wall)
+    assert record.reason == "adopted: its workload runs, and no record of it was left"
+    assert abs(job.started.since(began)) < 1, "its time is not counted anew"
     assert [x.gpu for x in decided.ledger.leases] == list(job.gpus)
     assert not [a for a in decided.actions if a.ready and a.op in ("start", "start_workload")]
     run.settle()
