@@ -171,10 +171,15 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
                 failed_hash=endpoint.process_hash if endpoint else None,
             )
     if record.failed and endpoint is not None and endpoint.process_hash != record.failed_hash:
-        forgiven = tuple(replace(e, planned=True) for e in record.exits)  # kept, so that none is counted again
-        record = replace(record, failed=None, failed_hash=None, streak=0, exits=forgiven)
+        record = forgiven(record)
     recent_evictions = tuple(t for t in record.evictions if situation.now.wall - t < EVICTION_WINDOW_S)
     return replace(record, evictions=recent_evictions) if recent_evictions != record.evictions else record
+
+
+def forgiven(record: EndpointRecord) -> EndpointRecord:
+    """The record with its failures forgotten; its ends are kept, so that none is counted again."""
+    ends = tuple(replace(end, planned=True, ended_for=None) for end in record.exits)
+    return replace(record, failed=None, failed_hash=None, streak=0, exits=ends)
 
 
 def describe_exit(end: Exit) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from reconciler.clock import Instant
 from reconciler.errors import UnknownName
 from reconciler.plan.actions import Event
+from reconciler.plan.endpoints import forgiven
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, Ledger
 from reconciler.spec.spec import Spec
 
@@ -23,10 +24,7 @@ def reset(ledger: Ledger, name: str, gpus: dict[str, str]) -> tuple[Ledger, tupl
     uuid = gpus.get(name)
     if name in ledger.endpoints:
         record = ledger.endpoints[name]
-        forgiven = tuple(replace(e, planned=True) for e in record.exits)
-        clean = replace(
-            record, failed=None, failed_hash=None, streak=0, exits=forgiven, evictions=(), unhealthy_since=None
-        )
+        clean = replace(forgiven(record), evictions=(), unhealthy_since=None, ending=None)
         event = Event("reset", name, "failures, back-off and evictions forgotten", "request")
         return replace(ledger, endpoints={**ledger.endpoints, name: clean}), (event,)
     if name in ledger.overlays and ledger.overlays[name].state in TERMINAL:
@@ -50,10 +48,7 @@ def clean_start(ledger: Ledger, names: Collection[str], now: Instant) -> tuple[L
     endpoints = dict(ledger.endpoints)
     for name in sorted(names):
         record = endpoints.get(name) or EndpointRecord(name)
-        forgiven = tuple(replace(e, planned=True) for e in record.exits)
-        endpoints[name] = replace(
-            record, failed=None, failed_hash=None, streak=0, exits=forgiven, unhealthy_since=None, renew_before=now
-        )
+        endpoints[name] = replace(forgiven(record), unhealthy_since=None, ending=None, renew_before=now)
     events = tuple(Event("clean-start", name, "a clean start was asked for", "request") for name in sorted(names))
     return replace(ledger, endpoints=endpoints, quarantines={}), events
 

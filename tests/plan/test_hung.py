@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec
-from plant import Plant, Run
+from builders import NOW, endpoint, gpu, incarnation, observed, overlay, ready, spec
+from plant import Plant, Run, overlay_state
 
 from reconciler.health.assess import Facts, assess
 from reconciler.health.incident import Incident
 from reconciler.plan.actions import Plan
 from reconciler.plan.endpoints import describe_exit
-from reconciler.plan.ledger import EndpointRecord, Ledger
+from reconciler.plan.ledger import EndpointRecord, Exit, Ledger
 from reconciler.plan.observed import Probe, StopProgress
 from reconciler.plan.planner import plan
+from reconciler.plan.requests import reset
 from reconciler.spec.spec import Health, Stop
 
 ASK = endpoint("ask", [0], health=Health(unhealthy_for_s=60.0))
 RUNS = incarnation(ASK, [0])
+SET_POINT = "its set point is running"
 KNOWN = Ledger(boot_id="boot", endpoints={"ask": EndpointRecord("ask", "healthy", ready_incarnation=RUNS.id)})
 
 
@@ -102,3 +104,28 @@ def test_status_events_and_the_incident_say_throughout_that_it_was_ended_because
     (end,) = run.ledger.endpoints["ask"].exits
     assert describe_exit(end) == f"exit code 0, ended because {hung}"
     assert (end.planned, run.ledger.endpoints["ask"].ending) == (False, None)
+
+
+def test_one_that_hangs_and_gives_way_is_said_to_have_given_way() -> None:
+    run = Run(spec(ASK), Plant())
+    run.settle()
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.busy[current.id], run.plant.frozen[current.id] = 2, run.plant.now.mono
+    run.plant.advance(150)
+    run.step()
+    run.plant.advance(30)
+    run.spec = spec(ASK, overlay("render", [0]))
+    decided = run.decide()
+    assert decided.endpoints["ask"].reason == "gives way to render"
+    run.settle(until=overlay_state("render", "active"))
+    assert [end.ended_for for end in run.ledger.endpoints["ask"].exits] == [None]
+
+
+def test_what_was_wrong_with_one_is_forgotten_with_the_rest() -> None:
+    ends = (Exit("ask-1", NOW, 0, planned=False, ended_for="it hung"),)
+    record = replace(KNOWN.endpoints["ask"], state="pending", exits=ends, streak=1)
+    known = replace(KNOWN, endpoints={"ask": record})
+    for ledger, reason in ((known, "it was ended because it hung"), (reset(known, "ask", {})[0], SET_POINT)):  # type: ignore[index]
+        (start, _) = plan(spec(ASK), observed(gpu(0)), ledger, NOW).actions
+        assert (start.op, start.reason) == ("start", reason)
