@@ -71,6 +71,9 @@ def test_an_overlay_evicts_a_real_server_with_all_its_processes_and_it_returns(b
     assert completes(before["asking"]["port"])
     tree = processes_of(before["asking"]["pid"])
     assert "VLLM::EngineCore" in tree
+    slow = {
+        i["id"] for i in box.status()["incidents"]
+    }  # on a busy box two loads can be overdue, as they should be told
     shutil.copy(EXAMPLE / "overlays.available/render.yaml", box.overlays / "render.yaml")
     box.wait_overlay("render", "active")
     during = box.endpoints()
@@ -78,7 +81,7 @@ def test_an_overlay_evicts_a_real_server_with_all_its_processes_and_it_returns(b
     assert processes_of(before["asking"]["pid"]) == []
     assert during["thinking"]["pid"] == before["thinking"]["pid"]
     assert completes(before["thinking"]["port"])
-    assert not [i for i in box.status()["incidents"] if not i.get("planned")]
+    assert {i["id"] for i in box.status()["incidents"]} <= slow, "nothing of the eviction is an incident"
     wait_for(lambda: box.endpoints()["asking"]["state"] == "healthy", "asking returned", LOAD_S)
     after = box.endpoints()
     assert after["asking"]["pid"] != before["asking"]["pid"]
