@@ -38,7 +38,7 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
             and current.undying_since is None  # 1
             and current.process_hash == endpoint.process_hash
             and situation.satisfies(endpoint.gpus, current.gpus)  # 2
-            and probe.misses < endpoint.health.failures
+            and (not probe.misses or probe.misses < endpoint.health.failures)
             and not probe.sleeping
             and record.ready_incarnation == current.id
             and (probe.moved is None or probe.frozen_s < endpoint.health.hung_s)  # 3

@@ -47,16 +47,14 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
     draft = Draft.of(situation)
     quarantine_overdue(draft)
     for _ in range(MAX_ROUNDS):
-        draft.want()
         before = {name: step.record for name, step in draft.steps.items()}
         admit_all(draft)
         went_on = progress(draft)
         if before == {name: step.record for name, step in draft.steps.items()}:
             break
-        if not went_on and not _anybody_waits(
-            draft
-        ):  # all are seated as it is, and nobody would be admitted after them
+        if not went_on and not _anybody_waits(draft):  # all are seated for what was decided, and nobody is left
             break
+        draft.want()
     for step in draft.steps.values():
         if step.record.state == "starting":
             arrange_workload(draft, step)
