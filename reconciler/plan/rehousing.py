@@ -16,7 +16,7 @@ from reconciler.plan.moves import can_move, improve, way_back
 from reconciler.plan.moving import begin
 from reconciler.plan.preemption import Consents, Homeless
 from reconciler.plan.search import Search, solve
-from reconciler.plan.settling import own_need
+from reconciler.plan.settling import own_need, port_taken
 from reconciler.plan.solver import PLACES, Mover, Problem
 from reconciler.plan.why import judge_moves
 from reconciler.plan.windows import keeping_off
@@ -76,7 +76,8 @@ def _homeless(draft: Draft) -> dict[str, Need]:
             continue
         away = draft.evicted_from(subject.name) or subject.name in draft.owners
         need = own_need(draft, endpoint)
-        if need is not None and not away and draft.standings[subject.name].current is None:
+        idle = draft.standings[subject.name].current is None and port_taken(draft, endpoint) is None
+        if need is not None and not away and idle:
             found.append((-endpoint.priority, endpoint.name, need))
     return {endpoint_key(name): need for _, name, need in sorted(found)[:MOST_TOGETHER]}
 

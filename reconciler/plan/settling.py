@@ -155,21 +155,26 @@ def _wall(draft: Draft, instant: Instant) -> float:
 
 
 def _port_blocked(draft: Draft, endpoint: EndpointSpec) -> bool:
-    subject = Subject("endpoint", endpoint.name)
-    holder = draft.situation.observed.ports.get(endpoint.port) if endpoint.port is not None else None
+    taken = port_taken(draft, endpoint)
+    if taken is not None:
+        draft.block(taken)
+    return taken is not None
+
+
+def port_taken(draft: Draft, endpoint: EndpointSpec) -> Blocked | None:
+    """Who has the port of an endpoint and is not about to leave it; None: nobody."""
+    if endpoint.port is None:
+        return None
+    subject, holder = Subject("endpoint", endpoint.name), draft.situation.observed.ports.get(endpoint.port)
     if holder is not None:
         who = f"pid {holder.pid} ({holder.command})" if holder.pid is not None else "a process that cannot be seen"
-        message = f"port {endpoint.port} is in use by {who}"
-        draft.block(
-            Blocked(subject, "PortInUse", message, ("end that process, or choose another port",), transient=True)
-        )
-        return True
-    for other in draft.situation.on_port.get(endpoint.port, ()) if endpoint.port is not None else ():
+        message, hint = f"port {endpoint.port} is in use by {who}", "end that process, or choose another port"
+        return Blocked(subject, "PortInUse", message, (hint,), transient=True)
+    for other in draft.situation.on_port.get(endpoint.port, ()):
         if other.subject != subject and other.id not in draft.leaving:
             message = f"port {endpoint.port} is in use by {other.subject} (pid {other.pid})"
-            draft.block(Blocked(subject, "PortInUse", message, ("choose another port",), transient=True))
-            return True
-    return False
+            return Blocked(subject, "PortInUse", message, ("choose another port",), transient=True)
+    return None
 
 
 def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:

@@ -13,6 +13,7 @@ from test_moves import Box, Trial, box
 from reconciler.plan import solver
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger, Timings
+from reconciler.plan.observed import PortHolder
 from reconciler.plan.planner import plan
 from reconciler.spec.spec import EndpointSpec, GpuCount
 from reconciler.units import GIB
@@ -94,6 +95,14 @@ def test_nobody_is_moved_for_one_that_comes_back_when_an_overlay_is_over() -> No
     assert run.ledger.endpoints["small"].move is None
     run.settle()
     assert run.stops() == ["large"]
+
+
+def test_nobody_is_moved_for_one_whose_port_somebody_else_has() -> None:
+    run = settled(SMALL, FIRM)
+    run.plant.ports = {8003: PortHolder(8003, 4711, "nginx")}
+    run.spec = spec(SMALL, FIRM, LARGE)
+    run.settle()
+    assert run.stops() == []
 
 
 def test_it_stays_if_the_other_one_is_wanted_no_more_before_it_was_asked_to_stop() -> None:
