@@ -180,9 +180,11 @@ class Board:
         """All that the tenants of one GPU hold together, exclusive if one of them is; None: there are none."""
         known = self._held if gpu in self._on else self.residents.held
         if gpu not in known:
-            holds = [t.holds[gpu] for t in self.on(gpu)]
-            size, alone = sum(h.memory_bytes for h in holds), any(h.exclusive for h in holds)
-            known[gpu] = Hold(size, alone) if holds else None
+            size, alone, tenants = 0, False, self.on(gpu)
+            for tenant in tenants:
+                hold = tenant.holds[gpu]
+                size, alone = size + hold.memory_bytes, alone or hold.exclusive
+            known[gpu] = Hold(size, alone) if tenants else None
         return known[gpu]
 
     def free(self, gpu: str, *, alone: bool) -> int | None:
@@ -194,6 +196,23 @@ class Board:
         if held is None or capacity is None:
             return capacity
         return None if alone or held.exclusive else capacity - held.memory_bytes
+
+    def room_for(self, need: Need) -> dict[str, int]:
+        """The GPUs that a need may have beside everybody → bytes that nobody holds there, in NVML order."""
+        found: dict[str, int] = {}
+        shared, sizes, alone = self.residents.held, need.memory_bytes, need.exclusive
+        for gpu in need.candidates:
+            capacity = self.capacity.get(gpu)
+            if capacity is None:
+                continue
+            held = shared[gpu] if gpu in shared and gpu not in self._on else self.held(gpu)
+            if held is not None:
+                if alone or held.exclusive:
+                    continue
+                capacity -= held.memory_bytes
+            if sizes[gpu] <= capacity:
+                found[gpu] = capacity
+        return found
 
     def is_crowded(self, gpu: str) -> bool:
         """Whether the tenants of one GPU do not fit there together."""

@@ -36,22 +36,12 @@ def place(
     if may_displace is None and len(needs) == 1:
         if not may_displace_all(frozenset()):
             return None
-        free = _free_gpus(needs[0], board)
+        free = board.room_for(needs[0])
         if needs[0].count == 1 or len(free) < needs[0].count:
             return _cheapest(needs[0], board, free)
     wish = Wish("asker", (tuple(needs),), may_displace=may_displace)
     found = solve((wish,), board, lambda victims, _: may_displace_all(victims))
     return None if found is None else Placement(found.gpus, frozenset(found.victims), found.cost, found.proof)
-
-
-def _free_gpus(need: Need, board: Board) -> dict[str, int]:
-    """The GPUs that a need may have beside everybody → bytes that nobody holds there."""
-    found = {}
-    for gpu in need.candidates:
-        free = board.free(gpu, alone=need.exclusive)
-        if free is not None and need.memory_bytes[gpu] <= free:
-            found[gpu] = free
-    return found
 
 
 def _cheapest(need: Need, board: Board, free: Mapping[str, int]) -> Placement | None:

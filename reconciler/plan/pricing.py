@@ -101,9 +101,9 @@ class Pricing:
         fleet only those are looked at closely that may be among the cheapest.
         """
         prices: dict[str, Cost] = {}
-        candidates = self.candidates(need)
         if wish.may_displace is None and not branch.taken and not branch.gone:
-            return self._free(need, candidates)
+            return self._free(need)
+        candidates = self.candidates(need)
         if len(candidates) <= CLOSELY:
             for gpu in candidates:
                 ways = self.openings(wish, need, gpu, branch)
@@ -123,19 +123,17 @@ class Pricing:
             insort(cheapest, prices[gpu])
         return prices
 
-    def _free(self, need: Need, candidates: list[str]) -> dict[str, Cost]:
+    def _free(self, need: Need) -> dict[str, Cost]:
         """The same for one that displaces nobody, as long as nothing is decided on."""
         prices, board, before = {}, self._board, self.levels.zero[:DUE]
         may_choose = need.count != len(need.candidates)
-        for gpu in candidates:
-            free = board.free(gpu, alone=need.exclusive)
-            if free is not None and need.memory_bytes[gpu] <= free:
-                tail = [0] * len(TAIL)
-                tail[MOVES] = SCALE * (bool(need.prefer) and gpu not in need.prefer)
-                tail[CONTESTED] = SCALE * board.contested.get(gpu, 0) if may_choose else 0
-                tail[BROKEN] = SCALE * (free >> 20)
-                prices[gpu] = (*before, *tail)
-        self.steps += 2 * len(candidates)
+        for gpu, free in board.room_for(need).items():
+            tail = [0] * len(TAIL)
+            tail[MOVES] = SCALE * (bool(need.prefer) and gpu not in need.prefer)
+            tail[CONTESTED] = SCALE * board.contested.get(gpu, 0) if may_choose else 0
+            tail[BROKEN] = SCALE * (free >> 20)
+            prices[gpu] = (*before, *tail)
+        self.steps += 2 * len(need.candidates)
         return prices
 
     def _roughly(self, wish: Wish, gpu: str, room: Room) -> Cost:
