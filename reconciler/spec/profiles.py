@@ -284,6 +284,8 @@ PROFILES: Mapping[str, EngineProfile] = {
             executable="sglang",
             model_args=("serve", "--model-path", "{model}"),
             base_args=("--host", "{host}", "--port", "{port}", "--enable-metrics"),  # off by default; drain needs them
+            # else /health makes a token: it takes a second at least, fails in a long prefill (sglang#22511), and asleep
+            env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"},
             many_gpus_args=("--tp-size", "{gpu_count}"),
             fraction_args=("--mem-fraction-static", "{fraction}"),
             # without the backup the weights would be gone when it resumes

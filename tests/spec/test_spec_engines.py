@@ -131,6 +131,12 @@ def test_two_of_an_engine_with_a_port_for_metrics_besides_its_own_do_not_meet_th
     assert asked.env["PROMETHEUS_PORT"] == "9100"
 
 
+def test_the_health_of_sglang_is_not_asked_by_having_it_make_a_token() -> None:
+    """Busy with a long prompt, or asleep, it would not answer, and be restarted for that."""
+    asked = start("engine: sglang, model: m, port: 1", [0])
+    assert asked.env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"
+
+
 @pytest.mark.parametrize("engine", PROFILES)
 def test_every_engine_sees_its_gpus_in_the_order_of_the_bus_and_keeps_its_marker(engine: str) -> None:
     command = "command: [run]" if engine == "custom" else "model: m"
