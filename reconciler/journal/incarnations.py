@@ -449,7 +449,7 @@ def _past(state: StateDir, incarnation: str) -> Iterator[tuple[float, str, str |
                 yield (state.ended / name).stat().st_mtime, name, log
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 12)
 def _ending(folder: str) -> tuple[Subject, float, str] | None:
     """Of whom it was, when it began, and its log; None: its intent cannot be read.
 
