@@ -80,7 +80,7 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
         else:
             if refusal is not None and start > draft.now.wall and not coming.live:
                 told = _conflict(draft, overlay, start, refusal, seek, fits)  # 2, 3
-                draft.block(_with_moves(told, moves(overlay, start, board, off)))
+                draft.block(_with_moves(told, start, moves(overlay, start, board, off)))
     return draft.windows
 
 
@@ -94,9 +94,24 @@ def window_taken(
     first = windows[0]
     if begin < first.opens and hard_end(draft, overlay, begin) > first.opens:
         hints.append(f"bound it by a deadline, or by `on_overrun: stop`, so that it ends before {moment(first.opens)}")
-    hints.append(f"give it a priority above that of {', '.join(w.name for w in windows)}")
+    hints += _above(draft, overlay, windows)
     message = f"the place it would need is kept for {spans}"
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
+
+
+def _above(draft: Draft, overlay: OverlaySpec, windows: list[Window]) -> list[str]:
+    """What of its own file would give an overlay the right to the place of all these; empty: nothing would.
+
+    An endpoint that is to be back there asks for consent as well, and may be one that nobody displaces.
+    """
+    names = {w.name for w in windows if w.end == inf}
+    back = [r.endpoint for r in draft.returns if r.endpoint.name in names]
+    if not all(e.preemptible for e in back):
+        return []
+    asked = ["set allow_baseline_eviction: true"] if back and not overlay.allow_baseline_eviction else []
+    above = [w.name for w in windows if w.priority >= overlay.priority]
+    asked += [f"give it a priority above that of {', '.join(above)}"] if above else []
+    return [", and ".join(asked)] if asked else []
 
 
 def _span(window: Window) -> str:
@@ -213,7 +228,7 @@ def _later(window: Window, seconds: float) -> Window:
     return replace(window, opens=window.opens + seconds, start=window.start + seconds, end=window.end + seconds)
 
 
-def _with_moves(told: Blocked, moved: tuple[str, ...]) -> Blocked:
+def _with_moves(told: Blocked, start: float, moved: tuple[str, ...]) -> Blocked:
     """What is told of a window for which somebody would have to be moved: that is decided once it is due."""
     if not moved:
         return told
@@ -222,7 +237,7 @@ def _with_moves(told: Blocked, moved: tuple[str, ...]) -> Blocked:
         hint = f"`{solver.INSTALL}`: it fits once {names} {verb} moved, and nobody is without the solver"
         return replace(told, alternatives=(*told.alternatives, hint))
     message = f"{told.message}; it fits once {names} {verb} moved, which is decided when it is due"
-    return replace(told, message=message)
+    return replace(told, message=message, earliest_start=start)
 
 
 def _conflict(
@@ -241,4 +256,5 @@ def _conflict(
         refusal = alone or refusal
     subject = Subject("workload", overlay.name)
     message = f"its window at {moment(start)}: {refusal.message}"
-    return Blocked(subject, refusal.reason, message, refusal.alternatives, start, transient=True)  # 3
+    slot = next_slot(draft, overlay, start, fits)
+    return Blocked(subject, refusal.reason, message, refusal.alternatives, slot, transient=True)  # 3

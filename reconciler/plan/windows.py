@@ -120,14 +120,17 @@ def may_prolong(overlay: OverlaySpec, endpoint: EndpointSpec) -> bool:
 def find_returns(draft: Draft) -> tuple[Return, ...]:
     """Whose place is to be given back: every endpoint that an overlay displaced, or keeps from its place since.
 
-    One that may choose its GPUs has the place in which it ran: had there been another, it would have moved.
+    One that may choose its GPUs has the place in which it ran: had there been another, it would have moved. One that is
+    kept away by nothing but a GPU that cannot be read now still has its place: unknown is not absent.
     """
     found = []
     for name in draft.stirring():
         endpoint, holders = draft.wanted.get(name), {n for n, held in draft.evicted_from(name).items() if held}
-        if name in draft.kept_off and draft.records[name].evicted_by is not None:
+        blocked, displaced = draft.blocked.get(Subject("endpoint", name)), draft.records[name].evicted_by is not None
+        if name in draft.kept_off and displaced:
             holders.add(draft.kept_off[name])
-        if endpoint is None or not holders or endpoint_key(name) in draft.board.tenants:
+        unseen = displaced and blocked is not None and blocked.reason == "GpuUnknown"
+        if endpoint is None or not (holders or unseen) or endpoint_key(name) in draft.board.tenants:
             continue
         gpus = draft.situation.resolve_pins(endpoint.gpus) if isinstance(endpoint.gpus, GpuPins) else None
         places = gpus or draft.records[name].last_gpus

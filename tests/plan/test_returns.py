@@ -40,6 +40,9 @@ LONG = {
     "is less important": overlay("long", [0], memory=20, priority=40, duration=3000.0),
 }
 
+HELP = {900: "set allow_baseline_eviction: true", 40: "give it a priority above that of ask"}
+"""What would give each of them the right to the place, by its priority."""
+
 
 @pytest.mark.parametrize("long", LONG.values(), ids=LONG)
 def test_work_beside_other_work_does_not_keep_away_whom_it_could_not_have_displaced(long: OverlaySpec) -> None:
@@ -50,6 +53,7 @@ def test_work_beside_other_work_does_not_keep_away_whom_it_could_not_have_displa
     assert blocked.reason == "WindowTaken"
     assert "ask (which is to be back from 2026-" in blocked.message
     assert any("on_overrun: stop" in hint for hint in blocked.alternatives)
+    assert blocked.alternatives[-1] == HELP[long.priority]
     run.settle(until=lambda p: run.plant.is_ready("ask"))
     assert run.ledger.overlays["short"].state == "done"
     assert run.ledger.overlays["long"].state == "pending"
@@ -117,3 +121,37 @@ def test_of_several_that_come_back_to_one_gpu_all_have_their_places() -> None:
     assert why(run.decide(), "long").reason == "WindowTaken"
     run.settle(until=lambda p: all(run.plant.is_ready(e.name) for e in both))
     assert "long" not in run.starts()
+
+
+def test_nothing_is_advised_that_would_not_help_where_who_comes_back_is_not_preemptible() -> None:
+    firm = endpoint("ask", [0], priority=40, preemptible=False)
+    aside = overlay("short", [0], memory=20, duration=300.0)
+    run = settled(ASK)
+    away(run, ASK)
+    run.spec = spec(firm, aside, LONG["may evict nobody"])
+    (hint,) = why(run.decide(), "long").alternatives
+    assert hint.startswith("bound it by a deadline")
+
+
+def test_a_gpu_that_cannot_be_read_for_a_moment_does_not_cost_a_gang_its_return() -> None:
+    gang = endpoint("gang", [0, 1, 2], priority=40)
+    run = settled(gang, gpus=3)
+    away(run, gang)
+    run.spec = spec(gang, SHORT, overlay("long", [2], priority=10, duration=3000.0))
+    run.plant.overrides[1] = {"state": "unknown"}
+    run.settle(until=overlay_state("short", "restoring"))
+    run.settle()
+    assert "long" not in run.starts()
+    del run.plant.overrides[1]
+    run.settle(until=lambda p: run.plant.is_ready("gang"))
+    assert "long" not in run.starts()
+
+
+def test_a_gpu_that_is_lost_meanwhile_keeps_nobody_waiting_once_the_work_is_over() -> None:
+    gang = endpoint("gang", [0, 1, 2], priority=40)
+    run = settled(gang, gpus=3)
+    away(run, gang)
+    run.spec = spec(gang, SHORT, overlay("long", [2], priority=10, duration=3000.0))
+    run.plant.overrides[1] = {"state": "lost"}
+    run.settle(until=overlay_state("short", "done"))
+    run.settle(until=overlay_state("long", "active"))

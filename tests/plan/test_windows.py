@@ -406,3 +406,27 @@ def test_23_an_admitted_reservation_is_never_delayed_by_a_lower_or_equal_one(dat
     # Of one that shares its GPU, and ends just then, the memory is seen back first.
     slack = 0.0 if isinstance(night.memory, WholeGpu) else run.plant.behaviour.memory_return_s
     assert start <= since.wall <= start + slack
+
+
+def test_a_window_in_which_work_still_runs_is_told_when_that_is_over_and_not_its_own_start() -> None:
+    run = settled(gpus=1)
+    hog = overlay("hog", [0], duration=HOUR)
+    run.spec = spec(hog)
+    run.settle(until=overlay_state("hog", "active"))
+    began = run.plant.now.wall
+    for priority in (hog.priority, hog.priority - 1):
+        run.spec = spec(hog, overlay("later", [0], priority=priority, start=began + HOUR / 2, duration=600))
+        said = blocked(run.decide(), "later")
+        assert said is not None
+        assert said.reason == "PriorityTooLow"
+        assert said.earliest_start == began + HOUR + 1.5
+
+
+def test_a_window_that_no_end_in_sight_would_help_has_no_earliest_start() -> None:
+    ask = endpoint("ask", [0], priority=900)
+    run = settled(ask)
+    run.spec = spec(ask, overlay("later", [0], start=run.plant.now.wall + HOUR))
+    said = blocked(run.decide(), "later")
+    assert said is not None
+    assert said.reason == "PriorityTooLow"
+    assert said.earliest_start is None
