@@ -109,7 +109,7 @@ def progress(draft: Draft) -> bool:
 def _evicting(draft: Draft, step: OverlayStep) -> None:
     name, now = step.record.name, draft.now
     leases = [x for x in draft.leases if x.overlay == name]
-    if leavers(draft, name, leases) and not _broken(draft, leases):
+    if leavers(draft, name, leases) and not _broken(draft, leases) and not _staying(draft, leases):
         return
     if not _place_is_there(draft, step, leases):
         return
@@ -130,7 +130,7 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     """Whether all that it leased can be used and is seen free.
 
     If not: it is over (a GPU is quarantined, or its memory is not given back in time), it looks for another place (a
-    GPU broke), or it waits.
+    GPU broke, or somebody stays who was to leave), or it waits.
     """
     name, now = step.record.name, draft.now
     bad = sorted({x.gpu for x in leases if x.gpu in draft.quarantines})
@@ -140,6 +140,11 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
     if gone:  # another place may be found for what never began; what did has used up its tries elsewhere
         why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
+        draft.move(name, finish(step.record, "failed" if step.record.failures else None, now, why))
+        return False
+    staying = _staying(draft, leases)
+    if staying:
+        why = f"{', '.join(staying)} was to leave its GPUs, and stays"
         draft.move(name, finish(step.record, "failed" if step.record.failures else None, now, why))
         return False
     short = [x for x in leases if not _has_room(draft, x)]
@@ -158,6 +163,24 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     message = "memory on a leased GPU is in use by someone else"
     draft.block(Blocked(Subject("workload", name), "GpuOccupied", message, transient=True))
     return False
+
+
+def _staying(draft: Draft, leases: Collection[Lease]) -> list[str]:
+    """Endpoints beside which what was leased does not fit, and that do not leave: an edit was taken back, for one.
+
+    Nobody displaced them, so they have the older right. Strangers and GPUs that cannot be read are another matter.
+    """
+    found: set[str] = set()
+    for gpu in {x.gpu for x in leases} & draft.board.capacity.keys():
+        held, tenants = draft.board.held(gpu), draft.board.on(gpu)
+        limit = draft.situation.gpus[gpu].total_bytes - draft.situation.spec.node.reserve_bytes
+        if held is None or (held.memory_bytes <= limit and not (held.exclusive and len(tenants) > 1)):
+            continue
+        for tenant in tenants:
+            kind, _, name = tenant.key.partition("/")
+            if kind == "endpoint" and draft.standings[name].current is not None and not draft.evicted_from(name):
+                found.add(name)
+    return sorted(found)
 
 
 def _has_room(draft: Draft, lease: Lease) -> bool:

@@ -77,6 +77,18 @@ def test_work_in_the_old_place_of_one_whose_edit_is_taken_back_before_anything_h
     assert [i.gpus for i in run.plant.incarnations] == [(uuid(1),)]
 
 
+def test_work_to_which_a_place_was_leased_looks_for_another_if_the_edit_that_frees_it_is_taken_back() -> None:
+    run = settled(CODE, gpus=2)
+    run.spec = spec(EDITED, POLITE)
+    run.ledger = run.decide().ledger
+    assert run.ledger.overlays["polite"].gpus == (uuid(1),)
+    run.spec = spec(CODE, POLITE)
+    last = run.settle()
+    assert run.stops() == []
+    assert last.ledger.overlays["polite"].state == "done"
+    assert [a.gpus for a in run.plant.history if a.op == "start_workload"] == [(uuid(0),)]
+
+
 def test_two_that_change_places_do_so_if_one_of_them_is_displaced_and_the_others_old_place_is_leased() -> None:
     low, high = endpoint("low", [1], priority=10, port=8001), endpoint("high", [0], priority=20, port=8002)
     run = settled(low, high, gpus=2)
