@@ -62,6 +62,14 @@ def next_window(makespan: Makespan, after: float) -> float:
     return makespan.start if makespan.start is not None else after
 
 
+def _still_due(makespan: Makespan, now: float) -> float:
+    """The last start of a schedule that its `starting_deadline` still allows at `now`, or the next one, epoch seconds."""
+    start = next_window(makespan, now - makespan.starting_deadline_s)
+    while (following := next_window(makespan, start)) <= now:
+        start = following
+    return start
+
+
 @lru_cache(maxsize=1024)  # windows to come are looked at anew by every decision
 def _next_of_schedule(schedule: str, timezone: str, after: float) -> float:
     from cronsim import CronSim
@@ -134,7 +142,10 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
         return None
     elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
         seen = record.seen if spec.makespan.schedule is not None else None
-        record = replace(open_record(spec, now), last_run=record.spans, seen=seen or now)
+        fresh = replace(open_record(spec, now), last_run=record.spans, seen=seen or now)
+        if record.state == "expired" and spec.makespan.schedule is not None:
+            fresh = replace(fresh, window_start=_still_due(spec.makespan, now.wall))
+        record = fresh
     if spec is not None:
         record = replace(record, priority=spec.priority, source=spec.source)
     if spec is not None or name not in situation.rejected:

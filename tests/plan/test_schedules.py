@@ -87,6 +87,28 @@ def test_what_was_missed_is_caught_up_with_once_within_the_starting_deadline_and
     )
 
 
+def test_of_several_missed_windows_the_last_is_caught_up_with_within_its_starting_deadline() -> None:
+    item = scheduled("0 * * * *", "Europe/Berlin", starting_deadline_s=2.5 * 3600)
+    noon = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
+    run = Run(spec(item), Plant(totals=[80 << 30], now=Instant(noon - 1, 100.0)))
+    run.step()
+    run.plant.advance(1 + 5 * 3600 + 600)  # nobody looked meanwhile
+    assert run.step()[0].ledger.overlays["nightly"].state == "expired"
+    run.settle(until=lambda p: p.now.wall >= noon + 6 * 3600)
+    assert [at - noon for at in run.plant.begun] == [5 * 3600 + 600, 6 * 3600]
+
+
+def test_an_hourly_window_that_had_no_place_for_its_hour_does_not_cost_the_one_after_it() -> None:
+    hog, item = overlay("hog", 1, duration=4000.0), scheduled("0 * * * *", "Europe/Berlin", starting_deadline_s=3600.0)
+    noon = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
+    run = Run(spec(hog), Plant(totals=[80 << 30], now=Instant(noon - 300, 100.0)))
+    run.plant.behaviour.run_s = {"hog": 4000.0, "nightly": 60.0}
+    run.settle(until=lambda p: "hog" in run.starts())
+    run.spec = spec(hog, item)
+    run.settle(until=lambda p: p.now.wall >= noon + 2 * 3600)
+    assert [at - noon for at in run.plant.begun[1:]] == [3700 + 1, 2 * 3600]
+
+
 def test_a_nightly_window_frees_its_gpu_by_the_start_every_night_and_the_endpoint_is_back_every_morning() -> None:
     ask = endpoint("ask", 1, priority=40)
     item = scheduled("30 2 * * *", "Europe/Berlin")
