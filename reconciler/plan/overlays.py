@@ -63,7 +63,7 @@ def next_window(makespan: Makespan, after: float) -> float:
 
 
 def _still_due(makespan: Makespan, now: float) -> float:
-    """The last start of a schedule that its `starting_deadline` still allows at `now`, or the next one, epoch seconds."""
+    """The last start of a schedule that its `starting_deadline` still allows at `now`, else the next; epoch seconds."""
     start = next_window(makespan, now - makespan.starting_deadline_s)
     while (following := next_window(makespan, start)) <= now:
         start = following

@@ -89,10 +89,11 @@ def window_taken(
 ) -> Blocked:
     """Why an overlay does not begin in front of windows, or beside them."""
     windows = sorted(rivals, key=lambda w: (w.start, w.name))
-    spans = ", ".join(f"{w.name} ({_span(w)})" for w in windows)
+    spans = ", ".join(f"{w.name} ({_span(w, draft.now.wall)})" for w in windows)
     hints = [f"its next free slot is {moment(slot)}"] if slot is not None else []
     first = windows[0]
-    if begin < first.opens and hard_end(draft, overlay, begin) > first.opens:
+    brief = replace(overlay, makespan=replace(overlay.makespan, deadline=begin))
+    if hard_end(draft, brief, begin) < first.opens < hard_end(draft, overlay, begin):
         hints.append(f"bound it by a deadline, or by `on_overrun: stop`, so that it ends before {moment(first.opens)}")
     hints += _above(draft, overlay, windows)
     message = f"the place it would need is kept for {spans}"
@@ -114,10 +115,11 @@ def _above(draft: Draft, overlay: OverlaySpec, windows: list[Window]) -> list[st
     return [", and ".join(asked)] if asked else []
 
 
-def _span(window: Window) -> str:
-    if window.end == inf:  # the return of an endpoint
-        return f"which is to be back from {moment(window.start)} on"
-    return f"{moment(window.start)} to {moment(window.end)}"
+def _span(window: Window, now: float) -> str:
+    if window.end < inf:
+        return f"{moment(window.start)} to {moment(window.end)}"
+    known = window.start > now + MEMORY_RETURN_S  # else who keeps that endpoint away should be over, and is not
+    return f"which is to be back {f'from {moment(window.start)} on' if known else 'as soon as it can'}"
 
 
 def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> float | None:

@@ -155,3 +155,14 @@ def test_a_gpu_that_is_lost_meanwhile_keeps_nobody_waiting_once_the_work_is_over
     run.plant.overrides[1] = {"state": "lost"}
     run.settle(until=overlay_state("short", "done"))
     run.settle(until=overlay_state("long", "active"))
+
+
+def test_while_the_work_overruns_no_moment_is_named_nor_is_it_advised_to_be_over_by_then() -> None:
+    run = settled(ASK)
+    run.plant.behaviour.run_s = {"short": 2000.0}
+    away(run, ASK)
+    run.spec = spec(ASK, SHORT, LONG["may evict nobody"])
+    run.settle(until=overlay_state("short", "overrun"))
+    blocked = why(run.decide(), "long")
+    assert blocked.message.endswith("ask (which is to be back as soon as it can)")
+    assert blocked.alternatives == ("set allow_baseline_eviction: true",)
