@@ -34,11 +34,11 @@ from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec
 from stage import show
 
 from reconciler.cli.wiring import GC_THRESHOLD
+from reconciler.loop.deciding import decide as plan
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Observed, Subject
 from reconciler.plan.placement import place
-from reconciler.plan.planner import plan
 from reconciler.units import GIB
 
 TOTAL, USABLE = 80 * GIB, 79 * GIB

@@ -27,6 +27,7 @@ from reconciler.journal.incarnations import archive
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop.control import ControlServer
+from reconciler.loop.deciding import decide
 from reconciler.loop.executor import Executor
 from reconciler.loop.history import Learner, record_durations
 from reconciler.loop.launching import launch_of
@@ -41,7 +42,6 @@ from reconciler.plan.departures import kept_for, stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Observed
-from reconciler.plan.planner import plan as decide
 from reconciler.plan.requests import clean_start, reset, unknown
 from reconciler.plan.status import DaemonInfo, status_data
 from reconciler.spec.spec import Notifier, Spec, Stop

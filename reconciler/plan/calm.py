@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from reconciler.plan.endpoints import Standing
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.situation import Situation
+from reconciler.spec.spec import GpuCount
 
 
 def calm_ones(situation: Situation) -> dict[str, Incarnation]:
@@ -37,7 +38,11 @@ def calm_ones(situation: Situation) -> dict[str, Incarnation]:
             and current.stop is None
             and current.undying_since is None  # 1
             and current.process_hash == endpoint.process_hash
-            and situation.satisfies(endpoint.gpus, current.gpus)  # 2
+            and (
+                len(current.gpus) == endpoint.gpus.count
+                if type(endpoint.gpus) is GpuCount
+                else situation.satisfies(endpoint.gpus, current.gpus)
+            )  # 2
             and (not probe.misses or probe.misses < endpoint.health.failures)
             and not probe.sleeping
             and record.ready_incarnation == current.id

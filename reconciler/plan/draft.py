@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
@@ -146,7 +146,7 @@ class Draft:
         draft._take_in(situation.endpoint_names())
         return draft
 
-    def _take_in(self, names: Iterable[str]) -> None:
+    def _take_in(self, names: Sequence[str]) -> None:
         """Judge every endpoint that is not calm."""
         situation, remembered = self.situation, self.situation.ledger.endpoints
         base, wanted = situation.spec.endpoints, self.wanted
@@ -157,9 +157,11 @@ class Draft:
             return stand(situation, name, wanted.get(name) or base.get(name))
 
         spoken_of = self._spoken_of()
-        calm = {name: run for name, run in calm_ones(situation).items() if name not in spoken_of}
+        calm = calm_ones(situation)
+        for name in spoken_of & calm.keys():
+            del calm[name]
         self.calm, self.standings, self._stirring = dict(calm), Standings(names, judge), None
-        self.records = {n: remembered[n] if n in self.calm else self.standings[n].record for n in self.standings}
+        self.records = {n: remembered[n] if n in calm else self.standings[n].record for n in names}
         for name in self.stirring():
             wake = self.standings[name].wake
             if wake is not None:
@@ -188,7 +190,8 @@ class Draft:
     def stirring(self) -> tuple[str, ...]:
         """The endpoints that have to be decided on, in order."""
         if self._stirring is None:
-            self._stirring = tuple([name for name in self.standings if name not in self.calm])
+            all_calm = len(self.calm) == len(self.standings)
+            self._stirring = () if all_calm else tuple([name for name in self.standings if name not in self.calm])
         return self._stirring
 
     @property

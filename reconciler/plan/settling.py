@@ -171,7 +171,7 @@ def port_taken(draft: Draft, endpoint: EndpointSpec) -> Blocked | None:
         message, hint = f"port {endpoint.port} is in use by {who}", "end that process, or choose another port"
         return Blocked(subject, "PortInUse", message, (hint,), transient=True)
     for other in draft.situation.on_port.get(endpoint.port, ()):
-        if other.subject != subject and other.id not in draft.leaving:
+        if other.alive and other.subject != subject and other.id not in draft.leaving:
             message = f"port {endpoint.port} is in use by {other.subject} (pid {other.pid})"
             return Blocked(subject, "PortInUse", message, ("choose another port",), transient=True)
     return None

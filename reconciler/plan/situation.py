@@ -160,11 +160,16 @@ class Situation:
 
     @cached_property
     def on_port(self) -> Mapping[int, list[Incarnation]]:
-        """Port → the incarnations that may still run something and were given it, as observed."""
-        found: dict[int, list[Incarnation]] = defaultdict(list)
+        """Port → the incarnations that were given it, as observed; not all of them need be alive."""
+        found: dict[int, list[Incarnation]] = {}
         for incarnation in self.observed.incarnations:
-            if incarnation.port is not None and incarnation.alive:
-                found[incarnation.port].append(incarnation)
+            port = incarnation.port
+            if port is None:
+                continue
+            if port in found:
+                found[port].append(incarnation)
+            else:
+                found[port] = [incarnation]
         return found
 
     @cached_property
