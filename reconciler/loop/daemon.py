@@ -207,10 +207,12 @@ class Daemon:
         parts, began = self._parts, self._parts.clock.now()
         parts.actor.warm()
         in_force = self._load()
+        options = self._look_options(parts.journal.ledger())
+        observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
+        # after the look, and nothing is waited for from here to the walk: a call that ended during the look is not made
+        # a second time by a plan that does not know of it
         ledger, asked = self._take_requests()
         uncommitted = tuple(self._uncommitted)
-        options = self._look_options(ledger)
-        observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         now = parts.clock.now()
         ledger = self._learner.learn(ledger, parts.journal.timings(), in_force.spec)
         plan = decide(in_force.spec, observed, ledger, now)

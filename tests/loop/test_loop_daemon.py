@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from reconciler.errors import ReconcilerError
 from reconciler.journal.codec import decode
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
+from reconciler.journal.reader import JournalReader
 from reconciler.loop import daemon as daemon_module
 from reconciler.loop.control import ask
 from reconciler.loop.daemon import Daemon, Parts
@@ -172,6 +174,37 @@ def test_a_clean_start_by_socket_or_by_the_program_itself_is_begun_with_the_next
             await asyncio.sleep(0.01)
 
     house.run(story)
+
+
+def test_what_ends_during_a_look_is_known_to_the_decision_after_it(house: House) -> None:
+    """Else a call to an engine that ended meanwhile would be made once more, by a plan that does not know of it."""
+    known: list[bool] = []
+
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        loop, noted, over = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+
+        def note() -> None:
+            daemon.request_clean_start(["chat"])
+            noted.set()
+
+        def during_the_first() -> None:
+            house.eyes.before_look = during_the_second
+            loop.call_soon_threadsafe(note)
+            assert noted.wait(DEADLINE_S)
+
+        def during_the_second() -> None:
+            house.eyes.before_look = lambda: None
+            with JournalReader.open_readonly(house.state.journal) as reader:
+                known.append("clean-start" in [event.kind for event in reader.events()])
+            loop.call_soon_threadsafe(over.set)
+
+        house.eyes.before_look = during_the_first
+        daemon.look_again()
+        await over.wait()
+
+    house.run(story)
+    assert known == [True]
 
 
 def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to_be_done(house: House) -> None:
