@@ -64,6 +64,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
     stirring = draft.stirring()
     views = _views(draft, actions)
     _restate(draft, {name: views[name] for name in stirring})
+    _say_how_they_give_way(draft)
     _say_moves(draft)
     agenda = keep_agenda(draft, actions)
     records = _records(draft)
@@ -280,6 +281,15 @@ def _why(draft: Draft, name: str) -> Cause:
         return arriving.cause
     endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
     return Cause("setpoint", endpoint.source if endpoint else None)
+
+
+def _say_how_they_give_way(draft: Draft) -> None:
+    """That one stops, and why it does not sleep, is known to the decision that displaces it, and to no later one."""
+    leaving = (x for x in draft.leaving.values() if x.incarnation.subject.kind == "endpoint")
+    how = {x.incarnation.subject.name: x.reason for x in leaving if x.cause.kind == "evict"}
+    draft.events = [
+        replace(e, message=how.get(e.subject, e.message)) if e.kind == "evicted" else e for e in draft.events
+    ]
 
 
 def _say_moves(draft: Draft) -> None:

@@ -187,6 +187,8 @@ def test_plan_says_why_it_sleeps_as_it_does_or_stops() -> None:
         action = next(a for a in decided.actions if a.subject.name == "ask")
         if action.op == "sleep":
             assert decided.endpoints["ask"].reason == action.reason
+        else:  # the next decision sees a stop under way, and no more why
+            assert [e.message for e in decided.events if e.kind == "evicted"] == [action.reason]
         return action.reason
 
     small = Evict("sleep", 1, 8 * GIB)
