@@ -321,6 +321,7 @@ def become_leader(
     finally:
         if error:
             os.write(failure, f"{code} {error}".encode(errors="replace"))
+            os.write(log_fd, f"reconciler: it could not be run: {error}\n".encode(errors="replace"))
         os._exit(code)
 
 

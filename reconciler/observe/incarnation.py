@@ -220,6 +220,7 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         strays=strays,
         exit_code=ended.exit_code if isinstance(ended, Exit) else None,
         exited=ended.at if isinstance(ended, Exit) else None,
+        failure=ended.error if isinstance(ended, Exit) else None,
         stop=StopProgress(stop.requested, stop.drained, stop.signalled) if isinstance(stop, StopRecord) else None,
         attempt=intent.attempt,
         undying_since=records.undying.since if records.undying is not None else None,

@@ -95,6 +95,8 @@ class Observer:
         """With what its log says of its end; the log of one that ended is read once."""
         if incarnation.subject.kind != "endpoint" or incarnation.phase not in ("exited", "vanished"):
             return incarnation
+        if incarnation.failure is not None:  # its program could not be run: there is no log of it
+            return incarnation
         if incarnation.id not in self._failures:
             endpoint = endpoint_of(spec, incarnation)
             patterns = endpoint.profile.failures if endpoint else ()

@@ -111,7 +111,8 @@ class Incarnation:
     attempt: int = 0
     """Workloads: 0 for the first try, 1 for the first retry…"""
     failure: str | None = None
-    """Endpoints that ended: the class of failure and a hint, as the end of the log tells; None: it does not."""
+    """Of one that ended: why its program could not be run, or of endpoints the class of failure and a hint, as the end
+    of the log tells; None: neither is known."""
     undying_since: Instant | None = None
     """When SIGKILL was sent that did not end it; None: it was not, or it ended at once."""
 

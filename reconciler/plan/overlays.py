@@ -249,6 +249,8 @@ def _ran(record: OverlayRecord, spec: OverlaySpec, workload: Incarnation | None,
     if workload.exit_code == 0:
         return finish(record, "done", now, "")
     how = "its exit code is unknown" if workload.exit_code is None else f"exit code {workload.exit_code}"
+    if workload.failure:
+        how = f"{how}: {workload.failure}"
     if record.failures < spec.workload.retries:
         again = replace(record, attempt=record.attempt + 1, active_since=None, exit_code=None)
         return enter(again, "starting", now, f"attempt {record.failures + 1} failed ({how})")

@@ -38,7 +38,12 @@ _PYTHON_FAILURES = (
     FailurePattern(
         r"Error in memory profiling",
         "MemoryChanged",
-        "a neighbour on its GPU freed memory while it measured; it is tried again",
+        "a neighbour on its GPU freed memory while it measured",
+    ),
+    FailurePattern(
+        r"No available memory for the cache blocks|larger than the available KV cache memory",
+        "OutOfMemory",
+        "its weights leave too little for requests: a larger `memory:`, more GPUs, or a smaller `--max-model-len`",
     ),
     FailurePattern(
         r"Free memory on device .* is less than desired|OutOfMemoryError|CUDA out of memory|CUDA error: out of memory",

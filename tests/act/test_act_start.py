@@ -121,6 +121,7 @@ def test_run_and_exit_are_recorded_while_nobody_watches(
     records = nursery.records(incarnation)
     assert isinstance(records.exit, Exit)
     assert records.exit.error == error
+    assert nursery.log(incarnation) == ("" if error is None else f"reconciler: it could not be run: {error}\n")
     assert isinstance(records.run, Run)
     until(lambda: not is_locked(lock_path(nursery.state, "endpoint", "thinking")), "the shim to leave")
 

@@ -96,6 +96,12 @@ def test_an_end_is_exited_with_its_code(cradle, reader, script, code, wait_until
     wait_until(lambda: not only(reader).alive, "nothing of it is left")
 
 
+def test_a_program_that_could_not_be_run_is_told_as_the_failure(cradle, reader, wait_until):
+    cradle.start("/nowhere/at/all")
+    wait_until(lambda: only(reader).phase == "exited", "the end is seen")
+    assert (only(reader).exit_code, only(reader).failure) == (127, "/nowhere/at/all: No such file or directory")
+
+
 def test_the_end_is_told_with_its_code_from_the_first_look_after_it(cradle, reader, monkeypatch, wait_until):
     """The loop wakes before the shim has written the exit: no look in between says `unknown` or `vanished`."""
     monkeypatch.setattr(incarnation_module, "EXIT_RECORD_WAIT_S", 20.0)  # the shim may be slow here, not so the look

@@ -240,6 +240,17 @@ def test_whatever_the_work_ends_with_its_victim_comes_back(code, outcome):
     assert run.plant.is_ready("a")
 
 
+def test_work_that_could_not_be_run_says_why():
+    run = settled(plant=Plant(totals=[80 * GIB]))
+    run.plant.behaviour = Behaviour(default_run_s=100.0)
+    with_overlays(run, overlay("render"))
+    run.settle(until=overlay_state("render", "active"))
+    work, said = run.plant.current("render", "workload"), "no-such: no such program on PATH"
+    run.plant.end(work.id, 127)
+    run.plant._change(work.id, lambda i: replace(i, failure=said))
+    assert run.settle().ledger.overlays["render"].reason == f"the workload failed: exit code 127: {said}"
+
+
 def test_work_that_failed_is_tried_again_as_often_as_it_may_be():
     run = settled(plant=Plant(totals=[80 * GIB]))
     run.plant.behaviour = Behaviour(exit_codes={"render": (1, 1, 0)})

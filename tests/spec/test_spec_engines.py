@@ -369,6 +369,9 @@ def test_who_uses_a_broken_profile_is_not_said_to_use_an_unknown_one(wrong: str)
         ("vllm", "Free memory on device cuda:0 (1/24 GiB) on startup is less than desired", "OutOfMemory"),
         ("vllm", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "OutOfMemory"),
         ("vllm", "AssertionError: Error in memory profiling. Initial free memory", "MemoryChanged"),
+        ("vllm", "ValueError: No available memory for the cache blocks. Try increasing", "OutOfMemory"),
+        ("vllm", ("ValueError: To serve at least one request with the models's max seq len (32768), (3.50 GiB KV cache "
+                "is needed, which is larger than the available KV cache memory (1.20 GiB)."), "OutOfMemory"),
         ("vllm", "usage: vllm serve [model_tag]\nvllm: error: unrecognized arguments: --no-such", "BadArgument"),
         ("vllm", "OSError: Can't load the configuration of '/nowhere'.", "ModelNotFound"),
         ("vllm", "OSError: x/y is not a local folder and is not a valid model identifier listed on", "ModelNotFound"),
