@@ -25,7 +25,7 @@ from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.search import solve
 from reconciler.plan.settling import need_elsewhere, settle
-from reconciler.plan.windows import find_returns
+from reconciler.plan.windows import find_returns, place_owed
 from reconciler.plan.wishes import MOST_TOGETHER, Wish
 from reconciler.spec.spec import EndpointSpec, GpuPins
 
@@ -66,6 +66,8 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         elif draft.records[name].failed is None:
             homeless.append(endpoint)
     rise(draft)
+    away = [e.name for e in homeless if draft.records[e.name].evicted_by is not None]
+    draft.owed = {name: place_owed(draft, name) for name in (*away, *draft.naps)}
     # Who moves has been promised its place. Who ran up to now keeps its place before one that had none: nothing was
     # stopped in vain. Whose place an overlay takes comes last: it is no reason for another one to lose the place that
     # it has found.

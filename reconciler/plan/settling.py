@@ -15,7 +15,7 @@ from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
 from reconciler.plan.preemption import lacking
 from reconciler.plan.situation import Situation
-from reconciler.plan.windows import held_back, keeping_off, opening_soon
+from reconciler.plan.windows import held_back, keeping_off, opening_soon, still_owed
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 MOST_NAMED = 12
@@ -62,7 +62,7 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
                 draft.kept_off[endpoint.name] = max(soon, key=lambda w: w.end).name
                 draft.block(held_back(subject, soon))
             else:
-                draft.block(_no_place(draft, endpoint))
+                draft.block(_kept_for(draft, endpoint, need) or _no_place(draft, endpoint))
             return
         gpus = placement.gpus[subject]
         sizes, exclusive = tuple(need.memory_bytes[g] for g in gpus), need.exclusive
@@ -178,12 +178,51 @@ def port_taken(draft: Draft, endpoint: EndpointSpec) -> Blocked | None:
 
 
 def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:
-    """What a wanted endpoint needs, on GPUs that nobody holds against it; None: a pin does not exist."""
+    """What a wanted endpoint needs, on GPUs that nobody holds against it; None: a pin does not exist.
+
+    Who gave way to an overlay has its place again before anybody else: where it would not fit beside the endpoint, that
+    one does not go, unless it is its own place.
+    """
+    need = _need_unleased(draft, endpoint)
+    if need is None or not draft.owed:
+        return need
+    return replace(need, candidates=tuple(c for c in need.candidates if not _owed_to(draft, need, c)))
+
+
+def _need_unleased(draft: Draft, endpoint: EndpointSpec) -> Need | None:
     need = own_need(draft, endpoint)
     if need is None:
         return None
     leased = set().union(*draft.evicted_from(endpoint.name).values())
     return replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
+
+
+def _owed_to(draft: Draft, need: Need, gpu: str) -> list[str]:
+    """Who is to have a GPU again and would not fit beside this need there; its own place is nobody else's."""
+    name = need.subject.name
+    came_from = draft.records[name].evicted_by is not None or bool(draft.situation.incarnations(need.subject))
+    move = under_way(draft, name)
+    if (came_from and gpu in need.prefer) or (move is not None and gpu in move.gpus):
+        return []
+    here = {n: sizes[gpu] for n, sizes in draft.owed.items() if gpu in sizes and n != name}
+    owed = {n: left for n, size in here.items() if (left := still_owed(draft, n, gpu, size))}
+    if not owed or gpu not in draft.board.capacity:
+        return []
+    alone = need.exclusive or any(isinstance(draft.wanted[n].memory, WholeGpu) for n in owed)
+    own = endpoint_key(name)
+    stay = [t for t in draft.board.on(gpu) if t.key != own and not t.key.startswith("overlay/")]
+    taken = sum(t.holds[gpu].memory_bytes for t in stay) + sum(owed.values()) + need.memory_bytes[gpu]
+    return sorted(owed) if alone or taken > draft.board.capacity[gpu] else []
+
+
+def _kept_for(draft: Draft, endpoint: EndpointSpec, need: Need) -> Blocked | None:
+    """That an endpoint has no place but that of others who gave way to an overlay; None: it has none in any case."""
+    anywhere = _need_unleased(draft, endpoint)
+    if anywhere is None or place([anywhere], draft.board) is None:
+        return None
+    names = {n for gpu in set(anywhere.candidates) - set(need.candidates) for n in _owed_to(draft, anywhere, gpu)}
+    message = f"it would have the place of {', '.join(sorted(names))}, kept for after the overlay that took it"
+    return Blocked(need.subject, "Held", message, ("wait for that return",), transient=True)
 
 
 def own_need(draft: Draft, endpoint: EndpointSpec) -> Need | None:

@@ -89,7 +89,7 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
     for name, need in restless.items():
         tenant = draft.board.tenants[f"endpoint/{name}"]
         takers = frozenset(a.wish.key for a in askers if a.consents.may_displace(tenant))
-        wishes.append(Wish(tenant.key, ((need,),), yields=(takers, tenant.priority)))
+        wishes.append(Wish(tenant.key, ((need,),), may_prolong=_comes_not_back, yields=(takers, tenant.priority)))
 
     def law(victims: Victims, seated: frozenset[str]) -> bool:
         return lawful(askers, victims, seated)
@@ -206,6 +206,11 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
     )
     return Asker(overlay, wish, consents, may_move)
+
+
+def _comes_not_back(tenant: Tenant) -> bool:
+    """Whether an endpoint may have the place of one that leaves: an endpoint that gives way has its own again."""
+    return not tenant.key.startswith("endpoint/")
 
 
 def _may_prolong(draft: Draft, overlay: OverlaySpec) -> MayDisplace:

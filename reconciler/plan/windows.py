@@ -120,8 +120,7 @@ def may_prolong(overlay: OverlaySpec, endpoint: EndpointSpec) -> bool:
 def find_returns(draft: Draft) -> tuple[Return, ...]:
     """Whose place is to be given back: every endpoint that an overlay displaced, or keeps from its place since.
 
-    One that may choose its GPUs has the place in which it ran: had there been another, it would have moved. One that is
-    kept away by nothing but a GPU that cannot be read now still has its place: unknown is not absent.
+    One that is kept away by nothing but a GPU that cannot be read now still has its place: unknown is not absent.
     """
     found = []
     for name in draft.stirring():
@@ -130,15 +129,12 @@ def find_returns(draft: Draft) -> tuple[Return, ...]:
         if name in draft.kept_off and displaced:
             holders.add(draft.kept_off[name])
         unseen = displaced and blocked is not None and blocked.reason == "GpuUnknown"
-        if endpoint is None or not (holders or unseen) or endpoint_key(name) in draft.board.tenants:
+        if endpoint is None or not (holders or unseen):
             continue
-        gpus = draft.situation.resolve_pins(endpoint.gpus) if isinstance(endpoint.gpus, GpuPins) else None
-        places = gpus or draft.records[name].last_gpus
-        sizes = {
-            g: draft.situation.claim_bytes(endpoint.memory, draft.situation.gpus[g])
-            for g in places
-            if g in draft.board.capacity
-        }
+        sizes = {g: size for g, size in place_owed(draft, name).items() if g in draft.board.capacity}
+        sizes = {g: left for g, size in sizes.items() if (left := still_owed(draft, name, g, size))}
+        if not sizes:  # it has its place
+            continue
         ends = [
             predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S
             for step in (draft.steps[n] for n in holders if n in draft.steps)
@@ -147,6 +143,27 @@ def find_returns(draft: Draft) -> tuple[Return, ...]:
         at = max(ends, default=draft.now.wall)
         found.append(Return(endpoint, at, sizes, isinstance(endpoint.memory, WholeGpu)))
     return tuple(found)
+
+
+def place_owed(draft: Draft, name: str) -> dict[str, int]:
+    """The GPUs that a wanted endpoint is to have again, with its bytes on each; empty: nobody knows which.
+
+    One that may choose has the place in which it ran: had there been another, it would have moved.
+    """
+    endpoint = draft.wanted.get(name)
+    if endpoint is None:
+        return {}
+    gpus = draft.situation.resolve_pins(endpoint.gpus) if isinstance(endpoint.gpus, GpuPins) else None
+    known = [g for g in gpus or draft.records[name].last_gpus if g in draft.situation.gpus]
+    return draft.situation.sizes(endpoint.memory, known)
+
+
+def still_owed(draft: Draft, name: str, gpu: str, size: int) -> int:
+    """Bytes of a place that its endpoint does not have yet, as seated so far; one that sleeps has a residue of it."""
+    tenant = draft.board.tenants.get(endpoint_key(name))
+    if tenant is None:
+        return size
+    return max(0, size - tenant.holds[gpu].memory_bytes) if gpu in tenant.holds else 0
 
 
 def _returning(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:

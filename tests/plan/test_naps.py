@@ -265,9 +265,9 @@ def test_what_one_that_sleeps_keeps_is_nobody_elses(size: int, starts: bool) -> 
     run = warm(sleeper())
     add(run, render(memory=50))
     run.settle(until=overlay_state("render", "active"))
-    run.spec = spec(*run.spec.endpoints.values(), *run.spec.overlays.values(), endpoint("late", [0], memory=size))
+    add(run, render(memory=50), overlay("late", [0], memory=size, priority=600))
     decided = run.decide()
-    assert ("start late" in names(a for a in decided.actions if a.ready)) == starts
+    assert ("start_workload late" in names(a for a in decided.actions if a.ready)) == starts
     assert decided.endpoints["ask"].state == "sleeping"
 
 

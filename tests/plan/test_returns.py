@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from builders import endpoint, overlay, spec
+from builders import endpoint, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan
 from reconciler.plan.observed import Subject
-from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Stop
 from reconciler.units import GIB
 
 ASK = endpoint("ask", [0], priority=40)
@@ -166,3 +166,60 @@ def test_while_the_work_overruns_no_moment_is_named_nor_is_it_advised_to_be_over
     blocked = why(run.decide(), "long")
     assert blocked.message.endswith("ask (which is to be back as soon as it can)")
     assert blocked.alternatives == ("set allow_baseline_eviction: true",)
+
+
+def test_one_that_may_go_elsewhere_does_not_go_where_another_is_to_be_again() -> None:
+    gang = endpoint("gang", [0, 2], priority=40)
+    other = endpoint("other", 1, memory=40, priority=50)
+    run = Run(spec(gang, other), Plant(totals=[80 * GIB] * 3))
+    run.settle()
+    assert run.plant.current("other").gpus == (uuid(1),)  # type: ignore[union-attr]
+    run.plant.advance(600.0)
+    run.settle()
+    run.spec = spec(gang, other, overlay("pair", [0, 1], memory=45, priority=600, duration=300.0))
+    run.settle(until=overlay_state("pair", "active"))
+    (held,) = [b for b in run.decide().blocked if b.subject == Subject("endpoint", "other")]
+    assert held.reason == "Held"
+    assert "the place of gang" in held.message
+    run.settle()
+    assert run.ledger.overlays["pair"].state == "done"
+    assert run.plant.is_ready("gang")
+    assert run.plant.is_ready("other")
+
+
+def test_nor_does_a_new_one_however_important() -> None:
+    gang = endpoint("gang", [0, 1], priority=40)
+    run = settled(gang, gpus=2)
+    away(run, gang)
+    new = endpoint("new", 1, memory=40, priority=900, port=9000)
+    run.spec = spec(gang, new, SHORT)
+    run.settle(until=lambda p: run.plant.is_ready("gang"))
+    assert "new" not in run.starts()
+
+
+def test_it_goes_there_if_there_is_room_for_both() -> None:
+    gang = endpoint("gang", [0, 2], memory=30, priority=40)
+    other = endpoint("other", 1, memory=40, priority=50)
+    run = Run(spec(gang, other), Plant(totals=[80 * GIB] * 3))
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    run.spec = spec(gang, other, overlay("pair", [0, 1], memory=60, priority=600, duration=300.0))
+    run.settle(until=lambda p: run.plant.is_ready("other") and p.ledger.overlays["pair"].state == "active")
+    assert run.plant.current("other").gpus == (uuid(2),)  # type: ignore[union-attr]
+    run.settle()
+    assert run.plant.is_ready("gang")
+
+
+def test_the_memory_that_a_sleeper_had_is_kept_for_its_waking() -> None:
+    dozer = endpoint("dozer", [0], memory=60, priority=40, evict=Evict("sleep", 1, 10 * GIB), stop=Stop(drain_s=0.0))
+    run = settled(dozer)
+    short = overlay("short", [0], memory=50, priority=600, duration=300.0)
+    run.spec = spec(dozer, short)
+    run.settle(until=overlay_state("short", "active"))
+    assert run.decide().endpoints["dozer"].state == "sleeping"
+    long = overlay("long", [0], memory=25, priority=10, evict=False, duration=3000.0)
+    new = endpoint("new", 1, memory=25, priority=900, port=9000)
+    run.spec = spec(dozer, short, long, new)
+    run.settle(until=lambda p: p.endpoints["dozer"].state == "healthy")
+    assert run.starts() == ["dozer", "short"], "it woke up, and nobody had its memory"
