@@ -223,3 +223,16 @@ def test_the_memory_that_a_sleeper_had_is_kept_for_its_waking() -> None:
     run.spec = spec(dozer, short, long, new)
     run.settle(until=lambda p: p.endpoints["dozer"].state == "healthy")
     assert run.starts() == ["dozer", "short"], "it woke up, and nobody had its memory"
+
+
+@pytest.mark.parametrize(("lasts", "begins"), [(100.0, True), (3000.0, False)])
+def test_beside_whom_it_comes_back_counts_who_will_be_there_then(lasts: float, begins: bool) -> None:
+    ask = endpoint("ask", [0], memory=60, priority=40)
+    run = settled(ask)
+    run.plant.behaviour.run_s = {"short": 550.0, "other": lasts, "long": 2900.0}
+    short = overlay("short", [0], memory=40, priority=600, duration=600.0)
+    other = overlay("other", [0], memory=10, priority=600, duration=lasts)
+    run.spec = spec(ask, short, other)
+    run.settle(until=lambda p: {r.state for r in p.ledger.overlays.values()} == {"active"})
+    run.spec = spec(ask, short, other, overlay("long", [0], memory=15, priority=10, evict=False, duration=3000.0))
+    assert (run.decide().ledger.overlays["long"].state != "pending") == begins
