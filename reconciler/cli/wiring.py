@@ -168,10 +168,20 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
-    decided = plan(spec, observed, ledger, now)
+    decided = plan(spec, observed, ledger, now) if at is None else decide_ahead(spec, observed, ledger, now)
     return Look(
         spec, observed, ledger, decided, incidents, daemon, tuple(map(str, followed.problems)), followed.problems
     )
+
+
+def decide_ahead(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
+    """The plan at a moment to come, as if somebody had looked all the while: windows missed till then are let go."""
+    from reconciler.plan.planner import plan
+
+    decided = plan(spec, observed, ledger, now)
+    gone = {name for name, record in decided.ledger.overlays.items() if record.state == "expired"}
+    known = {name for name, record in ledger.overlays.items() if record.state == "expired"}
+    return decided if gone <= known else plan(spec, observed, decided.ledger, now)
 
 
 def status(options: Options) -> dict[str, Any]:

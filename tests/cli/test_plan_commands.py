@@ -81,6 +81,23 @@ def test_at_moves_the_moment_of_the_decision_and_refuses_what_is_no_time(box, ca
     assert run(["plan", "--at", "teatime"]) == 64
 
 
+def test_a_moment_after_a_window_that_nobody_would_have_missed_is_shown_with_the_next_one(box, desk):
+    desk.write(
+        "overlays/night.yaml",
+        "version: 1\npriority: 900\nallow_baseline_eviction: true\ngpus: 4\n"
+        'makespan: {schedule: "0 2 * * *", timezone: UTC, duration: 1h}\nworkload: {command: [sleep, "60"]}\n',
+    )
+    seen = box.look(None)
+    files = load_setpoints(desk.setpoints)
+    waiting = decide(files, seen.observed, Ledger(), NOW).ledger
+    first = waiting.overlays["night"].window_start
+    for days, hours, state in ((0, 0.1, "evicting"), (30, 5.0, "pending"), (30, 0.1, "evicting")):
+        then = NOW.plus(first - NOW.wall + 86400 * days + 3600 * hours)
+        record = wiring.decide_ahead(files, seen.observed, waiting, then).ledger.overlays["night"]
+        assert record.state in (state, "starting")
+        assert record.window_start == first + 86400 * (days if state == "evicting" else days + 1)
+
+
 def test_a_saved_plan_names_its_grounds_and_is_carried_out_while_they_hold(box, tmp_path, capsys):
     saved = tmp_path / "night.plan"
     assert run(["plan", "--out", str(saved)]) == 0
