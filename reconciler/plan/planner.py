@@ -246,8 +246,14 @@ def _view(draft: Draft, name: str, actions: tuple[Action, ...]) -> EndpointView:
         reason = f"{blocked.reason}: {blocked.message}"
     elif state == "pending" and arriving is not None:
         start = next((a for a in actions if a.subject == subject and a.op == "start"), None)
-        waits = start is not None and any(actions[n - 1].op == "wait_memory" for n in start.needs)
-        reason = "WaitingForVram: memory on its GPUs is not seen free yet" if waits else arriving.reason
+        needs = [actions[n - 1] for n in start.needs] if start is not None else []
+        before = [a for a in needs if a.op == "wait_ready"]
+        first = next((a.subject.name for a in before if a.ready), before[0].subject.name if before else None)
+        reason = arriving.reason
+        if any(a.op == "wait_memory" for a in needs):
+            reason = "WaitingForVram: memory on its GPUs is not seen free yet"
+        elif first is not None:  # nobody else loads on a GPU meanwhile
+            reason = f"{reason}; {first} loads there first"
     gpus = standing.current.gpus if standing.current else (arriving.gpus if arriving else ())
     known = draft.situation.spec.endpoints.get(name)
     set_point = known.state if known else "stopped"

@@ -106,6 +106,19 @@ def ready_in_order(run: Run) -> list[tuple[str, float]]:
     return [(i.subject.name, at[i.id] - began) for i in sorted(run.plant.incarnations, key=lambda i: i.started.mono)]
 
 
+def test_who_waits_for_another_to_load_says_for_whom():
+    run = Run(
+        spec(endpoint("first", [0], priority=3, memory=10), endpoint("second", [0], priority=2, memory=10)),
+        Plant(totals=[80 * GIB]),
+    )
+    run.step()
+    seen = run.decide().endpoints
+    assert (seen["first"].state, seen["second"].state) == ("starting", "pending")
+    assert seen["second"].reason == "its set point is running; first loads there first"
+    run.settle()
+    assert run.decide().endpoints["second"].reason == ""
+
+
 def test_two_that_come_up_at_once_on_one_gpu_load_one_after_the_other_and_elsewhere_at_once() -> None:
     order = ready_in_order(begun(sharing("a"), sharing("b", priority=600), sharing("c", 1)))
     assert order == [("b", 40.0), ("c", 40.0), ("a", 80.0)]
