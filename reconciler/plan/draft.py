@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
@@ -148,7 +148,7 @@ class Draft:
         draft._take_in(situation.endpoint_names())
         return draft
 
-    def _take_in(self, names: Sequence[str]) -> None:
+    def _take_in(self, names: list[str]) -> None:
         """Judge every endpoint that is not calm."""
         situation, remembered = self.situation, self.situation.ledger.endpoints
         base, wanted = situation.spec.endpoints, self.wanted
@@ -163,7 +163,10 @@ class Draft:
         for name in spoken_of & calm.keys():
             del calm[name]
         self.calm, self.standings, self._stirring = dict(calm), Standings(names, judge), None
-        self.records = {n: remembered[n] if n in calm else self.standings[n].record for n in names}
+        if len(calm) == len(names) and list(remembered) == names:  # as most often
+            self.records = dict(remembered)
+        else:
+            self.records = {n: remembered[n] if n in calm else self.standings[n].record for n in names}
         for name in self.stirring():
             wake = self.standings[name].wake
             if wake is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -189,18 +190,22 @@ def fingerprint(observed: Observed, situation: Situation) -> str:
         observed.boot_id,
         observed.gpus_known,
         tuple((g.uuid, g.state, g.healthy, situation.rooms[g.uuid].foreign_bytes // step) for g in observed.gpus),
-        "\n".join([i.id for i in observed.incarnations]),
+        _digest([i.id for i in observed.incarnations]),
         tuple(
             (i.id, i.phase, i.strays, i.exit_code, i.stop is not None)
             for i in situation.passing  # of the others no more than that they run
         ),
-        tuple((answer, "\n".join(sorted(who))) for answer, who in sorted(_answers(observed).items(), key=repr)),
+        tuple((answer, _digest(sorted(who))) for answer, who in sorted(_answers(observed).items(), key=repr)),
         tuple((port, holder.pid) for port, holder in sorted(observed.ports.items())),
         tuple((n, r.state, r.attempt) for n, r in sorted(situation.ledger.overlays.items())),
         tuple((x.overlay, x.gpu) for x in situation.ledger.leases),
         tuple(sorted(situation.ledger.quarantines)),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _answers(observed: Observed) -> dict[tuple[bool | None, bool | None], list[str]]:
