@@ -8,6 +8,7 @@ and in a leader's session, would be ended on its word.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 
 from reconciler import census, identity
@@ -15,12 +16,15 @@ from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Run
 from reconciler.journal.layout import StateDir
 
+_ENDING_S = 0.5
+
 
 def contradiction(state: StateDir, incarnation: str, run: Run) -> str | None:
     """What of the record cannot be true; None: nothing speaks against it, or nothing of it lives.
 
     1. It names this very process.
-    2. Its shim lives, and does not hold this record's folder open, as a shim does from its start to its end.
+    2. Its shim lives, and does not hold this record's folder open, as a shim does from its start to its end. One that
+       holds nothing at all is waited for: the kernel closes what a process had some milliseconds before it is gone.
     3. Its shim lives, and its leader is no child of it.
     4. Its shim is gone, and its leader carries the mark of another incarnation.
     5. Its shim is gone, and another record names its leader as its own leader or shim.
@@ -34,9 +38,11 @@ def contradiction(state: StateDir, incarnation: str, run: Run) -> str | None:
     leader_lives = leader is not None and leader.start_ticks == run.start_ticks and not leader.gone
     if os.getpid() in ({run.shim_pid} if shim_lives else set()) | ({run.pid} if leader_lives else set()):  # 1
         return "its record names this very process"
-    if shim_lives:
-        if not _holds(run.shim_pid, state, incarnation):  # 2
+    if shim_lives and not _holds(run.shim_pid, state, incarnation):
+        if not _is_ending(run.shim_pid, run.shim_start_ticks):  # 2
             return f"pid {run.shim_pid} is not its shim"
+        shim_lives = False
+    if shim_lives:
         if leader_lives and leader is not None and leader.parent_pid != run.shim_pid:  # 3
             return f"pid {run.pid} is no child of its shim"
     elif leader_lives:
@@ -61,6 +67,17 @@ def _holds(shim: int, state: StateDir, incarnation: str) -> bool:
             if os.path.samestat(os.stat(f"/proc/{shim}/fd/{descriptor}"), folder):  # noqa: PTH116
                 return True
     return False
+
+
+def _is_ending(pid: int, start_ticks: int) -> bool:
+    """Whether a process has let go of all its descriptors, and is gone within a moment."""
+    until = time.monotonic() + _ENDING_S
+    with suppress(FileNotFoundError):
+        while identity.is_alive(pid, start_ticks):
+            if os.listdir(f"/proc/{pid}/fd") or time.monotonic() > until:  # noqa: PTH208
+                return False
+            time.sleep(0.001)  # synchronous room: nobody else's turn is taken
+    return True
 
 
 def _named_elsewhere(state: StateDir, incarnation: str, run: Run) -> str | None:

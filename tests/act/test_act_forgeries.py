@@ -306,3 +306,24 @@ def test_what_runs_in_a_container_is_not_taken_for_a_process_out_here(nursery: N
         except NotOurs:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("then", "speaks_against_it"), [("time.sleep(0.2)", False), ("time.sleep(60)", True)])
+def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a_moment(
+    nursery: Nursery, then: str, speaks_against_it: bool
+) -> None:
+    """As it is for some milliseconds of every end: the kernel has closed what a process had, and it is still there."""
+    run = nursery.run_record(nursery.started(OBEDIENT))
+    program = f"import os, time; os.closerange(0, 1 << 10); {then}; os._exit(0)"
+    with subprocess.Popen([sys.executable, "-c", program]) as ending:
+        try:
+            stat = read_stat(ending.pid)
+            assert stat is not None
+            with suppress(OSError):  # it is gone already, which is as well
+                while list(Path(f"/proc/{ending.pid}/fd").iterdir()):
+                    time.sleep(0.005)
+            claimed = dataclasses.replace(run, pid=1 << 22, shim_pid=ending.pid, shim_start_ticks=stat.start_ticks)
+            doubt = contradiction(nursery.state, "nobody", claimed)
+            assert doubt == (f"pid {ending.pid} is not its shim" if speaks_against_it else None)
+        finally:
+            ending.kill()
