@@ -252,6 +252,7 @@ def _check_engine(
         for index, part in enumerate(model.args):
             if part == "--port" or part.startswith("--port="):
                 findings.add(at("args", index), "args may not set the port", "write it as `port:`")
+        _check_port_is_told(name, model, at("engine"), profile, findings)
     if model.evict.method == "sleep" and not profile.sleeps:
         able = ", ".join(sorted(other.name for other in PROFILES.values() if other.sleeps))
         hint = f"use stop; {able} can sleep, and so can one of your own that says how (`engines:`)"
@@ -259,6 +260,21 @@ def _check_engine(
     elif model.evict.method == "sleep" and model.evict.level > max(profile.sleep_levels):
         message = f"engine {profile.name} has no sleep level {model.evict.level}"
         findings.add(at("evict", "level"), message, f"write `level: {max(profile.sleep_levels)}`")
+
+
+def _check_port_is_told(
+    name: str, model: EndpointModel, at: Source, profile: EngineProfile, findings: Findings
+) -> None:
+    """Note that a variant of an engine replaced the arguments that tell the port: nothing would listen there."""
+    base = PROFILES.get(profile.like or "")
+    if base is None or not base.tells_port or profile.tells_port or model.port is None:
+        return
+    if not any(str(model.port) in part for part in (*model.args, *model.env.values())):
+        message = (
+            f'endpoint "{name}" is not told its port: the args of engine {profile.name} replace those of {base.name}'
+        )
+        hint = f"write {{port}} into the args (or env) of the engine; {base.name} has: {' '.join(base.base_args)}"
+        findings.add(at, message, hint)
 
 
 def _check_custom(name: str, model: EndpointModel, node: Node, key_at: Source, findings: Findings) -> None:

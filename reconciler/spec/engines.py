@@ -66,9 +66,10 @@ def launch(
         if endpoint.stop.drain_s > 0:
             parts += _fill(profile.drain_args, values)
         if sleeping:
-            parts += profile.sleep_args
-    env = {**profile.env, **(profile.sleep_env if sleeping else {}), **endpoint.env, **gpu_environment(gpu_indices)}
-    return Launch((*parts, *endpoint.args), env)
+            parts += _fill(profile.sleep_args, values)
+    given = {**profile.env, **(profile.sleep_env if sleeping else {})}
+    filled = dict(zip(given, _fill(tuple(given.values()), values), strict=True))
+    return Launch((*parts, *endpoint.args), {**filled, **endpoint.env, **gpu_environment(gpu_indices)})
 
 
 def gpu_environment(gpu_indices: Sequence[int]) -> dict[str, str]:

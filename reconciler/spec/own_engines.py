@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from reconciler.errors import suggest
-from reconciler.spec.findings import Findings, clip
+from reconciler.spec.findings import Findings, clip, text_of
 from reconciler.spec.models import EngineCallModel, EngineModel, SleepLevelModel, SleepModel
 from reconciler.spec.profiles import (
+    PLACEHOLDERS,
     PROFILES,
     RESIDUAL,
     EngineCall,
@@ -22,15 +23,24 @@ from reconciler.spec.profiles import (
     same,
 )
 from reconciler.spec.spec import Source
-from reconciler.spec.tree import Map, child, locate
+from reconciler.spec.tree import Map, Sequence, child, locate
+
+_PLACES = (
+    *((key,) for key in ("args", "model_args", "many_gpus_args", "fraction_args", "drain_args", "env")),
+    ("sleep", "args"),
+    ("sleep", "env"),
+)
+"""Where placeholders are filled in."""
+_PLACEHOLDER = re.compile(r"(?<![{$])\{([A-Za-z_]\w*)\}(?!\})")
+"""A name alone in single braces: JSON, `${SHELL}` and `{{ templates }}` are none."""
 
 
 def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Findings) -> dict[str, EngineProfile]:
     """The profiles by name; what is wrong with them goes to the findings.
 
-    Wrong are a name that the program has itself, variables that nobody may set, an unknown `like`, no program to start,
-    metrics without a page of them, patterns that are no regular expressions, a `sleep` without any way to, and a check
-    that cannot tell.
+    Wrong are a name that the program has itself, variables that nobody may set, placeholders that nothing is filled in
+    for, an unknown `like`, no program to start, metrics without a page of them, patterns that are no regular
+    expressions, a `sleep` without any way to, and a check that cannot tell.
     """
     found: dict[str, EngineProfile] = {}
     for name, model in sorted(models.items()):
@@ -44,6 +54,7 @@ def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Finding
             continue
         findings.check_variables(child(text, "engines", name, "env"))
         findings.check_variables(child(text, "engines", name, "sleep", "env"))
+        _check_placeholders(text, name, findings)
         base = PROFILES.get(model.like)
         if base is None:
             place = locate(text, ("engines", name, "like"))
@@ -67,6 +78,21 @@ def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Finding
             _check_sleep(locate(text, ("engines", name, "sleep"), key=True), name, profile, findings)
         found[name] = profile
     return found
+
+
+def _check_placeholders(text: Map, name: str, findings: Findings) -> None:
+    known = " ".join(f"{{{placeholder}}}" for placeholder in PLACEHOLDERS)
+    for place in _PLACES:
+        node = child(text, "engines", name, *place)
+        items = node.items if isinstance(node, Sequence) else ()
+        values = [entry.node for entry in node.entries.values()] if isinstance(node, Map) else ()
+        for item in (*items, *values):
+            for word in _PLACEHOLDER.findall(text_of(item)):
+                if word not in PLACEHOLDERS:
+                    # the value of a variable is never repeated
+                    what = f"placeholder {{{clip(word)}}}" if items else "placeholder in the value of a variable"
+                    hint = f"known: {known}; `{place[-1]}` of an endpoint is passed as it is written"
+                    findings.add(item.at, f'engine "{name}": unknown {what}', hint)
 
 
 def _check_sleep(at: Source, name: str, profile: EngineProfile, findings: Findings) -> None:
@@ -105,7 +131,14 @@ def _merged(name: str, base: EngineProfile, model: EngineModel) -> EngineProfile
             written["residual_bytes"] = RESIDUAL
     parts = {part: value for part, value in written.items() if value is not None}
     failures = tuple(FailurePattern(f.pattern, f.kind, f.hint) for f in model.failures)
-    return replace(base, name=name, env={**base.env, **model.env}, failures=(*failures, *base.failures), **parts)
+    return replace(
+        base,
+        name=name,
+        like=base.name,
+        env={**base.env, **model.env},
+        failures=(*failures, *base.failures),
+        **parts,
+    )
 
 
 def _sleep(base: EngineProfile, model: SleepModel) -> dict[str, Any]:

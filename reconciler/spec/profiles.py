@@ -91,6 +91,9 @@ _RUST_FAILURES = (
     ),
 )
 
+PLACEHOLDERS = ("host", "port", "model", "gpus", "gpu_count", "memory", "fraction", "drain")
+"""Names that are filled in, written as `{name}`, in the arguments and the variables of a profile."""
+
 Word = bool | int | str
 """What a field of an engine's answer may hold that is compared with."""
 
@@ -176,10 +179,7 @@ class SleepLevel:
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
-    """What is known of one engine.
-
-    Command-line parts may hold {port} {model} {gpus} {gpu_count} {memory} {fraction} {host}; filled in at start.
-    """
+    """What is known of one engine. Its arguments and variables may hold `PLACEHOLDERS`, filled in at start."""
 
     name: str
     executable: str | None
@@ -228,6 +228,13 @@ class EngineProfile:
     """What its log says when it ends by itself; the first that is found names the class."""
     titles: tuple[str, ...] = ()
     """Regular expressions of process titles: `doctor` knows by them what an engine left behind that nobody owns."""
+    like: str | None = None
+    """Name of the one that it is a variant of; None: of none."""
+
+    @property
+    def tells_port(self) -> bool:
+        """Whether whom it starts is told where to listen."""
+        return any("{port}" in part for part in (*self.model_args, *self.base_args, *self.env.values()))
 
     @property
     def sleeps(self) -> bool:

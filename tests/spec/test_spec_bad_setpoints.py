@@ -191,7 +191,7 @@ notify: {chat: {command: [x, y]}}
 engines:
   x:
     like: vllm
-    args: [--a]
+    args: [--a, "{port}"]
     env: {C: d}
     busy_metrics: [m]
     failures: [{pattern: p, kind: K, hint: h}]

@@ -13,7 +13,7 @@ from spec_texts import BASE, read
 
 from reconciler.errors import SpecError
 from reconciler.spec.engines import Launch, capability_variable, endpoint_url, gpu_environment, launch
-from reconciler.spec.profiles import PROFILES, RESIDUAL, EngineCall, SleepCheck
+from reconciler.spec.profiles import PLACEHOLDERS, PROFILES, RESIDUAL, EngineCall, SleepCheck
 
 GIB = 1 << 30
 
@@ -324,6 +324,10 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
         ("engines: {x: {}}", "2:11", "no program to start"),
         ("engines: {x: {like: tei, titles: ['(']}}", "2:11", "no regular expression"),
         ("engines: {x: {executable: x, busy_metrics: [y]}}", "2:11", "no page of them"),
+        ("engines: {x: {like: tei, args: [a, '--port={prot}']}}", "2:36", "unknown placeholder {prot}"),
+        ("engines: {x: {like: tei, many_gpus_args: ['{gpus}{GPUS}']}}", "2:43", "unknown placeholder {GPUS}"),
+        ("engines: {x: {like: vllm, sleep: {args: ['{Port}']}}}", "2:42", "unknown placeholder {Port}"),
+        ("engines: {x: {like: tei, env: {A: '{hunter2}'}}}", "2:35", "placeholder in the value of a variable"),
         ("engines: {x: {like: tei, comand: [y]}}", "2:26", "comand"),
         ("engines: {x: {like: tei, sleep: {args: [y]}}}", "2:26", "no way to sleep"),
         ("engines: {x: {like: tei, sleep: {level_1: {sleep: [{path: /a}]}}}}", "2:34", '"wake" is missing'),
@@ -354,6 +358,64 @@ def test_a_wrong_profile_is_an_error_at_its_place(wrong: str, at: str, message: 
     problem = caught.value.problems[0]
     assert f"{problem.line}:{problem.column}" == at
     assert message in problem.message
+
+
+def test_what_can_be_filled_in_is_told_and_braces_that_mean_something_else_are_left_alone() -> None:
+    engines = """version: 1
+engines:
+  x:
+    executable: x
+    model_args: ["{model}"]
+    args: %s
+    env: {WHERE: "{host}:{port}", ALL: '%s', J: '{"port": {port}}'}
+    sleep: {args: ["--wake={port}"], env: {NAP: "{gpu_count}"}, level_1: {sleep: [{path: /a}], wake: [{path: /b}]}}
+endpoints: {a: {engine: x, model: m, port: 80, memory: 0.5, evict: {method: sleep}, args: ["{prot}"], env: {K: "{x}"}}}
+"""
+    every = " ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    kept = ["""'{"a": 1}'""", "'${HOME} {{ x }} {{y}} {3} {} { port } {a.b}'"]
+    endpoint = read(engines % (f"[{', '.join(kept)}]", every)).endpoints["a"]
+    made = launch(endpoint, gpu_indices=[3], gpu_total_bytes=[GIB], port=80)
+    assert made.argv == ("x", "m", '{"a": 1}', "${HOME} {{ x }} {{y}} {3} {} { port } {a.b}", "--wake=80", "{prot}")
+    assert made.env["WHERE"] == "127.0.0.1:80"
+    assert made.env["ALL"] == f"127.0.0.1 80 m 3 1 {GIB // 2} 0.5 15"
+    assert (made.env["J"], made.env["NAP"], made.env["K"]) == ('{"port": 80}', "1", "{x}")
+    with pytest.raises(SpecError) as caught:
+        read(engines % ("['{prot}']", every))
+    assert f"known: {every};" in str(caught.value.problems[0].hint)
+
+
+@pytest.mark.parametrize(
+    ("engine", "endpoint", "told"),
+    [
+        ("args: [--max-num-seqs, '4']", "", False),
+        ("args: []", "", False),
+        ("args: []", "env: {WHERE: '81'}, args: ['8']", False),
+        ("executable: y", "", True),
+        ("args: ['--listen=:{port}']", "", True),
+        ("args: [], model_args: [serve, '{model}', -p, '{port}']", "", True),
+        ("args: [], env: {PORT: '{port}'}", "", True),
+        ("args: []", "args: [-p, '8000']", True),
+        ("args: []", "env: {WHERE: ':8000'}", True),
+    ],
+)
+def test_a_variant_whose_arguments_lose_the_port_is_an_error_where_it_is_used(
+    engine: str, endpoint: str, told: bool
+) -> None:
+    text = f"""version: 1
+engines: {{x: {{like: vllm, {engine}}}}}
+endpoints:
+  a: {{engine: x, model: m, port: 8000, {endpoint}}}
+  b: {{engine: vllm, model: m, port: 8001}}
+"""
+    if told:
+        assert set(read(text).endpoints) == {"a", "b"}
+        return
+    with pytest.raises(SpecError) as caught:
+        read(text)
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == (4, 15)
+    assert 'endpoint "a" is not told its port: the args of engine x replace those of vllm' in problem.message
+    assert "--host {host} --port {port}" in str(problem.hint)
 
 
 @pytest.mark.parametrize("wrong", ["{like: vlm}", "{like: vllm, startup: 0s}", "{}"])
