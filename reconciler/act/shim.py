@@ -437,6 +437,8 @@ def trim_log(punched: int, keep: int) -> int:
     in one piece still, and the disk does not fill up.
     """
     size = os.fstat(_LOG).st_size
+    if size < punched:  # cut off by hand: what comes now lies in front of where the hole ended
+        punched = 0
     if size - max(punched, 0) <= keep + keep // 4:
         return punched
     end = (size - keep) // _BLOCK * _BLOCK

@@ -49,6 +49,8 @@ def logs(
         lines = text.decode(errors="replace").splitlines()
         face.answer({"name": name, "incarnation": latest.incarnation, "file": str(latest.path), "lines": lines})
         return
+    if not found[-1].path.exists():
+        face.note(f"{found[-1].path} is not there: removed by hand, or nothing was run")
     write_raw([text])
     if follow:
         for _ in changes(state.logs, ".log"):

@@ -82,13 +82,15 @@ def last_lines(path: Path, count: int, end: int | None = None) -> bytes:
         with path.open("rb") as file:
             first = _first_kept(file.fileno(), 0)
             position = file.seek(0, os.SEEK_END) if end is None else end
-            text = b""
-            while position > first and text.rstrip(b"\n").count(b"\n") < count:
+            blocks: list[bytes] = []
+            newlines = 0
+            while position > first and newlines <= count:  # one more than lines: where the first of them begins
                 step = min(_BLOCK, position - first)
                 position -= step
                 file.seek(position)
-                block = file.read(step)
-                text = block + text
+                blocks.append(file.read(step))
+                newlines += blocks[-1].count(b"\n")
+            text = b"".join(reversed(blocks))
             if position <= first and first > 0:
                 text = text.partition(b"\n")[2]  # the beginning of that line is gone
     except FileNotFoundError:

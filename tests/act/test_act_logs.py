@@ -180,6 +180,23 @@ def test_a_flood_is_written_about_as_fast_as_into_a_bare_file(nursery: Nursery, 
     assert ours <= 3 * floor + 0.05, rounds
 
 
+def test_a_log_that_was_cut_off_by_hand_is_bounded_as_before(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `truncate` or logrotate's copytruncate, after far more than its bound was written."""
+    path = tmp_path / "log"
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    monkeypatch.setattr(shim, "_LOG", log)
+    punched = 0
+    for _ in range(2):
+        for _ in range(200):
+            os.write(log, b"x" * (64 << 10))
+            punched = shim.trim_log(punched, KEPT)
+            assert on_disk(path) <= KEPT + KEPT // 4 + (128 << 10)
+        os.truncate(path, 0)
+    os.close(log)
+
+
 def test_a_log_that_cannot_be_shortened_in_front_is_cut_off_and_keeps_its_end_in_one_piece(
     nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ def test_the_last_lines_of_a_long_file_cross_blocks(tmp_path):
     lines = [f"{n:08d} " + "y" * 300 + "\n" for n in range(2000)]
     path.write_text("".join(lines))
     assert last_lines(path, 700).decode() == "".join(lines[-700:])
+
+
+def test_a_long_line_costs_a_small_multiple_of_reading_it(tmp_path):
+    path = tmp_path / "x.log"
+    path.write_bytes(b"x" * (16 << 20))
+
+    def cost_s(read) -> float:
+        began = time.process_time()
+        assert len(read()) == 16 << 20
+        return time.process_time() - began
+
+    floor = min(cost_s(lambda: b"".join(path.read_bytes().splitlines(keepends=True))) for _ in range(3))
+    assert min(cost_s(lambda: last_lines(path, 200)) for _ in range(3)) < 20 * floor + 0.1
 
 
 def test_the_hole_that_rotation_leaves_is_not_shown(tmp_path):

@@ -164,6 +164,9 @@ def test_wait_streams_the_log_and_exits_with_the_code_of_the_job(busy_desk):
     gone = busy_desk.run("overlay", "submit", "--wait", "--", "/nowhere/program")
     assert gone.returncode != 0
     assert busy_desk.run("logs", "three", "-n", "2").stdout == "line 1\nline 2\n"
+    (log,) = (busy_desk.state / "logs").glob("workload-three.*.log")
+    log.unlink()
+    assert f"{log} is not there" in busy_desk.run("logs", "three").stderr
 
 
 def test_ctrl_c_while_waiting_leaves_the_job_running_and_says_how_to_end_it(busy_desk):
