@@ -22,7 +22,7 @@ from files import put
 from ports import free_ports
 from watching import Watcher
 
-from reconciler.cgroup import find_home, path_in
+from reconciler.cgroup import find_home, kill, path_in, remove
 from reconciler.clock import Instant
 from reconciler.errors import ReconcilerError
 from reconciler.identity import ProcStat, descendants, is_alive, read_stat
@@ -345,7 +345,16 @@ class World:
             process.wait()
         self.watcher.problem = None
         self.until(self._cleared, "everything to be gone")
+        self.until(self._emptied, "control groups to be empty")
         self.watcher.close()
+
+    def _emptied(self) -> bool:
+        """Take away the groups that no daemon will put away any more, with whoever was still being born there."""
+        intents = [read(self.state.run / i).intent for i in list_ids(self.state)]
+        groups = [(i.group, i.id) for i in intents if isinstance(i, Intent) and i.group is not None]
+        for group in groups:
+            kill(*group)
+        return not [group for group in groups if not remove(*group)]
 
     def _cleared(self) -> bool:
         left = [stat.pid for stats in self.living().values() for stat in stats]
