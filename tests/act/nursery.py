@@ -20,8 +20,8 @@ from reconciler.census import MARKER, members
 from reconciler.clock import SystemClock
 from reconciler.errors import ActError
 from reconciler.identity import boot_id, read_marker
-from reconciler.journal.incarnations import Exit, Intent, Records, Run, read
-from reconciler.journal.layout import StateDir
+from reconciler.journal.incarnations import Exit, Intent, Records, Run, lock_path, read
+from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject
 from reconciler.spec.spec import Stop
 
@@ -166,6 +166,11 @@ class Nursery:
         found = self.records(incarnation).exit
         assert isinstance(found, Exit), found
         return found.exit_code
+
+    def is_over(self, launch: Launch) -> bool:
+        """Nothing of it lives, and its subject's lock is free for the next start."""
+        lock = lock_path(self.state, launch.subject.kind, launch.subject.name)
+        return self.marked(launch.incarnation) == set() and not is_locked(lock)
 
     def marked(self, incarnation: str) -> set[int]:
         """Living processes that carry its marker, found without the code under test."""

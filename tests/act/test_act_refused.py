@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from nursery import BRIEF, OBEDIENT, Nursery, is_running, until
 from ports import free_port
+from refusals import refusing
 
 from reconciler import identity
 from reconciler.act import account, forkserver, ports, process, target
@@ -21,26 +21,11 @@ from reconciler.act.process import Launch
 from reconciler.errors import ActError, NotOurs
 from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Exit, archive, lock_path
-from reconciler.journal.layout import is_locked, take_lock
-
-
-def refusing(number: int) -> Callable[..., NoReturn]:
-    """What the kernel would say."""
-
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
+from reconciler.journal.layout import take_lock
 
 
 def start(nursery: Nursery, launch: Launch) -> None:
     nursery.run(nursery.actor().ensure_started(launch))
-
-
-def never_ran(nursery: Nursery, launch: Launch) -> bool:
-    """Nothing of it lives, and its subject's lock is free for the next start."""
-    lock = lock_path(nursery.state, launch.subject.kind, launch.subject.name)
-    return nursery.marked(launch.incarnation) == set() and not is_locked(lock)
 
 
 # ---------------------------------------------------------------- starting
@@ -54,7 +39,7 @@ def test_an_intent_that_a_full_disk_refuses_starts_nothing_and_the_next_start_go
         full.setattr(incarnations, "write_intent", refusing(errno.ENOSPC))
         with pytest.raises(ActError, match=r"intent to start it cannot be recorded: .*No space left"):
             start(nursery, launch)
-    assert never_ran(nursery, launch)
+    assert nursery.is_over(launch)
     assert nursery.records(launch.incarnation).intent is None
     start(nursery, launch)
     assert len(nursery.members(launch.incarnation)) == 1
@@ -76,7 +61,7 @@ def test_a_fork_server_that_cannot_be_started_is_the_recorded_reason_and_leaks_n
         with pytest.raises(ActError, match=r"its shim could not be started: .*/nowhere/python"):
             nursery.run(actor.ensure_started(launch))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert never_ran(nursery, launch)
+    assert nursery.is_over(launch)
     found = nursery.records(launch.incarnation).exit
     assert (found is None) if disk == "full" else (isinstance(found, Exit) and found.exit_code == 126)
     nursery.run(actor.ensure_killed(launch.incarnation))
@@ -127,7 +112,7 @@ def test_what_was_put_away_is_not_started_again(nursery: Nursery) -> None:
     archive(nursery.state, launch.incarnation, keep=20)
     start(nursery, launch)
     assert nursery.records(launch.incarnation).intent is None
-    assert never_ran(nursery, launch)
+    assert nursery.is_over(launch)
 
 
 def test_an_earlier_daemons_shim_that_reports_nothing_is_waited_for_no_longer_than_a_start_may_take(
@@ -143,7 +128,7 @@ def test_an_earlier_daemons_shim_that_reports_nothing_is_waited_for_no_longer_th
     os.close(lock)
     with pytest.raises(ActError, match="was never started; its shim is gone"):
         start(nursery, launch)
-    assert never_ran(nursery, launch)
+    assert nursery.is_over(launch)
 
 
 # ---------------------------------------------------------------- ending

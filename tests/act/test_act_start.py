@@ -471,6 +471,14 @@ def spare_of(actor: ProcessActor) -> int:
     return spare
 
 
+def killed_spare_of(actor: ProcessActor) -> int:
+    """What its pid was before it was killed."""
+    spare = spare_of(actor)
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: read_stat(spare) is None, "its end")
+    return spare
+
+
 def test_a_start_takes_the_shim_that_was_forked_in_advance_and_another_takes_its_place(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
@@ -486,9 +494,7 @@ def test_a_start_takes_the_shim_that_was_forked_in_advance_and_another_takes_its
 def test_a_start_does_without_the_shim_that_was_forked_in_advance_and_killed(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
-    spare = spare_of(actor)
-    os.kill(spare, signal.SIGKILL)
-    until(lambda: read_stat(spare) is None, "its end")
+    spare = killed_spare_of(actor)
     launch = nursery.launch(OBEDIENT)
     nursery.run(actor.ensure_started(launch))
     assert nursery.run_record(launch.incarnation).shim_pid != spare
@@ -498,9 +504,7 @@ def test_a_start_does_without_the_shim_that_was_forked_in_advance_and_killed(nur
 def test_a_shim_that_was_forked_in_advance_and_killed_is_replaced(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
-    spare = spare_of(actor)
-    os.kill(spare, signal.SIGKILL)
-    until(lambda: read_stat(spare) is None, "its end")
+    spare = killed_spare_of(actor)
     assert spare_of(actor) != spare
 
 

@@ -41,13 +41,6 @@ NOW = Instant(1_700_000_000.25, 1234.5)
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> StateDir:
-    made = StateDir(tmp_path / "state")
-    made.ensure()
-    return made
-
-
-@pytest.fixture
 def umask() -> Iterator[None]:
     old = os.umask(0o077)
     yield

@@ -7,30 +7,16 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from forked import STRANGER, as_a_plain_user
+from refusals import refusing
 
 from reconciler.errors import StateError
 from reconciler.journal import layout
 from reconciler.journal.layout import StateDir, acquire_writer, is_locked, take_lock, writer
-
-
-def refusing(number: int) -> Callable[..., NoReturn]:
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> StateDir:
-    made = StateDir(tmp_path / "state")
-    made.ensure()
-    return made
 
 
 @pytest.fixture

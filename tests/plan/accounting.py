@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+
+from builders import spec
+from plant import Plant, Run
 
 from reconciler.plan.actions import Action, Plan
 from reconciler.plan.ledger import LIVE, Ledger
@@ -11,7 +15,8 @@ from reconciler.plan.naps import rested
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
-from reconciler.spec.spec import EndpointSpec, Spec
+from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
+from reconciler.units import GIB
 
 DESTRUCTIVE = ("drain", "stop", "kill", "sleep", "stop_workload")
 
@@ -318,6 +323,18 @@ class Account:
         """A lease has a live owner."""
         for lease in self.plan.ledger.leases:
             assert self.plan.ledger.overlays[lease.overlay].state in LIVE
+
+
+def lawful(run: Run, decided: Plan) -> None:
+    """Every rule of every plan, for the `watch` of a run."""
+    Account(run.spec, run.plant.observe(), run.ledger, decided).check()
+
+
+def settled(*items: EndpointSpec | OverlaySpec, gpus: int = 1, floors: Mapping[str, int] | None = None) -> Run:
+    """A box of GPUs of 80 GiB on which everything that can be ready is; every decision is checked."""
+    run = Run(spec(*items, floors=floors), Plant(totals=[80 * GIB] * gpus), watch=lawful)
+    run.settle()
+    return run
 
 
 def starts(decided: Plan) -> list[Action]:

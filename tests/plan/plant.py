@@ -18,6 +18,7 @@ from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe, StopProgress, Subject
 from reconciler.plan.planner import plan
+from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Spec
 from reconciler.units import GIB
 
@@ -264,6 +265,10 @@ class Run:
     """Sees every decision before it is carried out."""
     steps: int = 0
 
+    def situation(self) -> Situation:
+        """What a decision of this moment goes by."""
+        return Situation(self.spec, self.plant.observe(), self.ledger, self.plant.now)
+
     def decide(self) -> Plan:
         """The plan for this moment."""
         known = [*self.spec.endpoints.values(), *(e for o in self.spec.overlays.values() for e in o.endpoints.values())]
@@ -297,6 +302,14 @@ class Run:
                 return decided
             self.plant.advance(max(0.001, min(waits) - self.plant.now.mono))
         raise AssertionError(f"no fixed point within {max_steps} steps: {describe(decided)}")
+
+    def die_after(self, decisions: int) -> None:
+        """Carry out so many decisions; of the next one nothing is done, and all that is left is what is remembered."""
+        for _ in range(decisions):
+            _, acted = self.step()
+            if not acted:
+                self.plant.advance(1.0)
+        self.ledger = self.decide().ledger
 
     def starts(self) -> list[str]:
         """Names of what was started, in order."""

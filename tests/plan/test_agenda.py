@@ -22,7 +22,6 @@ from reconciler.plan.agenda import (
 from reconciler.plan.ledger import Timings
 from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.requests import clean_start, stopped
-from reconciler.plan.situation import Situation
 
 ASK = endpoint("ask", [0], priority=100)
 RENDER = overlay("render", gpus=[0], priority=500, duration=300.0)
@@ -37,7 +36,7 @@ def settled() -> Run:
 
 
 def decided_timings(run: Run) -> Timings:
-    return Situation(run.spec, run.plant.observe(), run.ledger, run.plant.now).timings(ASK)
+    return run.situation().timings(ASK)
 
 
 def acts(decided: Plan) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from accounting import Account
+from accounting import settled
 from builders import endpoint, overlay, spec, uuid
 from plant import Plant, Run, overlay_state
 
 from reconciler.plan import solver
-from reconciler.plan.actions import Plan
 from reconciler.plan.agenda import AgendaTracker
 from reconciler.plan.forecast import forecast
 from reconciler.spec.spec import Spec
@@ -24,12 +23,7 @@ RENDER = overlay("render", 1, priority=600)
 @pytest.fixture
 def run() -> Run:
     """Two GPUs, an endpoint on each: only after a move is one of them whole."""
-
-    def check(run: Run, decided: Plan) -> None:
-        Account(run.spec, run.plant.observe(), run.ledger, decided).check()
-
-    found = Run(spec(CODE, CHAT), Plant([80 * GIB, 80 * GIB]), watch=check)
-    found.settle()
+    found = settled(CODE, CHAT, gpus=2)
     assert place(found) == (uuid(0),)
     return found
 
@@ -85,11 +79,7 @@ def test_its_new_place_is_recorded_before_it_is_stopped_and_what_is_expected_of_
 @pytest.mark.parametrize("death", range(1, 12))
 def test_a_daemon_that_dies_after_any_decision_leaves_the_next_one_the_same_move(run: Run, death: int) -> None:
     run.spec = asked(run)
-    for _ in range(death):
-        _, acted = run.step()
-        if not acted:
-            run.plant.advance(1.0)
-    run.ledger = run.decide().ledger  # kept, and nothing of it was done
+    run.die_after(death)
     run.settle()
     assert (run.starts().count("code"), run.stops().count("code")) == (2, 1)
     assert run.starts().count("render") == 1

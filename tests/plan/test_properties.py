@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from accounting import Account
+from accounting import lawful
 from builders import spec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +19,7 @@ from reconciler.spec.spec import Spec
 
 def watched(world: World) -> Run:
     """A run of the baseline, every decision of which is checked."""
-
-    def check(run: Run, decided: Plan) -> None:
-        Account(run.spec, run.plant.observe(), run.ledger, decided).check()
-
-    run = Run(world.before, world.plant(), watch=check)
+    run = Run(world.before, world.plant(), watch=lawful)
     run.settle()
     return run
 

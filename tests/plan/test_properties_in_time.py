@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from accounting import Account
+from accounting import lawful
 from builders import NOW, endpoint, overlay, spec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,7 +97,7 @@ def test_24_the_same_later_is_the_same_plan_later(world: World, shift: float) ->
 @examples(25)
 def test_18_and_25_after_windows_and_deadlines_the_baseline_is_back_and_no_suppression_is_left(world: World) -> None:
     def bounded(run: Run, decided: Plan) -> None:
-        Account(run.spec, run.plant.observe(), run.ledger, decided).check()  # 4 to 9, 13 and 15
+        lawful(run, decided)  # 4 to 9, 13 and 15
         spans = [o.makespan for o in world.after.overlays.values()]
         longest = sum((s.duration_s or 0.0) + s.grace_s for s in spans) + 10_000
         for entry in decided.ledger.agenda:

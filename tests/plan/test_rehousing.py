@@ -5,34 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from accounting import Account
+from accounting import settled
 from builders import NOW, endpoint, gpu, observed, overlay, spec, uuid
-from plant import Plant, Run, describe
+from plant import Run, describe
 from test_moves import Box, Trial, box
 
 from reconciler.plan import solver
-from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import PortHolder
 from reconciler.plan.planner import plan
 from reconciler.spec.spec import EndpointSpec, GpuCount
-from reconciler.units import GIB
 
 SMALL = endpoint("small", 1, memory=30, priority=10, movable=True, preemptible=False, port=8001)
 FIRM = endpoint("firm", [1], memory=30, priority=900, port=8002)
 LARGE = endpoint("large", 1, priority=500, port=8003)
-
-
-def checked(run: Run, decided: Plan) -> None:
-    """Every rule of every plan."""
-    Account(run.spec, run.plant.observe(), run.ledger, decided).check()
-
-
-def settled(*items: EndpointSpec, gpus: int = 2, floors: dict[str, int] | None = None) -> Run:
-    """A box on which the baseline is ready."""
-    run = Run(spec(*items, floors=floors), Plant([80 * GIB] * gpus), watch=checked)
-    run.settle()
-    return run
 
 
 def where(run: Run) -> dict[str, tuple[str, ...]]:
@@ -41,7 +27,7 @@ def where(run: Run) -> dict[str, tuple[str, ...]]:
 
 
 def test_one_that_may_be_moved_makes_room_for_a_more_important_one_without_a_place_and_only_once() -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
     assert where(run)["small"] == (uuid(0),)
     run.spec = spec(SMALL, FIRM, LARGE)
     decided = run.decide()
@@ -79,7 +65,7 @@ def test_one_that_lost_its_place_with_its_gpu_gets_another_by_a_move() -> None:
     ids=["as important", "not movable", "the last provider"],
 )
 def test_nobody_is_moved_for_it_who_would_not_be_for_an_overlay(small: EndpointSpec, floors: dict[str, int]) -> None:
-    run = settled(small, FIRM, floors=floors)
+    run = settled(small, FIRM, floors=floors, gpus=2)
     run.spec = spec(small, FIRM, LARGE, floors=floors)
     last = run.settle()
     assert run.stops() == []
@@ -98,7 +84,7 @@ def test_nobody_is_moved_for_one_that_comes_back_when_an_overlay_is_over() -> No
 
 
 def test_nobody_is_moved_for_one_whose_port_somebody_else_has() -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
     run.plant.ports = {8003: PortHolder(8003, 4711, "nginx")}
     run.spec = spec(SMALL, FIRM, LARGE)
     run.settle()
@@ -106,7 +92,7 @@ def test_nobody_is_moved_for_one_whose_port_somebody_else_has() -> None:
 
 
 def test_it_stays_if_the_other_one_is_wanted_no_more_before_it_was_asked_to_stop() -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
     run.spec = spec(SMALL, FIRM, LARGE)
     run.ledger = run.decide().ledger
     run.spec = spec(SMALL, FIRM)
@@ -117,13 +103,9 @@ def test_it_stays_if_the_other_one_is_wanted_no_more_before_it_was_asked_to_stop
 
 @pytest.mark.parametrize("death", range(1, 8))
 def test_a_daemon_that_dies_after_any_decision_leaves_the_next_one_the_same_move(death: int) -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
     run.spec = spec(SMALL, FIRM, LARGE)
-    for _ in range(death):
-        _, acted = run.step()
-        if not acted:
-            run.plant.advance(1.0)
-    run.ledger = run.decide().ledger  # kept, and nothing of it was done
+    run.die_after(death)
     run.settle()
     assert (run.starts().count("small"), run.stops()) == (2, ["small"])
     assert where(run)["large"] == (uuid(0),)
@@ -132,7 +114,7 @@ def test_a_daemon_that_dies_after_any_decision_leaves_the_next_one_the_same_move
 def test_without_the_solver_nobody_is_moved_for_it_and_the_plan_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
     monkeypatch.setattr(solver, "is_available", lambda: False)
     run.spec = spec(SMALL, FIRM, LARGE)
     decided = run.decide()
@@ -142,7 +124,7 @@ def test_without_the_solver_nobody_is_moved_for_it_and_the_plan_says_what_is_mis
 
 
 def test_the_solver_is_not_asked_where_no_moves_could_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = settled(SMALL, FIRM)
+    run = settled(SMALL, FIRM, gpus=2)
 
     def fail() -> bool:
         raise AssertionError("asked")

@@ -133,12 +133,18 @@ def test_nothing_is_advised_that_would_not_help_where_who_comes_back_is_not_pree
     assert hint.startswith("bound it by a deadline")
 
 
-def test_a_gpu_that_cannot_be_read_for_a_moment_does_not_cost_a_gang_its_return() -> None:
+def gang_away(state: str) -> Run:
+    """A gang of three gave way on one GPU, other work would like another one, and the third one is in this state."""
     gang = endpoint("gang", [0, 1, 2], priority=40)
     run = settled(gang, gpus=3)
     away(run, gang)
     run.spec = spec(gang, SHORT, overlay("long", [2], priority=10, duration=3000.0))
-    run.plant.overrides[1] = {"state": "unknown"}
+    run.plant.overrides[1] = {"state": state}
+    return run
+
+
+def test_a_gpu_that_cannot_be_read_for_a_moment_does_not_cost_a_gang_its_return() -> None:
+    run = gang_away("unknown")
     run.settle(until=overlay_state("short", "restoring"))
     run.settle()
     assert "long" not in run.starts()
@@ -148,11 +154,7 @@ def test_a_gpu_that_cannot_be_read_for_a_moment_does_not_cost_a_gang_its_return(
 
 
 def test_a_gpu_that_is_lost_meanwhile_keeps_nobody_waiting_once_the_work_is_over() -> None:
-    gang = endpoint("gang", [0, 1, 2], priority=40)
-    run = settled(gang, gpus=3)
-    away(run, gang)
-    run.spec = spec(gang, SHORT, overlay("long", [2], priority=10, duration=3000.0))
-    run.plant.overrides[1] = {"state": "lost"}
+    run = gang_away("lost")
     run.settle(until=overlay_state("short", "done"))
     run.settle(until=overlay_state("long", "active"))
 

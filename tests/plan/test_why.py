@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from accounting import Account
+from accounting import lawful, settled
 from builders import NOW, endpoint, overlay, spec
-from plant import Plant, Run, overlay_state
+from plant import overlay_state
 
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.observed import Subject
@@ -18,15 +18,9 @@ from reconciler.plan.wishes import Wish
 from reconciler.units import GIB
 
 
-def settled(*items, gpus: int = 2, **behaviour) -> Run:
-    run = Run(spec(*items), Plant(totals=[80 * GIB] * gpus))
-    run.settle()
-    return run
-
-
 def test_a_plan_names_victims_the_next_best_and_where_that_is_worse() -> None:
     low, high = endpoint("low", [0], priority=30), endpoint("high", [1], priority=40)
-    run = settled(low, high)
+    run = settled(low, high, gpus=2)
     run.spec = spec(low, high, overlay("render", 1))
     decided = run.decide()
     (verdict,) = decided.verdicts
@@ -47,7 +41,7 @@ def test_a_plan_names_victims_the_next_best_and_where_that_is_worse() -> None:
 
 def test_where_nobody_else_would_do_it_says_so() -> None:
     low, firm = endpoint("low", [0], priority=30), endpoint("firm", [1], priority=30, preemptible=False)
-    run = settled(low, firm)
+    run = settled(low, firm, gpus=2)
     run.spec = spec(low, firm, overlay("render", 1))
     (verdict,) = run.decide().verdicts
     assert verdict.runner_up is None
@@ -56,7 +50,7 @@ def test_where_nobody_else_would_do_it_says_so() -> None:
 
 def test_the_next_best_is_told_apart_by_what_it_costs_to_load_again() -> None:
     a, b = endpoint("a", [0], priority=30), endpoint("b", [1], priority=30, capabilities=("ask", "code"))
-    run = settled(a, b)
+    run = settled(a, b, gpus=2)
     run.spec = spec(a, b, overlay("render", 1))
     (verdict,) = run.decide().verdicts
     assert verdict.victims == {"a": "render"}
@@ -168,7 +162,7 @@ def test_forty_overlays_that_wait_at_once_are_decided_on_in_bounded_work_and_law
     ]
     run.spec = spec(*baseline, *waiting)
     decided = run.decide()
-    Account(run.spec, run.plant.observe(), run.ledger, decided).check()
+    lawful(run, decided)
     assert sum(r.state != "pending" for r in decided.ledger.overlays.values()) >= 8
     assert decided.verdicts
     assert sum(v.steps for v in decided.verdicts) <= 2.2 * LIMIT, "the choice, and the one for the next best"

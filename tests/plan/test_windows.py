@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import inf
 from typing import Any
 
+from accounting import settled
 from builders import NOW, endpoint, incarnation, observed, overlay, spec
 from builders import gpu as gpu_of
 from hypothesis import assume, given
@@ -21,18 +22,10 @@ from reconciler.plan.ledger import Ledger, OverlayState, Timings
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
-from reconciler.plan.situation import Situation
 from reconciler.plan.windows import KILL_S, surely_over
-from reconciler.spec.spec import EndpointSpec, OverlaySpec, Stop, WholeGpu
+from reconciler.spec.spec import OverlaySpec, Stop, WholeGpu
 
 HOUR = 3600.0
-
-
-def settled(*items: EndpointSpec, gpus: int = 1) -> Run:
-    """A box on which the baseline is ready."""
-    run = Run(spec(*items), Plant(totals=[80 << 30] * gpus))
-    run.settle()
-    return run
 
 
 def blocked(decided: Plan, name: str) -> Blocked | None:
@@ -298,7 +291,7 @@ def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are
     assert said.reason == "WindowTaken"
     assert "hourly (2026-11-24 02:00:00Z to 2026-11-24 02:10:01Z)" in said.message
     assert said.transient, "the time alone mends it"
-    draft = Draft.of(Situation(run.spec, run.plant.observe(), run.ledger, run.plant.now))
+    draft = Draft.of(run.situation())
     admit_all(draft)
     kept = [w for w in draft.windows if w.name == "hourly"]
     assert len(kept) > 20
@@ -312,8 +305,7 @@ def end_of(state: OverlayState, overlay_: OverlaySpec | None, **fields: Any) -> 
     """Seconds after NOW at which a live overlay that entered this state at NOW is surely over."""
     known = overlay_ or overlay("work", 1)
     record = replace(open_record(known, NOW), state=state, **fields)
-    draft = Draft.of(Situation(spec(), observed(gpu_of(0)), Ledger("boot"), NOW))
-    return surely_over(draft, OverlayStep(record, overlay_, None, None)) - NOW.wall
+    return surely_over(Draft.of(Run(spec(), Plant()).situation()), OverlayStep(record, overlay_, None, None)) - NOW.wall
 
 
 def test_what_is_being_ended_is_over_after_its_grace_a_kill_and_the_return_of_its_memory() -> None:

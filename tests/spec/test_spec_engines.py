@@ -316,6 +316,11 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
     assert changed["b"].process_hash != before["b"].process_hash
 
 
+def sleeping_by(call: str) -> str:
+    """A profile whose engine sleeps by this call."""
+    return f"engines: {{x: {{like: vllm, sleep: {{level_1: {{sleep: [{call}], wake: [{{path: /a}}]}}}}}}}}"
+
+
 @pytest.mark.parametrize(
     ("wrong", "at", "message"),
     [
@@ -332,13 +337,9 @@ def test_an_edit_of_a_profile_restarts_whom_it_starts_otherwise_and_nobody_else(
         ("engines: {x: {like: tei, sleep: {args: [y]}}}", "2:26", "no way to sleep"),
         ("engines: {x: {like: tei, sleep: {level_1: {sleep: [{path: /a}]}}}}", "2:34", '"wake" is missing'),
         ("engines: {x: {like: tei, sleep: {level_1: {sleep: [], wake: [{path: /a}]}}}}", "2:51", "nothing in it"),
-        (
-            "engines: {x: {like: vllm, sleep: {level_1: {sleep: [{pth: /a}], wake: [{path: /a}]}}}}",
-            "2:53",
-            '"path" is missing',
-        ),
-        ("engines: {x: {like: vllm, sleep: {level_1: {sleep: [{path: }], wake: [{path: /a}]}}}}", "2:54", "no value"),
-        ("engines: {x: {like: vllm, sleep: {level_1: {sleep: [{path: a}], wake: [{path: /a}]}}}}", "2:60", "path of"),
+        (sleeping_by("{pth: /a}"), "2:53", '"path" is missing'),
+        (sleeping_by("{path: }"), "2:54", "no value"),
+        (sleeping_by("{path: a}"), "2:60", "path of"),
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: 1.5}}}}", "2:71", "is no text"),
         ("engines: {x: {like: vllm, sleep: {check: {path: /a, field: s, asleep: false}}}}", "2:27", "sleeps or not"),
         ("engines: {x: {like: vllm, sleep: {level_3: {}}}}", "2:35", "level_3"),
