@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from reconciler.errors import Problem, suggest
+from reconciler.spec.engines import meeting_port
 from reconciler.spec.findings import Findings
 from reconciler.spec.spec import (
     EndpointSpec,
@@ -24,17 +25,19 @@ _EXACT_UP_TO = 10  # providers of one capability for which every set is tried; b
 
 def check_ports(endpoints: Sequence[EndpointSpec], texts: Mapping[str, Node], findings: Findings) -> None:
     """Note every port that two endpoints claim; the first of `endpoints` has it."""
-    first: dict[int, EndpointSpec] = {}
+    first: dict[int, tuple[EndpointSpec, str]] = {}
     for endpoint in endpoints:
-        if endpoint.port is None:
-            continue
-        if other := first.get(endpoint.port):
-            message = f'port {endpoint.port} is already taken by endpoint "{other.name}"'
-            findings.add(
-                _at(endpoint, texts, "port"), message, f"{_where(other, endpoint)}; give one of them another port"
-            )
-        else:
-            first[endpoint.port] = endpoint
+        for port, use in ((endpoint.port, ""), (meeting_port(endpoint), ", where its GPUs' processes meet,")):
+            if port is None:
+                continue
+            if port in first:
+                other, its_use = first[port]
+                message = f'port {port}{use} is already taken by endpoint "{other.name}"{its_use.rstrip(",")}'
+                findings.add(
+                    _at(endpoint, texts, "port"), message, f"{_where(other, endpoint)}; give one of them another port"
+                )
+            else:
+                first[port] = endpoint, use
 
 
 def check_metrics_port(port: int | None, endpoints: Iterable[EndpointSpec], text: Node, findings: Findings) -> None:

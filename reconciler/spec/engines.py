@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from reconciler.spec.profiles import PROFILES
 from reconciler.spec.spec import EndpointSpec, MemoryBytes, MemoryFraction, WholeGpu
 
 HOST = "127.0.0.1"
@@ -41,6 +42,7 @@ def launch(
     values = {
         "host": HOST,
         "port": "" if port is None else str(port),
+        "second_port": "" if port is None else str(second_port(port)),
         "model": endpoint.model or "",
         "gpus": ",".join(map(str, gpu_indices)),
         "gpu_count": str(len(gpu_indices)),
@@ -88,6 +90,26 @@ def gpu_environment(gpu_indices: Sequence[int]) -> dict[str, str]:
 def endpoint_url(port: int) -> str:
     """Where an endpoint answers."""
     return f"http://{HOST}:{port}"
+
+
+def second_port(port: int) -> int:
+    """The port besides its own that an endpoint may have: no two have the same, unless one of them is privileged.
+
+    Own ports are mostly below 16384: theirs are then below 32768, where the kernel's for connections begin (ip(7),
+    `ip_local_port_range`).
+    """
+    other = port ^ 0x4000
+    return other if other >= 1024 else port ^ 0x8000
+
+
+def meeting_port(endpoint: EndpointSpec) -> int | None:
+    """Where the processes of an endpoint with several GPUs meet; None: nowhere that is known beforehand."""
+    profile = endpoint.own_profile or PROFILES.get(endpoint.engine)
+    if profile is None or endpoint.port is None or endpoint.gpus.count < 2:
+        return None
+    variables = (value for name, value in profile.env.items() if name not in endpoint.env)
+    named = any("{second_port}" in part for part in (*profile.base_args, *profile.many_gpus_args, *variables))
+    return second_port(endpoint.port) if named else None
 
 
 def capability_variable(capability: str) -> str:

@@ -305,8 +305,8 @@ class EngineModel(Model):
     executable: Text | None = None
     """Program, looked up on PATH. Required unless `like` has one."""
     args: Words | None = None
-    """Always given, in place of those of `like`; {host} {port} {model} {gpus} {gpu_count} {memory} {fraction} {drain}
-    are filled in, as in the lists below and in `env`."""
+    """Always given, in place of those of `like`. {host} {port} {second_port} {model} {gpus} {gpu_count} {memory}
+    {fraction} {drain} are filled in, as in the lists below and in `env`."""
     model_args: Words | None = None
     """Given first: they name the model."""
     many_gpus_args: Words | None = None

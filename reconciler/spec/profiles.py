@@ -91,7 +91,7 @@ _RUST_FAILURES = (
     ),
 )
 
-PLACEHOLDERS = ("host", "port", "model", "gpus", "gpu_count", "memory", "fraction", "drain")
+PLACEHOLDERS = ("host", "port", "second_port", "model", "gpus", "gpu_count", "memory", "fraction", "drain")
 """Names that are filled in, written as `{name}`, in the arguments and the variables of a profile."""
 
 Word = bool | int | str
@@ -247,6 +247,12 @@ class EngineProfile:
 # do not read it.
 _ANY_PROMETHEUS_PORT = {"PROMETHEUS_PORT": "0"}
 
+# The shards of a TGI meet on 29500 unless told otherwise ("Text-generation-launcher arguments", `--master-port`): of
+# two sharded ones on a box one would not start (text-generation-inference#1156). A variable, so that `args` may say
+# something else: the launcher takes an option but once. Others need none: vLLM (`get_open_port`) and SGLang
+# (`--nccl-port`, sglang#7418) look for a port that is free.
+_MEET_ON_SECOND_PORT = {"MASTER_PORT": "{second_port}"}
+
 # Load and stop times: vLLM measured 27-98 s to ready, 0.4-0.9 s from SIGTERM to exit when idle; others by analogy.
 PROFILES: Mapping[str, EngineProfile] = {
     profile.name: profile
@@ -352,7 +358,7 @@ PROFILES: Mapping[str, EngineProfile] = {
             model_args=("--model-id", "{model}"),
             # two launchers share /tmp/text-generation-server unless told otherwise
             base_args=("--hostname", "{host}", "--port", "{port}", "--shard-uds-path", "/tmp/text-generation-{port}"),  # noqa: S108
-            env=_ANY_PROMETHEUS_PORT,
+            env={**_ANY_PROMETHEUS_PORT, **_MEET_ON_SECOND_PORT},
             many_gpus_args=("--num-shard", "{gpu_count}"),
             fraction_args=("--cuda-memory-fraction", "{fraction}"),
             metrics_path="/metrics",

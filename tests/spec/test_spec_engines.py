@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spec_texts import BASE, read
 
 from reconciler.errors import SpecError
-from reconciler.spec.engines import Launch, capability_variable, endpoint_url, gpu_environment, launch
+from reconciler.spec.engines import Launch, capability_variable, endpoint_url, gpu_environment, launch, second_port
 from reconciler.spec.profiles import PLACEHOLDERS, PROFILES, RESIDUAL, EngineCall, SleepCheck
 
 GIB = 1 << 30
@@ -129,6 +129,54 @@ def test_two_of_an_engine_with_a_port_for_metrics_besides_its_own_do_not_meet_th
     assert start(f"engine: {engine}, model: m, port: 1", [0]).env["PROMETHEUS_PORT"] == "0"
     asked = start(f"engine: {engine}, model: m, port: 1, env: {{PROMETHEUS_PORT: '9100'}}", [0])
     assert asked.env["PROMETHEUS_PORT"] == "9100"
+
+
+def test_two_sharded_tgi_meet_on_ports_of_their_own_unless_told_otherwise() -> None:
+    ports = [start(f"engine: tgi, model: m, port: {port}, gpus: 2", [0, 1]).env["MASTER_PORT"] for port in (8080, 8081)]
+    assert ports == ["24464", "24465"]
+    asked = start("engine: tgi, model: m, port: 8080, gpus: 2, env: {MASTER_PORT: '30000'}", [0, 1])
+    assert asked.env["MASTER_PORT"] == "30000"
+
+
+@given(st.integers(1, 65535), st.integers(1, 65535))
+def test_second_ports_are_unprivileged_and_nobodys_but_of_ports_that_are_privileged_or_next_to_them(
+    one: int, other: int
+) -> None:
+    assert 1024 <= second_port(one) <= 65535
+    assert second_port(one) != one
+    if one != other and not (17408 > one >= 16384 or 17408 > other >= 16384):
+        assert second_port(one) != second_port(other)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (
+            "port: 8080, gpus: 2",
+            "port: 24464",
+            '24464 is already taken by endpoint "a", where its GPUs\' processes meet',
+        ),
+        (
+            "port: 24464",
+            "port: 8080, gpus: 2",
+            '24464, where its GPUs\' processes meet, is already taken by endpoint "a"',
+        ),
+        ("port: 8080, gpus: 2", "port: 24464, engine: vllm", "is already taken by"),
+        ("port: 8080, gpus: 1", "port: 24464", None),
+        ("port: 8080, gpus: 2, env: {MASTER_PORT: '1'}", "port: 24464", None),
+        ("port: 8080, gpus: 2, engine: vllm", "port: 24464", None),
+    ],
+)
+def test_a_port_where_processes_meet_is_not_given_to_another(a: str, b: str, message: str | None) -> None:
+    text = f"version: 1\ndefaults: {{engine: tgi, model: m}}\nendpoints:\n  a: {{{a}}}\n  b: {{{b}}}\n"
+    if message is None:
+        assert set(read(text).endpoints) == {"a", "b"}
+        return
+    with pytest.raises(SpecError) as caught:
+        read(text)
+    (problem,) = caught.value.problems
+    assert message in problem.message
+    assert (problem.line, problem.column) == (5, text.splitlines()[4].index("port: ") + 7)
 
 
 def test_the_health_of_sglang_is_not_asked_by_having_it_make_a_token() -> None:
@@ -378,7 +426,7 @@ endpoints: {a: {engine: x, model: m, port: 80, memory: 0.5, evict: {method: slee
     made = launch(endpoint, gpu_indices=[3], gpu_total_bytes=[GIB], port=80)
     assert made.argv == ("x", "m", '{"a": 1}', "${HOME} {{ x }} {{y}} {3} {} { port } {a.b}", "--wake=80", "{prot}")
     assert made.env["WHERE"] == "127.0.0.1:80"
-    assert made.env["ALL"] == f"127.0.0.1 80 m 3 1 {GIB // 2} 0.5 15"
+    assert made.env["ALL"] == f"127.0.0.1 80 16464 m 3 1 {GIB // 2} 0.5 15"
     assert (made.env["J"], made.env["NAP"], made.env["K"]) == ('{"port": 80}', "1", "{x}")
     with pytest.raises(SpecError) as caught:
         read(engines % ("['{prot}']", every))
