@@ -1,8 +1,8 @@
 """What looks like a secret: names of options and variables, and the words of a command line that hold one.
 
 Secrets belong in an `env_file`. Where a command line holds one nevertheless, everything that people or files are shown
-of it goes through `redacted`. By name, so neither complete nor always right: a positional argument may be a password,
-and what is hidden in vain costs a reader little.
+of it goes through `redacted`. By name, or by the form that well-known issuers give their tokens, so neither complete
+nor always right: a positional argument may be a password, and what is hidden in vain costs a reader little.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ HIDDEN = "***"
 
 _SECRET = frozenset({
     "token", "key", "keys", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "credential",
-    "credentials", "authorization",
+    "credentials", "authorization", "auth", "pass", "passcode", "pw", "pwd", "cookie", "signature", "sig", "jwt",
+    "bearer",
 })  # fmt: skip
 _HARMLESS = frozenset({
     # tokens of a tokenizer; a plural counts some, so `tokens` is not above
@@ -22,14 +23,22 @@ _HARMLESS = frozenset({
     "per", "next", "last", "first",
     # keys of tables
     "sort", "partition", "primary", "public", "cache", "group", "map", "join", "shard", "metric",
+    # switches
+    "no", "enable", "disable", "require",
 })  # fmt: skip
 """In front of one of the above."""
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _INSIDE = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]*)(?P<between>["']?\s*[:=]\s*["']?(?:(?:Bearer|Basic|Token)\s+)?)(?P<value>(?!//)[^\s"'&?,;}\]]+)"""
+    r"""(?P<name>[A-Za-z][\w.-]*)\\?["']?\s*(?P<mark>[:=])\s*\\?(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?(?!//)(?=\S)"""
 )
-"""A name and its value within one word: `NAME=value`, a header, JSON, the query of an address."""
-_USER_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+"""A name and what stands before its value within one word: `NAME=value`, a header, JSON, the query of an address."""
+_SEPARATOR = re.compile(r"""[\s"'&?,;}\]]""")
+_USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_ISSUED = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|xox[abeprs]-[\w-]{10,}|nvapi-[\w-]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*)"
+)
+"""Tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack and NVIDIA, and signed claims (RFC 7519)."""
 _PATH = re.compile(r"\.{0,2}/|~")
 
 
@@ -54,11 +63,35 @@ def redacted(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _redacted_within(word: str) -> str:
-    word = _USER_IN_ADDRESS.sub(HIDDEN, word)
+    word = _ISSUED.sub(HIDDEN, _USER_IN_ADDRESS.sub(HIDDEN, word))
     at, shown = 0, ""
     while found := _INSIDE.search(word, at):
-        hides = names_secret(found["name"]) and not _PATH.match(found["value"])
-        end = found.end() if hides else found.end("between")  # what looks like a value may be the next name
-        shown += word[at : found.start("value")] + HIDDEN if hides else word[at:end]
+        start = end = found.end()  # what looks like a value may be the next name
+        if names_secret(found["name"]) and not _PATH.match(word, start):
+            end = _end_of_value(word, found)
+        shown += word[at:start] + (HIDDEN if end > start else "")
         at = end
     return shown + word[at:]
+
+
+def _end_of_value(word: str, found: re.Match[str]) -> int:
+    """Where the value ends that begins behind `found`.
+
+    1. In quotes: with them. 2. A list: with it. 3. The whole word is that name and its value: with the word; or at its
+    first blank, as it may be a line of a shell. 4. A header within a word: at the next quote. 5. Else at what
+    separates such words.
+    """
+    start, leads = found.end(), not word[: found.start()].strip("-")
+    header = found["mark"] == ":" and word[start - 1].isspace()
+    if found["quote"]:  # 1
+        stop = re.compile(re.escape(found["quote"]))
+    elif word[start] == "[":  # 2
+        stop = re.compile(r"(?<=\])")
+    elif leads:  # 3
+        stop = re.compile(r"$" if header else r"\s")
+    elif header:  # 4
+        stop = re.compile(r"[\"']")
+    else:  # 5
+        stop = _SEPARATOR
+    ended = stop.search(word, start)
+    return ended.start() if ended else len(word)

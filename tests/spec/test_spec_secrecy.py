@@ -13,7 +13,7 @@ from reconciler.spec.texts import SourceText
     "name",
     ["--api-key", "HF_TOKEN", "clientSecret", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY", "--admin-api-key", "X-Api-Key",
      "Authorization", "DB_PASSWORD", "apiKey", "APIKEY", "token", "--hf-token", "OPENAI_API_KEY_2", "openai.api.key",
-     "credentials"],
+     "credentials", "--basic-auth", "--db-pass", "MYSQL_PWD", "X-Amz-Signature", "--cookie"],
 )  # fmt: skip
 def test_a_name_that_ends_in_a_word_for_a_secret_names_one(name: str) -> None:
     assert names_secret(name)
@@ -22,7 +22,8 @@ def test_a_name_that_ends_in_a_word_for_a_secret_names_one(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["--max-tokens", "--max-num-batched-tokens", "--tokenizer", "--tokenizer-mode", "--eos-token", "--eos-token-id",
-     "--api-key-file", "--ssl-keyfile", "--sort-key", "--model", "MONKEY", "KEYBOARD", "HF_HOME", "", "-", "_1"],
+     "--api-key-file", "--ssl-keyfile", "--sort-key", "--model", "MONKEY", "KEYBOARD", "HF_HOME", "", "-", "_1",
+     "--no-auth", "--auth-type", "--design"],
 )  # fmt: skip
 def test_what_engines_call_tokens_is_none(name: str) -> None:
     assert not names_secret(name)
@@ -53,6 +54,21 @@ def test_a_command_line_is_shown_without_its_secrets(words: str, shown: str) -> 
         ("x-api-key:abc", "x-api-key:***"),
         ("--header=X-Api-Key: abc", "--header=X-Api-Key: ***"),
         ("a=b:token=abc", "a=b:token=***"),
+        ("--api-key=k1,k2;k3", "--api-key=***"),
+        ("Authorization: ApiKey abc, def", "Authorization: ***"),
+        ("curl -H 'Authorization: ApiKey abc' http://h", "curl -H 'Authorization: ***' http://h"),
+        ('{"api_keys": ["a", "b"], "n": 3}', '{"api_keys": ***, "n": 3}'),
+        ('{"password": "two words, and more", "n": 3}', '{"password": "***", "n": 3}'),
+        (r'curl -d "{\"api_key\": \"abc\"}"', r'curl -d "{\"api_key\": \"***"}"'),
+        ("PASSWORD='two words' run --port 1", "PASSWORD='***' run --port 1"),
+        ("HF_TOKEN=a;b run --port 1", "HF_TOKEN=*** run --port 1"),
+        ("postgres://u:p@ss@db/x", "postgres://***@db/x"),
+        ("s3://b?X-Amz-Signature=abc&y=1", "s3://b?X-Amz-Signature=***&y=1"),
+        ("hf_" + "a" * 34, "***"),
+        ("login sk-proj-" + "a" * 40 + " now", "login *** now"),
+        ("token=", "token="),
+        ("token=''", "token=''"),
+        ("--key: [a, b", "--key: ***"),
         ('{"n": 3, "max_tokens": 7}', '{"n": 3, "max_tokens": 7}'),
     ],
 )
