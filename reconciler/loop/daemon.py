@@ -35,7 +35,7 @@ from reconciler.loop.leftovers import Leftovers
 from reconciler.loop.notifying import Notifying
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
-from reconciler.observe.nvml import CACHED, FRESH, WAITING
+from reconciler.observe.nvml import CACHED, WAITING
 from reconciler.observe.snapshot import ObserveOptions, endpoint_of
 from reconciler.plan.actions import Action, Event, Plan
 from reconciler.plan.departures import kept_for, stop_for
@@ -282,12 +282,10 @@ class Daemon:
         last = self._last.plan if self._last else None
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         gpus = CACHED if last is not None and last.converged else WAITING
-        if self._wakers.process_ended:
-            gpus = FRESH  # processes of its GPU that were listed before its end say nothing of the memory it held
-        self._wakers.process_ended = False  # before the look: one that ends during it has the next one look again
+        ended, self._wakers.process_ended = self._wakers.process_ended, False  # one during the look has the next look
         naps = [r.nap for r in ledger.endpoints.values() if r.nap is not None]
         draining = [nap.incarnation for nap in naps if nap.begun is None]
-        return ObserveOptions(gpus=gpus, ready_before=ready, draining=draining)
+        return ObserveOptions(gpus=gpus, ended=ended, ready_before=ready, draining=draining)
 
     def _assess(self, in_force: SpecInForce, observed: Observed, plan: Plan, now: Instant) -> tuple[Incident, ...]:
         journal = self._parts.journal

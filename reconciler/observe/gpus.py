@@ -155,7 +155,7 @@ class NvmlReader:
 def _is_young(read: Instant, readings: GpuReadings, now: Instant, options: ReadOptions) -> bool:
     if now.since(read) >= options.memory_max_age_s:
         return False
-    return all(now.since(gpu.at) < options.processes_max_age_s for gpu in readings.gpus if gpu.state == "ok")
+    return all(options.accepts(gpu.uuid, gpu.at, now) for gpu in readings.gpus if gpu.state == "ok")
 
 
 def _unseen(gpu: RememberedGpu, state: Literal["unknown", "lost"], detail: str, at: Instant) -> Gpu:

@@ -6,9 +6,10 @@ knows of deadlines, threads, or what was seen before: that is `gpus`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +35,17 @@ class ReadOptions:
 
     memory_max_age_s: float = 1.0
     processes_max_age_s: float = 5.0
+    listed_since: Mapping[str, float] = field(default_factory=dict)
+    """By UUID: processes of these GPUs are to be listed at this moment (monotonic seconds) or later, whatever the age
+    of the last list. One from before the end of a process says nothing of the memory that it held."""
+
+    def accepts(self, uuid: str, listed: Instant, now: Instant) -> bool:
+        """Whether a list of the processes on this GPU is young enough."""
+        young = now.since(listed) < self.processes_max_age_s
+        return young and listed.mono >= self.listed_since.get(uuid, -math.inf)
 
 
 CACHED = ReadOptions()
-FRESH = ReadOptions(0.0, 0.0)
 WAITING = ReadOptions(memory_max_age_s=0.0, processes_max_age_s=1.0)
 """While someone waits for memory to come back, many times a second."""
 MOVED_BYTES = 16 * MIB
@@ -256,7 +264,7 @@ class NvmlDriver:
         listing = self._listings.get(uuid)
         if (
             listing is None
-            or now.since(listing.at) >= options.processes_max_age_s
+            or not options.accepts(uuid, listing.at, now)
             or abs(listing.free_bytes - free_bytes) > MOVED_BYTES
         ):
             self.calling = f"nvmlDeviceGetComputeRunningProcesses({index})"

@@ -19,8 +19,9 @@ from reconciler.plan.observed import Probe
 
 LOG = logging.getLogger(__name__)
 
-MAX_WORKERS = 16
-"""Threads exist only while that many questions are out at once: one or two on a healthy box."""
+MAX_WORKERS, IDLE_WORKERS = 16, 2
+"""Threads exist only while that many questions are out at once: one or two on a healthy box. More than two that have
+nothing to do are not kept: endpoints that hang, or start together, take all of them for a while."""
 FIRST_PACE_S = 0.05
 """Pace at the beginning of a start: engines that load nothing are ready in 0.2 s."""
 SLOWEST_START_PACE_S = 1.0
@@ -193,6 +194,17 @@ class Prober:
                     self._on_change()
                 except Exception:
                     LOG.exception("nobody could be told of %s", target.incarnation)
+            if self._is_one_too_many():
+                return
+
+    def _is_one_too_many(self) -> bool:
+        """Whether this worker, which has just done its part, is to end."""
+        with self._lock:
+            if self._idle <= IDLE_WORKERS:
+                return False
+            self._idle -= 1
+            self._workers -= 1
+            return True
 
     def _owner_check(self, watch: _Watch) -> OwnsListener | None:
         """The check of the listener, for an answer that would make it ready: while it stays so, no other can listen."""

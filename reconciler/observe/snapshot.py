@@ -41,6 +41,8 @@ class ObserveOptions:
 
     gpus: ReadOptions = CACHED
     """Fresher while someone waits for memory."""
+    ended: bool = False
+    """A process of ours has ended since the last look."""
     ready_before: Collection[str] = ()
     """Incarnations that were ready once (from the ledger): asked at the usual pace after the daemon's restart, too."""
     draining: Collection[str] = ()
@@ -66,14 +68,15 @@ class Observer:
         """What the box shows now. The prober is told whom to ask from now on; its answers are the last ones.
 
         1. Incarnations first: an owner can only be named once its incarnation is known.
-        2. GPUs next, so that a process that came in between is foreign for one look at worst.
+        2. GPUs next, so that a process that came in between is foreign for one look at worst. Where one of ours has
+           ended, processes are listed anew: an older list says nothing of its memory.
         3. Probes and ports. A port that could not be looked at is held by somebody unknown.
 
         Raises:
             StateError: the records of incarnations cannot be listed.
         """
         incarnations = tuple(self._with_failure(spec, i) for i in self._processes.read())  # 1
-        readings = self._nvml.read(options.gpus)  # 2
+        readings = self._nvml.read(self._reading(options, incarnations))  # 2
         gpus = tuple(self._named(gpu) for gpu in readings.gpus)
         targets = probe_targets(spec, incarnations, options)  # 3
         self._prober.watch(targets)
@@ -90,6 +93,16 @@ class Observer:
             gpus_detail=readings.detail,
             host_available_bytes=host_available(),
         )
+
+    def _reading(self, options: ObserveOptions, incarnations: Iterable[Incarnation]) -> ReadOptions:
+        """How to read the GPUs: as the loop wants it, and of those that somebody left, what is younger than that."""
+        now, since = self._clock.now().mono, dict[str, float]()
+        for incarnation in incarnations:
+            if incarnation.alive or not (incarnation.exited or options.ended):
+                continue
+            left = incarnation.exited.mono if incarnation.exited else now  # nobody knows when it vanished
+            since |= {uuid: max(left, since.get(uuid, left)) for uuid in incarnation.gpus}
+        return replace(options.gpus, listed_since=since)
 
     def _with_failure(self, spec: Spec, incarnation: Incarnation) -> Incarnation:
         """With what its log says of its end; the log of one that ended is read once."""

@@ -23,7 +23,7 @@ from reconciler.loop import daemon as daemon_module
 from reconciler.loop.control import ask
 from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
-from reconciler.observe.nvml import CACHED, FRESH, ReadOptions
+from reconciler.observe.nvml import CACHED
 from reconciler.observe.snapshot import ObserveOptions
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
 from reconciler.plan.observed import Gpu, Observed
@@ -42,13 +42,13 @@ class Eyes:
 
     def __init__(self) -> None:
         self.looks = 0
-        self.asked: list[ReadOptions] = []
+        self.asked: list[ObserveOptions] = []
         self.before_look: Callable[[], None] = lambda: None
 
     def observe(self, _: object, options: ObserveOptions) -> Observed:
         self.before_look()
         self.looks += 1
-        self.asked.append(options.gpus)
+        self.asked.append(options)
         now = SystemClock().now()
         gpus = tuple(Gpu(i, f"GPU-{i}", "A", "ok", 80 << 30, 0, (), "", healthy=True, at=now) for i in (0, 1))
         return Observed(now, "boot", gpus, ())
@@ -224,8 +224,8 @@ def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to
         house.run(story)
 
 
-def test_the_end_of_a_process_has_all_of_the_gpus_looked_at_afresh_once(house: House) -> None:
-    """Also if a look a moment before saw its memory free, and was too early for its end to be recorded."""
+def test_the_end_of_a_process_is_told_to_one_look(house: House) -> None:
+    """Which has its GPUs looked at afresh, also if a look a moment before was too early for its end to be recorded."""
 
     async def look_again(daemon: Daemon) -> None:
         before = house.eyes.looks
@@ -239,8 +239,8 @@ def test_the_end_of_a_process_has_all_of_the_gpus_looked_at_afresh_once(house: H
         daemon._wakers.process_ended = True
         await look_again(daemon)
         await look_again(daemon)
-        assert house.eyes.asked.count(FRESH) == 1
-        assert house.eyes.asked[-1] == CACHED
+        assert [options.ended for options in house.eyes.asked].count(True) == 1
+        assert (house.eyes.asked[-1].ended, house.eyes.asked[-1].gpus) == (False, CACHED)
 
     house.run(story)
 

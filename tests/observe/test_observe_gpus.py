@@ -13,10 +13,12 @@ from reconciler.errors import DriverError
 from reconciler.identity import read_stat
 from reconciler.observe import nvml
 from reconciler.observe.gpus import NvmlReader, RememberedGpu
-from reconciler.observe.nvml import FRESH, ReadOptions
+from reconciler.observe.nvml import ReadOptions
 from reconciler.sim import driver, faults
 from reconciler.sim.node import SimGpu, SimNode, prepare
 from reconciler.units import GIB, MIB
+
+FRESH = ReadOptions(0.0, 0.0)
 
 
 @pytest.fixture
@@ -153,6 +155,22 @@ def test_parts_that_are_young_enough_are_not_asked_again(library, gpu, reader):
     fresh = reader.read(FRESH).gpus[0]
     assert len(fresh.processes) == 1
     assert fresh.at.mono > mixed.at.mono
+
+
+def test_of_a_gpu_that_somebody_left_processes_are_listed_since_then_whatever_their_age(library, gpu, reader, clock):
+    card, other = gpu("GPU-a"), gpu("GPU-b")
+    made = library(card, other)
+    first = reader.read(FRESH)
+    left = clock.now().mono
+    card.listings = {"Compute": [(10, MIB)]}
+    other.listings = {"Compute": [(11, MIB)]}
+    listed = made.called.count("nvmlDeviceGetComputeRunningProcesses_v3")
+    since = ReadOptions(60.0, 60.0, {"GPU-a": left})
+    seen = reader.read(since)
+    assert [len(g.processes) for g in seen.gpus] == [1, 0]
+    assert seen.gpus[0].at.mono >= left > first.gpus[0].at.mono
+    assert made.called.count("nvmlDeviceGetComputeRunningProcesses_v3") == listed + 2  # its length, and itself
+    assert reader.read(since) is seen, "once is enough"
 
 
 def test_memory_that_moves_has_the_processes_listed_at_once(library, gpu, reader):

@@ -97,6 +97,41 @@ def test_an_answer_that_never_ends_is_cut_off(box, clock):
     assert "did not answer within" in answer.detail
 
 
+def test_an_answer_that_ends_too_early_is_not_ready(box, clock):
+    def stop_short(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "4")
+        handler.end_headers()
+        handler.wfile.write(b"ab")
+        handler.close_connection = True
+
+    box.answers["/health"] = stop_short
+    answer = ask(target(box.port), clock)
+    assert answer.ready is False
+    assert "2 bytes before" in answer.detail
+
+
+def test_an_answer_in_chunks_is_read_to_its_end_and_the_connection_kept(box, clock):
+    def in_chunks(handler):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for part in (b"vllm:num_requests_running 3\n", b"vllm:num_requests_waiting 1\n", b""):
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+
+    box.answers["/metrics"] = in_chunks
+    connection = Connection(target(box.port), clock)
+    assert [connection.ask(target(box.port, busy=True)).busy for _ in range(3)] == [4, 4, 4]
+    assert box.connections == 1
+    connection.close()
+
+
+def test_of_a_path_only_what_no_request_may_hold_is_quoted(box, clock):
+    box.answers = {"/a%20b?x=%7By%7D": (200, b""), "/gr%C3%BCn": (200, b"")}
+    assert ask(target(box.port, health_path="/a%20b?x={y}"), clock).ready
+    assert ask(target(box.port, health_path="/grün"), clock).ready
+
+
 def test_what_is_not_http_is_not_ready(clock):
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -15,7 +15,7 @@ from test_observe_probe import PAGE, target
 
 from reconciler.clock import Instant
 from reconciler.observe.probe import Answer
-from reconciler.observe.prober import Prober, is_material, next_probe
+from reconciler.observe.prober import IDLE_WORKERS, Prober, is_material, next_probe
 
 
 @pytest.fixture
@@ -183,6 +183,18 @@ def test_closing_ends_the_threads(box, clock, changes, wait_until):
     mine = ("prober", "probe")
     wait_until(lambda: not [t for t in threading.enumerate() if t.name in mine], "no thread of its own is left")
     assert threading.active_count() <= before + 5  # those of the server's connections, which end by themselves
+
+
+def test_threads_that_were_needed_once_are_not_kept(box, prober, wait_until):
+    box.answers["/slow"] = box.hang
+    slow = {f"{i}": target(box.port, incarnation=f"{i}", health_path="/slow", interval_s=3600.0) for i in range(8)}
+    prober.watch(slow)
+    wait_until(lambda: box.asked.count("/slow") == 8, "all are asked at once")
+    assert prober._workers == 8
+    box.released.set()
+    wait_until(lambda: prober._workers == IDLE_WORKERS, "most of the threads ended")
+    prober.watch({**slow, "one": target(box.port, incarnation="one")})
+    wait_until(lambda: "one" in prober.results(), "those that are left go on asking")
 
 
 # ---------------------------------------------------------------- pure parts

@@ -18,7 +18,7 @@ from reconciler.identity import read_stat
 from reconciler.journal.incarnations import StopRecord, write_stop
 from reconciler.journal.layout import StateDir
 from reconciler.observe.gpus import NvmlReader
-from reconciler.observe.nvml import FRESH
+from reconciler.observe.nvml import ReadOptions
 from reconciler.observe.prober import Prober
 from reconciler.observe.process import ProcessReader
 from reconciler.observe.snapshot import ObserveOptions, Observer, probe_targets, wanted_ports
@@ -44,7 +44,7 @@ from reconciler.spec.spec import (
 from reconciler.units import GIB
 
 SOURCE = Source("setpoints.yaml", 1, 1)
-LOOK_FRESH = ObserveOptions(gpus=FRESH)
+LOOK_FRESH = ObserveOptions(gpus=ReadOptions(0.0, 0.0))
 
 
 def endpoint(name, **changes):
@@ -137,6 +137,29 @@ def test_a_simulated_engine_is_seen_from_its_start_to_its_end(observer, cradle, 
     seen = observer.observe(spec)
     assert seen.incarnations[0].phase == "exited"
     assert seen.probes == {}  # nobody is asked for a process that is not there
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["its end is recorded", "it vanished with its shim"])
+def test_processes_on_the_gpus_of_one_that_ended_are_listed_no_earlier_than_its_end(
+    observer, cradle, wait_until, recorded
+):
+    cached = ObserveOptions(gpus=ReadOptions(3600.0, 3600.0))
+    before = {g.uuid: g.at for g in observer.observe(spec_of(), cached).gpus}
+    mine, *others = sorted(before)
+    identifier = cradle.start("sleep", "600", gpus=(mine,), memory_bytes=(GIB,))
+    run = cradle.run_record(identifier)
+    assert {g.uuid: g.at for g in observer.observe(spec_of(), cached).gpus} == before
+    if not recorded:
+        os.kill(run.shim_pid, signal.SIGKILL)
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not observer.observe(spec_of(), cached).incarnations[0].alive, "the end")
+    seen = observer.observe(spec_of(), replace(cached, ended=True))
+    listed = {g.uuid: g.at for g in seen.gpus}
+    end = seen.incarnations[0].exited
+    assert (end is not None) is recorded
+    assert listed[mine].mono >= (end or before[mine]).mono
+    assert listed[mine] != before[mine]
+    assert {uuid: listed[uuid] for uuid in others} == {uuid: before[uuid] for uuid in others}
 
 
 def test_a_foreign_process_on_a_gpu_is_shown_with_user_and_command(observer, sim_dir):
