@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, until
 
+from reconciler.act import claims
 from reconciler.act.claims import contradiction
 from reconciler.clock import SystemClock
 from reconciler.errors import NotOurs
@@ -308,13 +309,14 @@ def test_what_runs_in_a_container_is_not_taken_for_a_process_out_here(nursery: N
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("then", "speaks_against_it"), [("time.sleep(0.2)", False), ("time.sleep(60)", True)])
+@pytest.mark.parametrize(("lasts_s", "patience_s", "speaks_against_it"), [(0.2, 60.0, False), (60.0, 0.1, True)])
 def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a_moment(
-    nursery: Nursery, then: str, speaks_against_it: bool
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, lasts_s: float, patience_s: float, speaks_against_it: bool
 ) -> None:
     """As it is for some milliseconds of every end: the kernel has closed what a process had, and it is still there."""
     run = nursery.run_record(nursery.started(OBEDIENT))
-    program = f"import os, time; os.closerange(0, 1 << 10); {then}; os._exit(0)"
+    monkeypatch.setattr(claims, "_ENDING_S", patience_s)
+    program = f"import os, time; os.closerange(0, 1 << 10); time.sleep({lasts_s}); os._exit(0)"
     with subprocess.Popen([sys.executable, "-c", program]) as ending:
         try:
             stat = read_stat(ending.pid)

@@ -319,12 +319,17 @@ def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: 
 
 
 def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery) -> None:
-    launch = nursery.launch(OBEDIENT)
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    actor.warm()
+    spare, server = spare_of(actor), actor._forks.pid
+    assert server is not None
+    os.kill(spare, signal.SIGSTOP)  # so that it has its order, and has not begun
 
     async def start_and_kill() -> None:
-        actor = nursery.actor()
         start = asyncio.ensure_future(actor.ensure_started(launch))
-        os.kill(await shim_of(actor), signal.SIGKILL)
+        while len(children(server)) == 1:  # once that one has its order, another is forked in advance
+            await asyncio.sleep(0)
+        os.kill(spare, signal.SIGKILL)
         with pytest.raises(ActError, match="before it started anything"):
             await start
         with pytest.raises(ActError, match="never started"):

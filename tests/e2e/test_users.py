@@ -65,8 +65,7 @@ def test_a_tree_of_another_user_is_adopted_by_the_next_daemon_and_cleared_to_its
     box.write()
     box.start()
     wait_for(lambda: len(lines(public)) == 1, "it is started")
-    pid = box.pids()["other"]
-    assert pid is not None
+    pid = wait_for(lambda: box.pids()["other"], "it is seen")
     assert lines(public) == [[str(pid), NOBODY, account.pw_dir, "none", lines(public)[0][4]]]
     tree = wait_for(lambda: len(found := processes_of(pid)) >= 3 and found, "its whole tree is there")
     assert {Path(f"/proc/{p}").stat().st_uid for p in tree} == {account.pw_uid}
@@ -84,8 +83,7 @@ def test_a_tree_of_another_user_is_adopted_by_the_next_daemon_and_cleared_to_its
     wait_for(lambda: len(lines(public)) == 2, "it is started afresh")
     assert not [p for p in tree if not is_gone(p)], "after the rest of the old one was ended"
 
-    second = box.pids()["other"]
-    assert second is not None
+    second = wait_for(lambda: box.pids()["other"], "it is seen")
     assert box.terminate() == 0
     assert box.run("down").returncode == 0
     assert not processes_of(second)
