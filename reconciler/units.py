@@ -1,4 +1,4 @@
-"""Bytes and durations: parsing what people write, printing what people read. Conversion happens here alone."""
+"""Bytes, durations and counts: parsing what people write, printing what people read. Conversion happens here alone."""
 
 from __future__ import annotations
 
@@ -84,3 +84,8 @@ def format_size(size_bytes: int) -> str:
 def to_mib(size_bytes: int) -> int:
     """Whole MiB, rounded down, as NVML's own tools print."""
     return size_bytes // MIB
+
+
+def counted(count: int, what: str, many: str | None = None) -> str:
+    """`1 file`, `2 files`, `0 files`; `many` where an `s` does not do."""
+    return f"{count} {what if count == 1 else many or what + 's'}"

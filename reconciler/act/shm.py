@@ -34,7 +34,7 @@ from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Intent, SharedFile
 from reconciler.journal.layout import StateDir
 from reconciler.plan.observed import Subject
-from reconciler.units import format_size
+from reconciler.units import counted, format_size
 
 SHM = Path("/dev/shm")  # noqa: S108 - it is what this module is about
 LEAKS = re.compile(r"psm_[0-9a-f]{8}|sem\.mp-\w+|vllm_offload_.+\.mmap|torch_\d+_\d+_\d+|nccl-\w{6}")
@@ -166,7 +166,7 @@ def told(left: Collection[Left]) -> str:
     names = ", ".join(sorted(one.file.name for one in left)[:_NAMED])
     more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
     size = format_size(sum(one.size_bytes for one in left))
-    return f"{len(left)} file{'s' * (len(left) != 1)} in /dev/shm ({size}: {names}{more})"
+    return f"{counted(len(left), 'file')} in /dev/shm ({size}: {names}{more})"
 
 
 def holders(files: Mapping[str, SharedFile], pids: Collection[int]) -> dict[str, frozenset[int]]:

@@ -19,6 +19,7 @@ from reconciler.observe.snapshot import all_endpoints
 from reconciler.plan.observed import Observed
 from reconciler.spec.engines import launch
 from reconciler.spec.spec import Spec
+from reconciler.units import counted
 
 
 def check_files(
@@ -27,7 +28,7 @@ def check_files(
     """The set points and the overlays: whether they mean anything, and what had better not stand in them."""
     found = [Check("files", "error", _where_and_what(p), p.hint) for p in problems]
     found += [Check("files", "warning", _where_and_what(p), p.hint) for p in cautions]
-    return or_ok(found, "files", f"{len(files)} file{'s' * (len(files) != 1)} read, nothing wrong with them")
+    return or_ok(found, "files", f"{counted(len(files), 'file')} read, nothing wrong with them")
 
 
 def _where_and_what(problem: Problem) -> str:
@@ -115,7 +116,7 @@ def check_ports(spec: Spec, observed: Observed) -> tuple[Check, ...]:
         who = f"pid {holder.pid}: {holder.command or '?'}" if holder.pid else "somebody who cannot be seen from here"
         hint = "end it, or give the endpoint another `port:`"
         found.append(Check("ports", "error", f"port {port} of {wanted.get(port, '?')} is taken by {who}", hint))
-    return or_ok(found, "ports", f"{len(wanted)} ports wanted, none taken by anybody else")
+    return or_ok(found, "ports", f"{counted(len(wanted), 'port')} wanted, none taken by anybody else")
 
 
 def check_leftovers(spec: Spec, observed: Observed, shared: Collection[Left]) -> tuple[Check, ...]:

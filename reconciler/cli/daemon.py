@@ -16,6 +16,7 @@ from reconciler.cli.plan import finish
 from reconciler.cli.values import Seconds
 from reconciler.errors import DaemonRunning
 from reconciler.journal.layout import writer
+from reconciler.units import counted
 
 app = group()
 
@@ -155,7 +156,7 @@ def _print_preview(face: Face, preview: Mapping[str, Any]) -> None:
     ours, foreign = preview["ours"], preview["foreign"]
     face.line("Ours, to be ended:" if ours else "Nothing of ours runs.")
     for item in ours:
-        strays = f", and {len(item['strays'])} more processes" if item["strays"] else ""
+        strays = f", and {counted(len(item['strays']), 'more process', 'more processes')}" if item["strays"] else ""
         where = f" on GPU {gpu_list(item['gpus'])}" if item["gpus"] else ""
         face.line(f"  {item['subject']}: pid {item['pid'] or '-'}{strays}{where} ({item['phase']})")
     if foreign:

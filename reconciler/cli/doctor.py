@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from reconciler.cli.wiring import Options
 from reconciler.clock import SystemClock
 from reconciler.errors import ReconcilerError, SpecError, StateError
 from reconciler.journal.layout import StateDir, writer
+from reconciler.units import counted
 
 if TYPE_CHECKING:
     from reconciler.checkup.check import Check, Level
@@ -140,10 +142,7 @@ def _show(face: Face, checks: tuple[Check, ...]) -> None:
         face.out.print(line, soft_wrap=True)
         if check.hint and check.level != "ok":
             face.out.print(Text(f"{'':<{widest}}           -> {check.hint}", "dim"), soft_wrap=True)
-    told = [_counted(level, sum(check.level == level for check in checks)) for level in ("error", "warning", "unknown")]
-    face.line("\n" + (", ".join(filter(None, told)) or "Nothing is wrong with this box."))
-
-
-def _counted(level: Level, count: int) -> str:
-    plural = "s" if count != 1 and level != "unknown" else ""
-    return f"{count} {level}{plural}" if count else ""
+    numbers = Counter(check.level for check in checks)
+    many: Mapping[Level, str] = {"error": "errors", "warning": "warnings", "unknown": "unknown"}
+    told = [counted(numbers[level], level, words) for level, words in many.items() if numbers[level]]
+    face.line("\n" + (", ".join(told) or "Nothing is wrong with this box."))

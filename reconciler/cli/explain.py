@@ -18,10 +18,11 @@ from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
 from reconciler.plan.endpoints import describe_exit
+from reconciler.plan.exits import exit_words
 from reconciler.plan.ledger import TERMINAL
 from reconciler.plan.render import in_zone
 from reconciler.plan.status import agenda_data, incident_data, iso, status_data
-from reconciler.units import format_duration
+from reconciler.units import counted, format_duration
 
 EVENTS_SHOWN = 8
 
@@ -162,7 +163,7 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         how = "as planned" if last.planned else "unplanned"
         ended = clock(iso(last.at.wall))
         yield f"It last ended at {ended}, {how}, with {describe_exit(last)}."
-        yield f"{item['restarts']} unplanned ends are remembered."
+        yield f"{counted(item['restarts'], 'unplanned end is', 'unplanned ends are')} remembered."
 
 
 def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
@@ -191,7 +192,7 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
     yield from _tell_makespan("This run: ", item["makespan"])
     yield from _tell_makespan("The run before: ", item["last_run"])
     if item["exit_code"] is not None:
-        yield f"Its workload ended with exit code {item['exit_code']}."
+        yield f"Its workload ended with {exit_words(item['exit_code'], asked_for=record.outcome != 'failed')}."
     word = "It ended" if record.state in TERMINAL else "It is expected to end"
     if item["end"] is not None:
         yield f"{word} at {clock(item['end'])}."

@@ -17,6 +17,7 @@ from reconciler.cli.values import TIME_HELP, Moment, Seconds
 from reconciler.plan.actions import Plan
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
 from reconciler.plan.status import problem_data
+from reconciler.units import counted
 
 CHANGES_PENDING = 2
 
@@ -54,16 +55,12 @@ def validate(
         for warning in warnings:
             face.line(str(replace(warning, message=f"warning: {warning.message}")))
         wrong = len({problem.file for problem in problems})
-        also = f", {_counted(len(warnings), 'warning')}" if warnings else ""
+        also = f", {counted(len(warnings), 'warning')}" if warnings else ""
         if problems:
-            face.note(f"{_counted(len(problems), 'problem')} in {_counted(wrong, 'file')}{also}")
+            face.note(f"{counted(len(problems), 'problem')} in {counted(wrong, 'file')}{also}")
         else:
-            face.note(f"{_counted(len(found.files), 'file')} checked, no problems{also}")
+            face.note(f"{counted(len(found.files), 'file')} checked, no problems{also}")
     return 1 if problems else 0
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 @app.command()

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from reconciler.loop.daemon import Tick
 from reconciler.plan.actions import Event
+from reconciler.units import counted
 
 PINGS_PER_TIMEOUT = 3
 """A watchdog that expects a sign every minute gets one every 20 s: one may be late without harm."""
@@ -60,4 +61,5 @@ def _status(tick: Tick) -> str:
     ready = sum(view.state == "healthy" for view in views)
     open_ones = sum(incident.state != "resolved" for incident in tick.incidents)
     active = sum(record.state in ("active", "overrun") for record in tick.plan.ledger.overlays.values())
-    return f"{ready} of {len(views)} endpoints ready, {active} overlays active, {open_ones} incidents"
+    overlays, incidents = counted(active, "overlay"), counted(open_ones, "incident")
+    return f"{ready} of {counted(len(views), 'endpoint')} ready, {overlays} active, {incidents}"

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from reconciler.units import MIB, format_duration, format_size
+from reconciler.units import MIB, counted, format_duration, format_size
 
 STATE_STYLES = {
     "healthy": "green", "starting": "yellow", "pending": "yellow", "unhealthy": "red", "failed": "bold red",
@@ -67,7 +67,7 @@ def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("endpoint", "state", "gpus", "pid", "port", "prio", "up", "memory", "why", title="Endpoints")
     for e in endpoints:
         away = e["desired"] != "running" and e["state"] in ("stopped", "sleeping")
-        restarts = f" ({e['restarts']} restarts)" if e["restarts"] else ""
+        restarts = f" ({counted(e['restarts'], 'restart')})" if e["restarts"] else ""
         table.add_row(
             Text(e["name"], "bold"),
             _state(e["state"], dim=away),

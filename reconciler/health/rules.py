@@ -14,6 +14,7 @@ from reconciler.health.facts import Facts
 from reconciler.health.incident import IncidentKind, Severity
 from reconciler.plan.actions import EndpointView
 from reconciler.plan.endpoints import describe_exit
+from reconciler.plan.exits import exit_words
 from reconciler.plan.ledger import TERMINAL, AgendaEntry, EndpointRecord, Exit, Ledger, OverlayRecord
 from reconciler.plan.observed import Gpu, Subject
 from reconciler.units import format_duration
@@ -186,7 +187,9 @@ OVERLAY_RULES: tuple[_Rule[OverlayRecord], ...] = (
         lambda o: _failed(o) and o.exit_code not in (None, 0),
         "WorkloadFailed",
         "warning",
-        lambda o: f"the workload of {o.name} ended with {_exit_words(o.exit_code)}",
+        lambda o: (
+            f"overlay {o.name}: {o.reason or exit_words(o.exit_code)}; `reconciler logs {o.name}` shows what it wrote"
+        ),
     ),
     _Rule(_failed, "OverlayFailed", "warning", lambda o: f"overlay {o.name} failed: {o.reason or 'reason unknown'}"),
     _Rule(
@@ -348,7 +351,3 @@ def _crash(case: Case) -> str:
     if case.crash.ended_for is not None:
         return f"was ended because {case.crash.ended_for}"
     return f"ended by itself with {describe_exit(case.crash)}"
-
-
-def _exit_words(exit_code: int | None) -> str:
-    return f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"

@@ -38,6 +38,7 @@ from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject, SubjectKind
+from reconciler.units import counted
 
 __all__ = [
     "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
@@ -377,7 +378,8 @@ def _read_intent(folder: Path) -> Intent | Unreadable | None:
         if intent.id != folder.name:
             return Unreadable(f"{folder}: its intent is that of {intent.id}")
         if len(intent.gpus) != len(intent.memory_bytes):
-            return Unreadable(f"{folder}: {len(intent.gpus)} GPUs but {len(intent.memory_bytes)} amounts of memory")
+            gpus, amounts = counted(len(intent.gpus), "GPU"), counted(len(intent.memory_bytes), "amount")
+            return Unreadable(f"{folder}: {gpus} but {amounts} of memory")
     return intent
 
 

@@ -25,6 +25,7 @@ from reconciler.plan.together import Seat, begins_before, foreseen_moves, seat_t
 from reconciler.plan.why import tell
 from reconciler.plan.windows import ahead_of, keeping_off, lead_s, not_to_hinder
 from reconciler.spec.spec import OverlaySpec
+from reconciler.units import counted
 
 LOOK_AGAIN_S = 1.0
 
@@ -407,4 +408,4 @@ def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:
     )
     draft.move(name, record)
     count = len({x.gpu for x in draft.leases if x.overlay == name})
-    draft.say("admitted", name, f"leases taken on {count} GPUs" + (f". {why}" if why else ""), cause)
+    draft.say("admitted", name, f"leases taken on {counted(count, 'GPU')}" + (f". {why}" if why else ""), cause)

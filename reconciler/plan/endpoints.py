@@ -8,12 +8,14 @@ from functools import lru_cache
 
 from reconciler.clock import Instant
 from reconciler.plan.board import Hold, Tenant, endpoint_key
+from reconciler.plan.exits import exit_words
 from reconciler.plan.ledger import EndpointRecord, EndpointState, Exit
 from reconciler.plan.naps import follow, serves
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import memory_return_s
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
+from reconciler.units import counted
 
 KEPT_EXITS = 20
 EVICTION_WINDOW_S = 3600.0
@@ -165,9 +167,10 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         record = replace(record, ready_since=None, unhealthy_since=None, ending=None)
         recent = [e for e in record.exits if not e.planned and at.since(e.at) <= restart.window_s]
         if not planned and len(recent) > restart.max_restarts:
+            ends = counted(len(recent), "end")
             record = replace(
                 record,
-                failed=f"{len(recent)} ends within {restart.window_s:g} s; the last with {describe_exit(end)}",
+                failed=f"{ends} within {restart.window_s:g} s; the last with {describe_exit(end)}",
                 failed_hash=endpoint.process_hash if endpoint else None,
             )
     if record.failed and endpoint is not None and endpoint.process_hash != record.failed_hash:
@@ -184,13 +187,8 @@ def forgiven(record: EndpointRecord) -> EndpointRecord:
 
 def describe_exit(end: Exit) -> str:
     """An exit in words, with why it was ended, or what the log said of it."""
-    if end.exit_code is None:
-        words = "an unknown exit code"
-    else:
-        words = f"signal {-end.exit_code}" if end.exit_code < 0 else f"exit code {end.exit_code}"
-    if end.ended_for:
-        return f"{words}, ended because {end.ended_for}"
-    return f"{words} ({end.failure})" if end.failure else words
+    said = f"ended because {end.ended_for}" if end.ended_for else end.failure
+    return exit_words(end.exit_code, said, asked_for=end.planned)
 
 
 def earliest_restart(record: EndpointRecord, restart: Restart) -> Instant | None:
@@ -214,7 +212,7 @@ def cooling_down(
     """Why this endpoint must not be evicted right now, if it was evicted too often or too lately."""
     recent = sum(now.wall - moment < EVICTION_WINDOW_S for moment in record.evictions)
     if recent >= max_evictions_per_hour:
-        return f"evicted {recent} times within the hour (limit {max_evictions_per_hour})"
+        return f"evicted {counted(recent, 'time')} within the hour (limit {max_evictions_per_hour})"
     if record.evictions and record.evicted_by is None:
         ready_for = now.since(record.ready_since) if record.ready_since else 0.0
         if ready_for < min_ready_s:

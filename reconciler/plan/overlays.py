@@ -9,6 +9,7 @@ from typing import Literal
 from zoneinfo import ZoneInfo
 
 from reconciler.clock import Instant
+from reconciler.plan.exits import exit_words
 from reconciler.plan.ledger import LIVE, TERMINAL, OverlayRecord, OverlayState, Timings
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.situation import Situation
@@ -248,9 +249,7 @@ def _ran(record: OverlayRecord, spec: OverlaySpec, workload: Incarnation | None,
     record = replace(record, exit_code=workload.exit_code, active_since=record.active_since or workload.started)
     if workload.exit_code == 0:
         return finish(record, "done", now, "")
-    how = "its exit code is unknown" if workload.exit_code is None else f"exit code {workload.exit_code}"
-    if workload.failure:
-        how = f"{how}: {workload.failure}"
+    how = exit_words(workload.exit_code, workload.failure)
     if record.failures < spec.workload.retries:
         again = replace(record, attempt=record.attempt + 1, active_since=None, exit_code=None)
         return enter(again, "starting", now, f"attempt {record.failures + 1} failed ({how})")

@@ -27,6 +27,7 @@ from reconciler.plan.progress import arrange_workload, progress, quarantine_over
 from reconciler.plan.situation import Situation
 from reconciler.plan.spans import account
 from reconciler.spec.spec import Spec
+from reconciler.units import counted
 
 ENDINGS: frozenset[Op] = frozenset({"drain", "stop", "kill", "sleep", "stop_workload", "wait_memory"})
 MAX_ROUNDS = 100
@@ -418,7 +419,7 @@ def _budgets(draft: Draft) -> tuple[str, ...]:
             lines.append(f"{name}: {len(record.evictions)} of {limit} evictions this hour")
         endpoint = draft.wanted.get(name)
         if endpoint is not None and record.streak:
-            ends = "1 unplanned end" if record.streak == 1 else f"{record.streak} unplanned ends in a row"
+            ends = counted(record.streak, "unplanned end", "unplanned ends in a row")
             lines.append(f"{name}: {ends} (at most {endpoint.restart.max_restarts})")
     return tuple(lines)
 

@@ -15,7 +15,7 @@ from reconciler.plan.endpoints import EVICTION_WINDOW_S, Standing, cooling_down
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
-from reconciler.units import format_size
+from reconciler.units import counted, format_size
 
 RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "NoEvictionLeft", "CoolDown", "GpuUnknown")
 """Every rule that can keep a tenant in its place, in the order in which they are named to people."""
@@ -367,7 +367,7 @@ def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
         if rooms and least > biggest:
             message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(biggest)}"
             return Refusal("InsufficientMemory", message, ("ask for less memory",), transient=False)
-        message = f"it wants {need.count} GPUs, and {len(rooms)} of this node may serve it"
+        message = f"it wants {counted(need.count, 'GPU')}, and {len(rooms)} of this node may serve it"
         return Refusal("InsufficientGpus", message, ("ask for fewer GPUs",), transient=False)
     taken = ", ".join(names) or ", ".join(n.subject.name for n in needs)
     return Refusal("InsufficientGpus", f"no GPUs are left for {taken}", ("wait, or stop something",), transient=True)

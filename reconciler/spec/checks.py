@@ -19,6 +19,7 @@ from reconciler.spec.spec import (
     WholeGpu,
 )
 from reconciler.spec.tree import Node, child, locate
+from reconciler.units import counted
 
 _EXACT_UP_TO = 10  # providers of one capability for which every set is tried; beyond, the simple count stands
 
@@ -96,7 +97,8 @@ def check_floors(
         most = at_once[key]
         if floor > most:
             at = locate(text, ("capabilities", name, "min_available"))
-            message = f'"{name}" shall have {floor} ready providers, and at most {most} can run at the same time'
+            wanted = counted(floor, "ready provider")
+            message = f'"{name}" shall have {wanted}, and at most {most} can run at the same time'
             listed = ", ".join(e.name for e in providers[:10]) or "none that may run"
             findings.add(at, message, f"providers: {listed}")
 
@@ -123,7 +125,7 @@ def check_against_node(spec: Spec, gpu_indices: Sequence[int], gpu_uuids: Sequen
         match claim:
             case GpuCount(count):
                 if count > len(usable):
-                    message = f"{what} wants {count} GPUs, the node has {len(usable)}"
+                    message = f"{what} wants {counted(count, 'GPU')}, the node has {len(usable)}"
                     found.add(source, message, _box(gpu_indices))
             case GpuPins(refs):
                 found.extend(_check_refs(what, refs, source, index_of, usable, _box(gpu_indices)))
@@ -159,7 +161,7 @@ def _claims(spec: Spec) -> Iterator[tuple[str, GpuClaim, Source]]:
 
 
 def _box(gpu_indices: Sequence[int]) -> str:
-    return f"the box has {len(gpu_indices)} GPUs: {', '.join(map(str, gpu_indices)) or 'none'}"
+    return f"the box has {counted(len(gpu_indices), 'GPU')}: {', '.join(map(str, gpu_indices)) or 'none'}"
 
 
 def _most_at_once(providers: Sequence[EndpointSpec], node_gpus: int | None) -> int:

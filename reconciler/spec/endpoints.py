@@ -30,7 +30,7 @@ from reconciler.spec.spec import (
 )
 from reconciler.spec.tree import Entry, Map, Node, Scalar, Sequence, child, locate
 from reconciler.spec.trust import UntrustedError
-from reconciler.units import format_duration
+from reconciler.units import counted, format_duration
 
 ReadEnvFile = Callable[[str], bytes]
 """Content of an absolute path.
@@ -76,7 +76,7 @@ class Context:
         match claim:
             case GpuCount(count):
                 if count > len(self.node_gpus):
-                    message = f"{count} GPUs are wanted, node.gpus has {len(self.node_gpus)}"
+                    message = f"{counted(count, 'GPU is', 'GPUs are')} wanted, node.gpus has {len(self.node_gpus)}"
                     self.findings.add(at, message, f"usable: {usable}")
             case GpuPins(refs):
                 for ref in refs:

@@ -22,6 +22,7 @@ from reconciler.spec.spec import Node as NodeSpec
 from reconciler.spec.texts import SourceText, Texts, read_texts
 from reconciler.spec.tree import Entry, Map, Node, child, locate
 from reconciler.spec.trust import read_trusted
+from reconciler.units import counted
 
 __all__ = [
     "SourceText",
@@ -159,7 +160,7 @@ class _Setpoints:
         texts: dict[str, Node] = {}
         if defaults is not None and weight(defaults) * len(self.listed) > _MOST_EXPANDED:
             at = locate(self.text, ("defaults",), key=True)
-            self.findings.add(at, f"defaults are too large to be repeated in {len(self.listed)} endpoints")
+            self.findings.add(at, f"defaults are too large to be repeated in {counted(len(self.listed), 'endpoint')}")
             self.listed = {}
         for name, entry in sorted(self.listed.items()):
             texts[name] = merged = merge(defaults, entry.node)

@@ -13,6 +13,7 @@ from reconciler.spec.overlay_models import MakespanModel
 from reconciler.spec.spec import Makespan, Source
 from reconciler.spec.tree import Map, Node, child, locate
 from reconciler.spec.values import epoch
+from reconciler.units import counted
 
 LEAST_GRACE_S = 60.0
 GRACE_SHARE = 0.1
@@ -77,7 +78,7 @@ def _schedule_problem(text: str) -> str | None:
     if len(text) > _LONGEST_SCHEDULE:
         return "too long"
     if len(text.split()) != 5:
-        return f"{len(text.split())} fields"
+        return counted(len(text.split()), "field")
     try:
         next(CronSim(text, _SOME_DAY))
     except StopIteration:

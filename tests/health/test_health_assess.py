@@ -92,7 +92,8 @@ def test_a_killed_endpoint_is_exactly_one_incident_that_closes_by_itself() -> No
             1,
         )
     assert incident.message == (
-        "thinking ended by itself with signal 9 and is stopping; capability reasoning has 0 of 1 ready"
+        "thinking ended by itself with signal 9 (SIGKILL, perhaps out of memory: see `journalctl -k`) and is stopping;"
+        " capability reasoning has 0 of 1 ready"
     )
     (recovering,) = life.look(recovered(1.0, 40.0), 41.0)
     assert recovering.state == "recovering"

@@ -333,6 +333,7 @@ GIVEN_UP = "6 ends within 600 s"
 
 # one row per sentence that an incident can say of an endpoint or overlay
 LOOK = "look at its records in run/, and whether its shim is stopped (then `kill -CONT` it)"
+KILLED = "signal 9 (SIGKILL, perhaps out of memory: see `journalctl -k`)"
 SENTENCES = [
     (Box((view(A, "failed", reason="Failed: gone"),)), "thinking has failed and is not started again: Failed: gone"),
     (Box((view(A, "failed", reason="Failed: gone"),), (replace(NEW, failed=GIVEN_UP),)),
@@ -352,7 +353,7 @@ SENTENCES = [
      "thinking (gives way to render) was to be done by 2025-11-24T15:54:59+00:00 and is pending"),
     (Box((view(A, "pending", reason="GpuOccupied: pid 4711"),)), "thinking cannot start: GpuOccupied: pid 4711"),
     (Box((view(A, "pending", reason="PortInUse: port 8080"),)), "thinking cannot start: PortInUse: port 8080"),
-    (Box((view(A, "pending"),), (CRASHED,)), "thinking ended by itself with signal 9 and is pending"),
+    (Box((view(A, "pending"),), (CRASHED,)), f"thinking ended by itself with {KILLED} and is pending"),
     (Box((view(A, "pending"),), (replace(NEW, exits=(replace(crash(), ended_for="it hung"),)),)),
      "thinking was ended because it hung and is pending"),
     (Box((view(A, "unhealthy", reason="503"),)), "thinking is unhealthy and nobody planned it: 503"),
@@ -363,9 +364,9 @@ SENTENCES = [
     (Box((view(A, "stopping", reason="the kernel waits for something"),), incarnations=(killed(A, 61),)),
      "thinking was killed 1m1s ago and does not end: the kernel waits for something"),
     (Box(overlays=(overlay_record("render", state="failed", exit_code=3),)),
-     "the workload of render ended with exit code 3"),
-    (Box(overlays=(overlay_record("render", state="failed", exit_code=-9),)),
-     "the workload of render ended with signal 9"),
+     "overlay render: exit code 3; `reconciler logs render` shows what it wrote"),
+    (Box(overlays=(overlay_record("render", state="failed", exit_code=127, reason="the workload failed: it is odd"),)),
+     "overlay render: the workload failed: it is odd; `reconciler logs render` shows what it wrote"),
     (Box(overlays=(overlay_record("render", state="failed", reason="its file is gone"),)),
      "overlay render failed: its file is gone"),
     (Box(overlays=(overlay_record("render", state="failed"),)), "overlay render failed: reason unknown"),

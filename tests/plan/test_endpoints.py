@@ -14,17 +14,11 @@ END = Exit("i", NOW, 1, planned=False)
 HOUR = 3600.0
 
 
-@pytest.mark.parametrize(
-    ("code", "words"), [(None, "an unknown exit code"), (0, "exit code 0"), (1, "exit code 1"), (-9, "signal 9")]
-)
-def test_an_end_is_told_by_its_code_or_its_signal(code: int | None, words: str) -> None:
-    assert describe_exit(replace(END, exit_code=code)) == words
-
-
 def test_an_end_is_told_with_what_the_log_said_or_with_why_it_was_brought_about() -> None:
+    assert describe_exit(END) == "exit code 1"
     failed = replace(END, failure="out of memory")
     assert describe_exit(failed) == "exit code 1 (out of memory)"
-    assert describe_exit(replace(failed, ended_for="it hung")) == "exit code 1, ended because it hung"
+    assert describe_exit(replace(failed, ended_for="it hung")) == "exit code 1 (ended because it hung)"
 
 
 def evictable(record: EndpointRecord, after_s: float) -> bool:

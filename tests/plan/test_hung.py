@@ -102,7 +102,7 @@ def test_status_events_and_the_incident_say_throughout_that_it_was_ended_because
     assert [i.kind for i in incidents] == ["Hung"], "one trouble, one incident"
     assert "no token was made" in incidents[0].message
     (end,) = run.ledger.endpoints["ask"].exits
-    assert describe_exit(end) == f"exit code 0, ended because {hung}"
+    assert describe_exit(end) == f"exit code 0 (ended because {hung})"
     assert (end.planned, run.ledger.endpoints["ask"].ending) == (False, None)
 
 

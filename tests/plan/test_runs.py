@@ -248,7 +248,7 @@ def test_work_that_could_not_be_run_says_why():
     work, said = run.plant.current("render", "workload"), "no-such: no such program on PATH"
     run.plant.end(work.id, 127)
     run.plant._change(work.id, lambda i: replace(i, failure=said))
-    assert run.settle().ledger.overlays["render"].reason == f"the workload failed: exit code 127: {said}"
+    assert run.settle().ledger.overlays["render"].reason == f"the workload failed: exit code 127 ({said})"
 
 
 def test_work_that_failed_is_tried_again_as_often_as_it_may_be():
