@@ -22,7 +22,6 @@ _GROUP_SIGNALS = (6, 9)
 _PACKAGES = (
     "pyyaml",
     "pydantic",
-    "watchfiles",
     "nvidia-ml-py",
     "psutil",
     "tenacity",

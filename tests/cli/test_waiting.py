@@ -1,0 +1,60 @@
+"""Following a folder: woken by what counts, and by patience where nothing tells."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from reconciler.cli import waiting
+from reconciler.cli.waiting import changes
+
+LONG_S = 60.0
+
+
+def test_a_file_that_counts_ends_the_wait_and_another_does_not(tmp_path: Path) -> None:
+    follow = changes(tmp_path, ".log", patience_s=LONG_S)
+    next(follow)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool, (tmp_path / "chat.log").open("w") as log:
+        told = pool.submit(next, follow)
+        while not told.done():  # again and again: when it begins to follow is its own affair
+            log.write("line\n")
+            log.flush()
+            time.sleep(0.01)
+        assert told.result() is None
+    assert time.monotonic() - began < LONG_S
+    follow.close()
+
+
+def test_a_file_that_does_not_count_is_waited_over(tmp_path: Path) -> None:
+    follow = changes(tmp_path, ".log", patience_s=0.2)
+    next(follow)
+    next(follow)
+    (tmp_path / "journal.sqlite").touch()
+    began = time.monotonic()
+    next(follow)
+    assert time.monotonic() - began >= 0.2
+    follow.close()
+
+
+def test_a_folder_that_comes_later_is_followed(tmp_path: Path) -> None:
+    follow = changes(tmp_path / "logs", ".log", patience_s=0.05)
+    next(follow)
+    next(follow)
+    (tmp_path / "logs").mkdir()
+    next(follow)
+    follow.close()
+
+
+def test_where_nothing_can_be_watched_patience_is_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used_up(_: int) -> object:
+        raise OSError(24, "too many open files: the user's instances are used up")
+
+    monkeypatch.setattr(waiting, "Notes", used_up)
+    follow = changes(tmp_path, ".log", patience_s=0.01)
+    for _ in range(3):
+        next(follow)
+    follow.close()
