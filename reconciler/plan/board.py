@@ -65,6 +65,8 @@ class Tenant:
     moves: int = 0
     """GPUs that it would be started on where it does not run, a place there being kept for it, if it had to leave; 0:
     none is, and it would be a victim."""
+    preemptible: bool | None = None
+    """Whether it may be displaced, of a calm endpoint: its set point alone has a say. None: others have one, too."""
 
 
 class Residents:
@@ -72,8 +74,6 @@ class Residents:
 
     def __init__(self, make: Callable[[], Iterable[Tenant]] = tuple) -> None:
         self._make = make
-        self.held: dict[str, Hold | None] = {}
-        """GPU → all that they hold there, as far as it was asked for."""
 
     @cached_property
     def tenants(self) -> Mapping[str, Tenant]:
@@ -81,16 +81,30 @@ class Residents:
         return {tenant.key: tenant for tenant in self._make()}
 
     @cached_property
+    def _by_gpu(self) -> tuple[dict[str, list[Tenant]], dict[str, Hold]]:
+        on: dict[str, list[Tenant]] = {}
+        sizes: dict[str, int] = {}
+        alone: set[str] = set()
+        for tenant in self.tenants.values():
+            for gpu, hold in tenant.holds.items():
+                if gpu in on:
+                    on[gpu].append(tenant)
+                    sizes[gpu] += hold.memory_bytes
+                else:
+                    on[gpu], sizes[gpu] = [tenant], hold.memory_bytes
+                if hold.exclusive:
+                    alone.add(gpu)
+        return on, {gpu: Hold(size, gpu in alone) for gpu, size in sizes.items()}
+
+    @property
     def on(self) -> Mapping[str, list[Tenant]]:
         """GPU → its residents, in the order in which they were made."""
-        found: dict[str, list[Tenant]] = {}
-        for tenant in self.tenants.values():
-            for gpu in tenant.holds:
-                if gpu in found:
-                    found[gpu].append(tenant)
-                else:
-                    found[gpu] = [tenant]
-        return found
+        return self._by_gpu[0]
+
+    @property
+    def held(self) -> Mapping[str, Hold]:
+        """GPU → all that its residents hold there together, exclusive if one of them is."""
+        return self._by_gpu[1]
 
 
 class Tenants(Mapping[str, Tenant]):
@@ -178,14 +192,13 @@ class Board:
 
     def held(self, gpu: str) -> Hold | None:
         """All that the tenants of one GPU hold together, exclusive if one of them is; None: there are none."""
-        known = self._held if gpu in self._on else self.residents.held
-        if gpu not in known:
-            size, alone, tenants = 0, False, self.on(gpu)
-            for tenant in tenants:
-                hold = tenant.holds[gpu]
-                size, alone = size + hold.memory_bytes, alone or hold.exclusive
-            known[gpu] = Hold(size, alone) if tenants else None
-        return known[gpu]
+        if gpu not in self._on:
+            return self.residents.held.get(gpu)
+        if gpu not in self._held:
+            holds = [tenant.holds[gpu] for tenant in self._on[gpu]]
+            size, alone = sum([hold.memory_bytes for hold in holds]), any(hold.exclusive for hold in holds)
+            self._held[gpu] = Hold(size, alone) if holds else None
+        return self._held[gpu]
 
     def free(self, gpu: str, *, alone: bool) -> int | None:
         """Bytes that nobody holds of one GPU; None: it cannot be used, or somebody is there who cannot share it.
@@ -205,7 +218,7 @@ class Board:
             capacity = self.capacity.get(gpu)
             if capacity is None:
                 continue
-            held = shared[gpu] if gpu in shared and gpu not in self._on else self.held(gpu)
+            held = self.held(gpu) if gpu in self._on else shared.get(gpu)
             if held is not None:
                 if alone or held.exclusive:
                     continue

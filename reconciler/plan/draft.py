@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Event, Verdict
+from reconciler.plan.answers import Answers
 from reconciler.plan.board import Board, Residents
-from reconciler.plan.calm import Standings, calm_ones
 from reconciler.plan.endpoints import Standing, as_tenant, stand
 from reconciler.plan.ledger import EndpointRecord, Lease, Nap, OverlayRecord, Quarantine
 from reconciler.plan.observed import Incarnation, Subject
@@ -87,7 +87,8 @@ class Draft:
     situation: Situation
     steps: dict[str, OverlayStep] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
-    standings: Standings = field(default_factory=Standings)
+    standings: Answers[Standing] = field(default_factory=Answers)
+    """How every endpoint stands, in order; how a calm one does is worked out when somebody asks."""
     calm: dict[str, Incarnation] = field(default_factory=dict)
     """Endpoints that nothing has to be decided on, and of which no overlay has spoken: each with what runs of it."""
     _stirring: tuple[str, ...] | None = None
@@ -158,11 +159,10 @@ class Draft:
                 return Standing(name, "healthy", "", calm[name], remembered[name], must_restart=None, wake=None)
             return stand(situation, name, wanted.get(name) or base.get(name))
 
-        spoken_of = self._spoken_of()
-        calm = calm_ones(situation)
-        for name in spoken_of & calm.keys():
+        calm = dict(situation.calm)
+        for name in self._spoken_of() & calm.keys():
             del calm[name]
-        self.calm, self.standings, self._stirring = dict(calm), Standings(names, judge), None
+        self.calm, self.standings, self._stirring = dict(calm), Answers(names, judge), None
         if len(calm) == len(names) and list(remembered) == names:  # as most often
             self.records = dict(remembered)
         else:
@@ -171,8 +171,9 @@ class Draft:
             wake = self.standings[name].wake
             if wake is not None:
                 self.wakes.append(wake)
+        running = situation.running
         self.residents = Residents(
-            lambda: (as_tenant(situation, run, situation.running[name], ready=True) for name, run in calm.items())
+            lambda: (as_tenant(situation, run, running[name], ready=True, calm=True) for name, run in calm.items())
         )
 
     def rouse(self) -> None:

@@ -103,11 +103,13 @@ def _judge(
     return "unhealthy", "not ready", f"not ready within {health.startup_s:g} s", None  # 6
 
 
-def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: EndpointSpec, *, ready: bool) -> Tenant:
+def as_tenant(
+    situation: Situation, incarnation: Incarnation, endpoint: EndpointSpec, *, ready: bool, calm: bool = False
+) -> Tenant:
     """One that runs, with what it holds and what it costs that it leaves: only one that is ready loses readiness."""
     times = situation.timings(endpoint)
-    lost_s = (times.load_s + times.drain_s + times.stop_s) * max(1, len(endpoint.capabilities)) if ready else 0.0
-    departure_s = situation.leaving_s(endpoint) + memory_return_s(times)
+    lost_s = (times.load_s + times.drain_s + times.stop_s) * (len(endpoint.capabilities) or 1) if ready else 0.0
+    departure_s = situation.leaving_s(endpoint, times) + memory_return_s(times)
     return Tenant(
         endpoint_key(endpoint.name),
         endpoint.priority,
@@ -115,13 +117,16 @@ def as_tenant(situation: Situation, incarnation: Incarnation, endpoint: Endpoint
         round(lost_s * 1000),
         round(departure_s * 1000),
         endpoint.capabilities,
+        preemptible=endpoint.preemptible if calm else None,
     )
 
 
 def holds_of(incarnation: Incarnation) -> dict[str, Hold]:
     """What an incarnation holds of each of its GPUs."""
-    sizes = zip(incarnation.gpus, incarnation.memory_bytes, strict=True)
-    return {gpu: _hold(size, incarnation.exclusive) for gpu, size in sizes}
+    gpus, sizes, exclusive = incarnation.gpus, incarnation.memory_bytes, incarnation.exclusive
+    if len(gpus) == len(sizes) == 1:  # as most often
+        return {gpus[0]: _hold(sizes[0], exclusive)}
+    return {gpu: _hold(size, exclusive) for gpu, size in zip(gpus, sizes, strict=True)}
 
 
 @lru_cache(maxsize=1024)  # many hold the same

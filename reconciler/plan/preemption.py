@@ -102,10 +102,9 @@ class Consents:
         """Whether displacing this tenant by itself breaks no rule."""
         if tenant.priority >= self.overlay.priority:  # whoever is behind an overlay is one more reason against it
             return False
-        name = tenant.key.removeprefix("endpoint/")
-        if name not in self.calm or self.windows:
+        if tenant.preemptible is None or self.windows:
             return not self.broken_by(tenant)
-        consent = self.overlay.allow_baseline_eviction and self.endpoints[name].preemptible
+        consent = self.overlay.allow_baseline_eviction and tenant.preemptible
         return consent and self.situation.sees(tenant.holds)
 
     def broken_by(self, tenant: Tenant) -> frozenset[str]:

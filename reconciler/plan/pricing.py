@@ -68,8 +68,6 @@ class Room:
 
 Way = tuple[Cost, Mapping[str, int], Victims]
 """One way to take one more GPU: the cost and the delays of the branch with it, and the victims that it adds."""
-_Yield = tuple[int, int, int]
-"""Bytes that a tenant gives up on one GPU, and the parts of a victim and of lost readiness that it counts as there."""
 NOBODY = Room(frozenset(), [], 0)
 
 
@@ -143,22 +141,22 @@ class Pricing:
         holds several GPUs is paid for in parts; who moves is no victim.
         """
         missing = room.missing
-        classes: dict[int, list[_Yield]] = {}
+        classes: dict[int, list[Tenant]] = {}
         for tenant in room.shared:
-            size, parts = tenant.holds[gpu].memory_bytes, len(tenant.holds)
             if tenant.moves:
-                missing -= size
+                missing -= tenant.holds[gpu].memory_bytes
+            elif tenant.priority in classes:
+                classes[tenant.priority].append(tenant)
             else:
-                worth = size, SCALE // parts, SCALE * tenant.lost_ms // parts
-                classes.setdefault(tenant.priority, []).append(worth)
+                classes[tenant.priority] = [tenant]
         if missing <= 0:
             return self.levels.zero
         cost = list(self.levels.zero)
         for priority in sorted(classes):
-            there = classes[priority]
-            total = sum([size for size, _, _ in there])
+            sizes = [tenant.holds[gpu].memory_bytes for tenant in classes[priority]]
+            total = sum(sizes)
             if total >= missing:
-                cost[self.levels.victim(wish.key, priority)], cost[LOST] = _fewest(there, missing)
+                cost[self.levels.victim(wish.key, priority)], cost[LOST] = _fewest(classes[priority], sizes, missing)
                 break
             missing -= total
         return tuple(cost)
@@ -167,6 +165,8 @@ class Pricing:
         """Whether a wish may take a tenant's place."""
         if wish.may_displace is None:
             return False
+        if tenant.preemptible is not None:  # quicker asked than remembered
+            return wish.may_displace(tenant)
         rights = self._rights[wish.key]
         known = rights.get(tenant.key)
         if known is None:
@@ -211,28 +211,26 @@ class Pricing:
         if wish.may_displace is None and not branch.gone and gpu not in branch.taken:
             free = self._board.free(gpu, alone=need.exclusive)
             return NOBODY if free is not None and need.memory_bytes[gpu] <= free else None
-        yielding: list[Tenant] = []
-        fixed = [hold for _, hold in branch.taken.get(gpu, ())]
+        lacking = need.memory_bytes[gpu] - self._board.capacity[gpu]
+        given, must, shared = 0, [], []
+        stay = [hold for _, hold in branch.taken.get(gpu, ())]
         for tenant in self._board.on(gpu):
+            hold = tenant.holds[gpu]
             if tenant.key in branch.gone:
                 if self._wants_back(tenant, wish):
-                    fixed.append(tenant.holds[gpu])
-                continue
-            if self.may(wish, tenant) and not (branch.taken and self._delays(tenant, wish, branch)):
-                yielding.append(tenant)
+                    stay.append(hold)
+            elif not self.may(wish, tenant) or (branch.taken and self._delays(tenant, wish, branch)):
+                stay.append(hold)
+            elif need.exclusive or hold.exclusive:
+                must.append(tenant.key)
             else:
-                fixed.append(tenant.holds[gpu])
-        wanted, capacity = need.memory_bytes[gpu], self._board.capacity[gpu]
-        if wanted > capacity or any(h.exclusive for h in fixed) or (need.exclusive and fixed):
-            return None
-        missing = wanted + sum(h.memory_bytes for h in fixed) - capacity
-        if missing > 0:
-            return None
-        if need.exclusive:
-            return Room(frozenset(t.key for t in yielding), [], 0)
-        must = frozenset(t.key for t in yielding if t.holds[gpu].exclusive)
-        shared = [t for t in yielding if t.key not in must]
-        return Room(must, shared, missing + sum(t.holds[gpu].memory_bytes for t in shared))
+                shared.append(tenant)
+                given += hold.memory_bytes
+        if stay:
+            if need.exclusive or any(hold.exclusive for hold in stay):
+                return None
+            lacking += sum([hold.memory_bytes for hold in stay])
+        return Room(frozenset(must), shared, lacking + given) if lacking <= 0 else None
 
     @staticmethod
     def _wants_back(tenant: Tenant, wish: Wish) -> bool:
@@ -351,13 +349,19 @@ class Pricing:
         self.missed = at_least if self.missed is None else min(self.missed, at_least)
 
 
-def _fewest(there: Sequence[_Yield], missing: int) -> tuple[int, int]:
-    """Of tenants of one priority the fewest that may give up so many bytes, and the least that these lose, in parts."""
-    if all(part == SCALE for _, part, _ in there):
-        sizes = sorted([size for size, _, _ in there], reverse=True)
-        count = 1 + sum([held < missing for held in accumulate(sizes)])
-        losses = sorted([lost for size, _, lost in there if count > 1 or size >= missing])
-        return SCALE * count, sum(losses[:count])
+def _fewest(tenants: Sequence[Tenant], sizes: Sequence[int], missing: int) -> tuple[int, int]:
+    """Of tenants of one priority the fewest that may give up so many bytes, and the least that these lose, in parts.
+
+    Who holds several GPUs counts on each in equal parts.
+    """
+    shares = [len(tenant.holds) for tenant in tenants]
+    if max(shares) == 1:
+        largest = max(sizes)
+        if largest >= missing:
+            return SCALE, SCALE * min([t.lost_ms for t, size in zip(tenants, sizes, strict=True) if size >= missing])
+        count = 1 + sum([held < missing for held in accumulate(sorted(sizes, reverse=True))])
+        return SCALE * count, SCALE * sum(sorted([tenant.lost_ms for tenant in tenants])[:count])
+    there = [(s, SCALE // n, SCALE * t.lost_ms // n) for t, s, n in zip(tenants, sizes, shares, strict=True)]
     cost = 0
     for size, part, _ in sorted(
         there, key=lambda item: item[1] / max(1, item[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from reconciler.clock import Instant
@@ -184,17 +185,19 @@ def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:
     one does not go, unless it is its own place.
     """
     need = _need_unleased(draft, endpoint)
-    if need is None or not draft.owed:
-        return need
-    return replace(need, candidates=tuple(c for c in need.candidates if not _owed_to(draft, need, c)))
+    owed = set().union(*draft.owed.values())
+    return (
+        None if need is None else _without(need, {c for c in need.candidates if c in owed and _owed_to(draft, need, c)})
+    )
 
 
 def _need_unleased(draft: Draft, endpoint: EndpointSpec) -> Need | None:
     need = own_need(draft, endpoint)
-    if need is None:
-        return None
-    leased = set().union(*draft.evicted_from(endpoint.name).values())
-    return replace(need, candidates=tuple(c for c in need.candidates if c not in leased))
+    return None if need is None else _without(need, set().union(*draft.evicted_from(endpoint.name).values()))
+
+
+def _without(need: Need, gpus: Collection[str]) -> Need:
+    return replace(need, candidates=tuple([c for c in need.candidates if c not in gpus])) if gpus else need
 
 
 def _owed_to(draft: Draft, need: Need, gpu: str) -> list[str]:

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import PurePath
 
 from reconciler.clock import Instant
+from reconciler.plan.calm import calm_ones
 from reconciler.plan.ledger import EndpointRecord, Ledger, Timings
-from reconciler.plan.observed import Gpu, Incarnation, Observed, Probe, Subject
+from reconciler.plan.observed import Gpu, Incarnation, Observed, Probe, Subject, SubjectKind
 from reconciler.spec.spec import (
     EndpointSpec,
     GpuClaim,
@@ -54,38 +55,44 @@ class Situation:
         self.ledger = ledger
         self.now = now
         self.gpus: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in observed.gpus}
-        self.sole: dict[str, Incarnation] = {}
-        """Endpoint → its only incarnation; most have one."""
-        self._several: dict[str, list[Incarnation]] = {}
-        self._workloads: dict[str, list[Incarnation]] = {}
-        self.passing: list[Incarnation] = []
-        """Incarnations of endpoints of which something may have ended, is to end, does not or has yet to begin, and all
-        of workloads; as observed."""
-        for incarnation in observed.incarnations:
-            name = incarnation.subject.name
-            if incarnation.subject.kind != "endpoint":
-                self._workloads.setdefault(name, []).append(incarnation)
-                self.passing.append(incarnation)
-                continue
-            if incarnation.phase != "running" or incarnation.stop is not None or incarnation.undying_since is not None:
-                self.passing.append(incarnation)
-            if name in self._several:
-                self._several[name].append(incarnation)
-            elif name in self.sole:
-                self._several[name] = [self.sole.pop(name), incarnation]
-            else:
-                self.sole[name] = incarnation
         self.rejected = frozenset(PurePath(problem.file).stem for problem in spec.problems)
         """Overlays whose file is there and cannot be accepted: unknown, not absent."""
 
     # ------------------------------------------------------------ incarnations
 
+    @cached_property
+    def _sifted(self) -> tuple[dict[str, Incarnation], list[Incarnation]]:
+        return calm_ones(self.spec, self.observed, self.ledger.endpoints, self.satisfies)
+
+    @property
+    def calm(self) -> Mapping[str, Incarnation]:
+        """Endpoints that need no decision as long as no overlay speaks of them, each with its only incarnation."""
+        return self._sifted[0]
+
+    @cached_property
+    def _others(self) -> Mapping[SubjectKind, Mapping[str, list[Incarnation]]]:
+        """Every incarnation that is not of a calm endpoint, by kind and name of its subject."""
+        found: dict[SubjectKind, dict[str, list[Incarnation]]] = {"endpoint": {}, "workload": {}}
+        for incarnation in self._sifted[1]:
+            found[incarnation.subject.kind].setdefault(incarnation.subject.name, []).append(incarnation)
+        return found
+
+    @cached_property
+    def passing(self) -> Sequence[Incarnation]:
+        """Of endpoints those of which something may have ended, is to end, does not or has yet to begin; all workloads.
+
+        As observed.
+        """
+        return [
+            i
+            for i in self._sifted[1]
+            if i.subject.kind != "endpoint" or i.phase != "running" or i.stop is not None or i.undying_since is not None
+        ]
+
     def incarnations(self, subject: Subject) -> Sequence[Incarnation]:
         """All incarnations of `subject` not yet archived, oldest first."""
-        if subject.kind != "endpoint":
-            return self._workloads.get(subject.name, ())
-        sole = self.sole.get(subject.name)
-        return self._several.get(subject.name, ()) if sole is None else (sole,)
+        calm = self.calm.get(subject.name) if subject.kind == "endpoint" else None
+        return self._others[subject.kind].get(subject.name, ()) if calm is None else (calm,)
 
     def living(self, subject: Subject) -> list[Incarnation]:
         """Those that may still run something."""
@@ -100,14 +107,18 @@ class Situation:
         names = dict.fromkeys(self.spec.endpoints)  # in order, most often: quickly sorted
         for overlay in self.spec.overlays.values():
             names.update(dict.fromkeys(overlay.endpoints))
-        names.update(dict.fromkeys(self.sole))
-        names.update(dict.fromkeys(self._several))
+        names.update(dict.fromkeys(self._others["endpoint"]))
         return sorted(names)
 
     @cached_property
     def running(self) -> Mapping[str, EndpointSpec]:
         """The endpoints of the baseline whose set point is running."""
-        return {name: e for name, e in self.spec.endpoints.items() if e.state == "running"}
+        endpoints, calm = self.spec.endpoints, self.calm
+        resting = [name for name, e in endpoints.items() if name not in calm and e.state != "running"]
+        running = dict(endpoints)
+        for name in resting:
+            del running[name]
+        return running
 
     def record(self, name: str) -> EndpointRecord:
         """What is remembered of an endpoint; an empty record for a new one."""
@@ -125,9 +136,8 @@ class Situation:
             stop_s=min(defaults.stop_s, endpoint.stop.grace_s),
         )
 
-    def leaving_s(self, endpoint: EndpointSpec) -> float:
+    def leaving_s(self, endpoint: EndpointSpec, times: Timings) -> float:
         """Predicted seconds from asking it to give way until it has, whichever way it is that it goes."""
-        times = self.timings(endpoint)
         if endpoint.evict.method != "sleep":
             return times.drain_s + times.stop_s
         levels = (n for n in endpoint.profile.sleep_levels if n >= endpoint.evict.level)

@@ -186,13 +186,10 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
     if not options:
         return None
     consents = consents_of(draft, overlay)
-    rights: dict[str, bool] = {}  # asked for twice, by the search for victims and by that for others
     begun = frozenset(x.gpu for x in draft.leases if begins_before(draft, x.overlay, overlay))
 
     def may(tenant: Tenant) -> bool:
-        if tenant.key not in rights:
-            rights[tenant.key] = (not begun or not begun & tenant.holds.keys()) and consents.may_displace(tenant)
-        return rights[tenant.key]
+        return not begun & tenant.holds.keys() and consents.may_displace(tenant)
 
     def may_move(tenant: Tenant) -> bool:
         return not begun & tenant.holds.keys() and consents.broken_by(tenant) <= {"NotPreemptible"}
@@ -201,7 +198,7 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
         key=f"overlay/{overlay.name}",
         options=options,
         rank=overlay.priority,
-        may_displace=may,
+        may_displace=may if begun else consents.may_displace,
         may_prolong=_may_prolong(draft, overlay),
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
     )

@@ -27,7 +27,8 @@ def departure_s(draft: Draft, name: str) -> float:
 
 
 def _way_out_s(draft: Draft, endpoint: EndpointSpec) -> float:
-    return draft.situation.leaving_s(endpoint) + memory_return_s(draft.situation.timings(endpoint))
+    times = draft.situation.timings(endpoint)
+    return draft.situation.leaving_s(endpoint, times) + memory_return_s(times)
 
 
 def lead_s(draft: Draft, endpoints: Iterable[str], seized: Iterable[str] = ()) -> float:

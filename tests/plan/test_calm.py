@@ -12,9 +12,8 @@ from hypothesis import given
 from plant import Run
 from worlds import World, examples, worlds
 
-from reconciler.plan import draft as drafts
+from reconciler.plan import situation as situations
 from reconciler.plan.actions import Plan
-from reconciler.plan.calm import calm_ones
 from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Move, Nap
 from reconciler.plan.observed import Incarnation, StopProgress
 from reconciler.plan.planner import plan
@@ -25,7 +24,7 @@ from reconciler.plan.situation import Situation
 def nobody_calm() -> Iterator[None]:
     """Every endpoint is decided on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drafts, "calm_ones", lambda _situation: {})
+        patch.setattr(situations, "calm_ones", lambda _spec, seen, *_: ({}, list(seen.incarnations)))
         yield
 
 
@@ -37,7 +36,7 @@ def test_a_plan_is_the_same_if_every_calm_endpoint_is_decided_on(world: World) -
     def same(run: Run, decided: Plan) -> None:
         nonlocal found
         seen = run.plant.observe()
-        found += len(calm_ones(Situation(run.spec, seen, run.ledger, run.plant.now)))
+        found += len(Situation(run.spec, seen, run.ledger, run.plant.now).calm)
         with nobody_calm():
             again = plan(run.spec, seen, run.ledger, run.plant.now)
         assert repr(again) == repr(decided)
@@ -58,7 +57,7 @@ CALM = EndpointRecord("coding", "healthy", ready_incarnation=RUNS.id, ready_sinc
 def is_calm(run: Incarnation = RUNS, record: EndpointRecord = CALM, **probe: object) -> bool:
     seen = observed(gpu(0), incarnations=[run])
     seen = replace(seen, probes={run.id: replace(ready(run), **probe)})  # type: ignore[arg-type]
-    return "coding" in calm_ones(Situation(spec(CODING), seen, Ledger("boot", endpoints={"coding": record}), NOW))
+    return "coding" in Situation(spec(CODING), seen, Ledger("boot", endpoints={"coding": record}), NOW).calm
 
 
 def test_one_that_runs_as_its_set_point_says_and_answers_is_calm() -> None:
@@ -110,6 +109,25 @@ def test_ends_that_are_in_its_record_already_trouble_nobody() -> None:
 )
 def test_one_that_does_not_answer_as_it_should_is_decided_on(answer: dict[str, object]) -> None:
     assert not is_calm(**answer)
+
+
+@pytest.mark.parametrize(
+    "second", [replace(RUNS, id="second"), replace(RUNS, id="second", phase="exited", exit_code=0)]
+)
+def test_one_of_whom_two_are_there_is_decided_on_whichever_is_seen_first(second: Incarnation) -> None:
+    for both in ((RUNS, second), (second, RUNS)):
+        seen = replace(observed(gpu(0), incarnations=both), incarnations=both)
+        situation = Situation(spec(CODING), seen, Ledger("boot", endpoints={"coding": CALM}), NOW)
+        assert "coding" not in situation.calm
+        assert tuple(situation.incarnations(RUNS.subject)) == both
+
+
+def test_a_workload_of_the_same_name_is_somebody_else() -> None:
+    work = incarnation(overlay("coding", 1, memory=20), [0], key="work")
+    seen = observed(gpu(0), incarnations=[RUNS, work])
+    situation = Situation(spec(CODING), seen, Ledger("boot", endpoints={"coding": CALM}), NOW)
+    assert situation.calm == {"coding": RUNS}
+    assert list(situation.incarnations(work.subject)) == list(situation.passing) == [work]
 
 
 def test_a_calm_one_that_is_displaced_in_the_same_decision_leaves() -> None:
