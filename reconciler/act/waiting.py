@@ -18,8 +18,7 @@ async def readable_within(fd: int, seconds: float, clock: Clock) -> bool:
 
     def note() -> None:
         loop.remove_reader(fd)  # it stays readable, and would be reported in every turn of the loop
-        if not readable.done():
-            readable.set_result(None)
+        readable.set_result(None)
 
     loop.add_reader(fd, note)
     timer = asyncio.ensure_future(clock.sleep(max(0.0, seconds)))

@@ -125,3 +125,11 @@ def test_an_engine_that_does_not_answer_is_a_failure(engine: SleepingServer) -> 
 def test_nobody_on_the_port_is_a_failure(engine: SleepingServer) -> None:
     with pytest.raises(ActError, match="ConnectError"):
         tell(replace(order(engine, asleep=True), port=1))
+
+
+def test_one_that_cannot_be_asked_whether_it_sleeps_is_told_every_time_and_believed(engine: SleepingServer) -> None:
+    blind = replace(order(engine, asleep=True), check=None)
+    engine.moves = False
+    tell(blind)
+    tell(blind)
+    assert engine.posted == [("/sleep?level=1", "")] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,20 @@ def test_a_leader_that_is_no_child_of_its_true_shim_is_refused(nursery: Nursery,
     end(nursery, incarnation, refused=True)
     assert is_running(truth.pid)
     record.write_text(encode(truth))
+
+
+def test_a_leader_whose_shim_was_killed_is_its_own_whoever_else_is_recorded(nursery: Nursery, another: Run) -> None:
+    incarnation = nursery.started(OBEDIENT)
+    (nursery.state.run / "torn").mkdir()
+    (nursery.state.run / "torn" / "run.json").write_text('{"pid"')
+    run = nursery.run_record(incarnation)
+    os.kill(run.shim_pid, signal.SIGKILL)
+    until(lambda: not is_running(run.shim_pid), "its end")
+    assert is_running(run.pid)
+    assert contradiction(nursery.state, incarnation, run) is None
+    (nursery.state.run / "torn" / "run.json").write_text(encode(run))
+    assert contradiction(nursery.state, incarnation, run) == f"pid {run.pid} is also in the record of torn"
+    shutil.rmtree(nursery.state.run / "torn")
 
 
 def test_a_living_shim_whose_records_were_moved_away_is_that_of_no_record(nursery: Nursery) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 from ports import free_port
 
+from reconciler.act import ports
 from reconciler.act.ports import prove_free
 from reconciler.errors import PortInUse
+from reconciler.sockets import CONNECTED
 
 
 @pytest.fixture
@@ -88,3 +90,18 @@ def test_a_server_that_still_loads_takes_the_port_also_where_connections_of_an_e
     taken.bind(address)
     with pytest.raises(PortInUse, match="does not listen yet"):
         prove_free(address[1])
+
+
+@pytest.mark.parametrize("lingering", [True, False])
+def test_where_the_kernel_tells_of_no_bound_sockets_only_connections_of_the_past_speak_for_a_port(
+    taken: socket.socket, monkeypatch: pytest.MonkeyPatch, lingering: bool
+) -> None:
+    port = free_port()
+    taken.bind(("127.0.0.1", port))
+    of_the_past = [(port, 1)] if lingering else []
+    monkeypatch.setattr(ports, "sockets", lambda states: of_the_past if states == CONNECTED else [])
+    if lingering:
+        prove_free(port)
+    else:
+        with pytest.raises(PortInUse, match="has bound it and does not listen yet"):
+            prove_free(port)

@@ -58,6 +58,26 @@ def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest
         assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")
 
 
+def test_the_order_for_a_shim_that_died_in_advance_goes_to_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused: Any = None
+    (spare, dead), (fresh, _) = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), socket.socketpair()
+    dead.close()
+    given: list[list[int]] = []
+    monkeypatch.setattr(shim, "fork_shim", lambda _, descriptors: given.append(descriptors) or fresh)
+    with Path(os.devnull).open() as null:
+        order = [null.fileno()] * 3
+        shim.hand_over(unused, spare, order)
+    assert given == [order]
+    assert spare.fileno() == fresh.fileno() == -1, "the server keeps nothing of either"
+
+
+def test_a_shim_whose_server_died_before_it_asked_to_be_told_takes_no_order() -> None:
+    server, waits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with server, waits, Path(os.devnull).open() as null:
+        socket.send_fds(server, [b"+"], [null.fileno()] * 3)
+        assert shim.wait_in_advance(waits, os.getpid()) == [], "its parent is not that one any more"
+
+
 # ---------------------------------------------------------------- becoming the leader
 
 

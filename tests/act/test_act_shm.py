@@ -288,3 +288,13 @@ def test_what_became_another_file_a_folder_or_a_link_at_the_last_moment_stays(tm
     assert "cannot be removed" in (shm._remove(of(path), tmp_path) or "")
     assert path.is_dir()
     assert victim.exists()
+
+
+def test_who_has_a_file_of_that_name_elsewhere_does_not_have_it(names: list[str], tmp_path: Path) -> None:
+    path = stranger(new(names))
+    (left,) = [file for name, file in shm._candidates(SHM) if name == path.name]
+    me = os.getpid()
+    with (tmp_path / path.name).open("w"):
+        assert shm.holders({path.name: left}, [me]) == {path.name: frozenset()}
+        with path.open():
+            assert shm.holders({path.name: left}, [me]) == {path.name: {me}}

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +15,21 @@ from typing import Any
 import pytest
 
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import ReconcilerError
+from reconciler.errors import ActError, ReconcilerError, StateError
 from reconciler.journal.codec import decode
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
 from reconciler.journal.reader import JournalReader
 from reconciler.loop import daemon as daemon_module
+from reconciler.loop import executor
 from reconciler.loop.control import ask
 from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
 from reconciler.observe.nvml import CACHED
 from reconciler.observe.snapshot import ObserveOptions
+from reconciler.plan.actions import Action, Cause
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
-from reconciler.plan.observed import Gpu, Observed
+from reconciler.plan.observed import Gpu, Observed, Subject
 
 DEADLINE_S = 20.0
 SETPOINTS = """\
@@ -67,8 +70,17 @@ class Eyes:
 
 
 class Actor:
+    """Starts nothing, and counts what it was asked to start."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
     def warm(self) -> None:
         pass
+
+    async def ensure_started(self, _: object) -> None:
+        self.asked += 1
+        raise ActError("there is no disk space left")
 
 
 class House:
@@ -81,12 +93,12 @@ class House:
         self.state.ensure()
         self.clock = SystemClock()
         self.journal = Journal.open(self.state.journal, self.clock)
-        self.eyes = Eyes()
+        self.eyes, self.actor = Eyes(), Actor()
 
     def run(self, story: Callable[[Daemon], Awaitable[None]]) -> None:
         async def live() -> None:
             unused: Any = None
-            actor: Any = Actor()
+            actor: Any = self.actor
             daemon = Daemon(
                 Parts(
                     state=self.state, clock=self.clock, journal=self.journal,
@@ -205,6 +217,47 @@ def test_what_ends_during_a_look_is_known_to_the_decision_after_it(house: House)
 
     house.run(story)
     assert known == [True]
+
+
+def test_what_went_into_a_decision_is_kept_as_soon_as_nothing_happens_for_a_moment(house: House) -> None:
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        with JournalReader.open_readonly(house.state.journal) as reader:
+            while (
+                daemon._last is None or (kept := reader.decision()) is None or kept.wall != daemon._last.plan.now.wall
+            ):
+                await asyncio.sleep(0.01)
+
+    house.run(story)
+
+
+def test_a_start_that_failed_is_tried_again_in_its_time_though_nothing_wakes_the_loop(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "RETRY_INITIAL_S", 0.2)
+    house.setpoints.write_text(SETPOINTS.replace(", state: stopped", ""))
+
+    async def story(_daemon: Daemon) -> None:
+        while house.actor.asked < 3:
+            await asyncio.sleep(0.01)
+
+    house.run(story)
+    failures = [event.wall for event in house.journal.events() if event.kind == "act.start.failed"]
+    assert all(later - earlier >= 0.2 for earlier, later in pairwise(failures))
+
+
+def test_an_engine_that_is_gone_by_now_is_not_called(house: House) -> None:
+    asleep = Action(
+        1, (), "sleep", Subject("endpoint", "chat"), ("GPU-0",), "gives way", Cause("overlay"), 30.0, (0.0, 1.0),
+        ready=True, incarnation="i-1",
+    )  # fmt: skip
+
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        with pytest.raises(StateError, match="chat is no longer there to sleep"):
+            await daemon._call_engine(asleep)
+
+    house.run(story)
 
 
 def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to_be_done(house: House) -> None:

@@ -99,6 +99,7 @@ def test_an_endpoint_is_started_in_the_version_it_was_planned_in_and_in_no_other
     both = replace(spec, overlays={"job": replace(spec.overlays["job"], endpoints={"chat": own})})
     nobody = running("nobody")
     assert launched(replace(CHAT, process_hash="own"), both, nobody).argv == ("serve", "--long")
+    assert launched(replace(CHAT, process_hash="own"), replace(both, endpoints={}), nobody).argv == ("serve", "--long")
     assert launched(replace(CHAT, process_hash=baseline.process_hash), both, nobody).argv == ("serve",)
     with pytest.raises(ActError, match="chat is no longer described as it was when its start was planned"):
         launched(replace(CHAT, process_hash="edited since"), both, nobody)

@@ -173,6 +173,35 @@ def test_an_incident_that_is_over_before_it_could_be_told_is_never_told(journal:
     asyncio.run(story())
 
 
+def test_an_incident_that_is_over_while_others_are_gathered_is_never_told(journal: Journal) -> None:
+    async def story() -> None:
+        desk = Desk(journal, Post())
+        desk.journal.save_incidents([incident()])
+        desk.notifying.offer(spec(), [incident()])
+        await desk.look(replace(incident(), state="resolved", resolved_at=1.0))
+        assert desk.wakes == 1
+        assert desk.post.sent == []
+        assert journal.told("phone") == {}
+
+    asyncio.run(story())
+
+
+def test_one_that_is_taken_out_of_the_files_is_not_tried_again_and_begins_anew_if_it_returns(
+    journal: Journal,
+) -> None:
+    async def story() -> None:
+        desk = Desk(journal, Post(fails=True))
+        desk.post.gate.set()
+        await desk.look(incident())
+        assert desk.notifying.next_retry() is not None
+        await desk.look(incident(), of=spec("version: 1\nendpoints: {}\n"))
+        assert desk.notifying.next_retry() is None
+        await desk.look(incident())
+        assert len(desk.post.sent) == 2, "the pause was that of the old one"
+
+    asyncio.run(story())
+
+
 def test_nobody_is_told_what_is_below_their_severity(journal: Journal) -> None:
     async def story() -> None:
         desk = Desk(journal, Post())
