@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reconciler.cli import wiring
+from reconciler.cli import converging, wiring
 from reconciler.clock import SystemClock
 from reconciler.journal.reader import read_agenda
 from reconciler.plan.actions import Plan
@@ -90,7 +90,7 @@ class Orchestrator:
         Raises:
             ReconcilerError: an endpoint is unknown, the files are wrong, or there is no driver.
         """
-        outcome = await wiring.converging(
+        outcome = await converging.converging(
             self._options, "clean_start", endpoints=tuple(endpoints), timeout_s=timeout_seconds
         )
         return CleanStartResult(outcome.ok, outcome.message, await self.status())

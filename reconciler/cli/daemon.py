@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import converging, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.plan import finish
@@ -61,7 +61,7 @@ def down(ctx: typer.Context, *, endpoints: _Endpoints = None, timeout: _Timeout 
     face = Face.of(ctx)
     _refuse_beside_a_daemon(face)
     with Progress(face) as progress:
-        done = wiring.converge(
+        done = converging.converge(
             face.options,
             "down",
             endpoints=tuple(endpoints or ()),
@@ -96,7 +96,7 @@ def clean_start(
     face = Face.of(ctx)
     names = tuple(endpoints or ())
     if dry_run or (face.asks and not yes):
-        preview = wiring.clean_start_preview(face.options, names)
+        preview = converging.clean_start_preview(face.options, names)
         if dry_run and face.is_json:
             face.answer(preview)
             return 0
@@ -106,7 +106,7 @@ def clean_start(
         face.confirm("End these and start afresh?", yes=yes)
     face.warn_of_root()
     with Progress(face) as progress:
-        done = wiring.converge(
+        done = converging.converge(
             face.options,
             "clean_start",
             endpoints=names,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import converging, wiring
 from reconciler.cli.arguments import INTERRUPTED, group
 from reconciler.cli.face import Face
 from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
@@ -133,13 +133,13 @@ def apply(
                 face.confirm("Carry this out?", yes=yes)
     face.warn_of_root()
     with Progress(face) as progress:
-        done = wiring.converge(
+        done = converging.converge(
             face.options, "apply", timeout_s=timeout.value if timeout else None, progress=progress.show
         )
     return finish(face, done)
 
 
-def finish(face: Face, done: wiring.Outcome) -> int:
+def finish(face: Face, done: converging.Outcome) -> int:
     """Tell how a convergence ended; its exit code."""
     if face.is_json:
         face.answer({"ok": done.ok, "message": done.message, "plan": plan_data(done.plan, done.observed)})

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import Problem, SpecError, UnknownName, UsageError
+from reconciler.errors import Problem, SpecError, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ SETTLED_S = 5.0
 GC_THRESHOLD = (2_000, 10, 10)
 """Of such a daemon: the garbage of its ticks is gone after some of them. `main` starts with far higher ones, and 200
 restarts left 3 MiB behind; with these it is half of one."""
-
-Converging = Literal["apply", "down", "clean_start"]
-Progress = Callable[["Plan", "Observed"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +55,6 @@ class Look:
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     """Everything wrong with the files as they are now."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a convergence ended."""
-
-    plan: Plan
-    observed: Observed
-    message: str
-    ok: bool
-    interrupted: bool = False
-    """A signal ended it before its time."""
 
 
 # ---------------------------------------------------------------- where things are
@@ -150,7 +135,7 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
     spec = followed.spec
     with journal_reader(options) as journal:
         ledger, incidents = learn(journal.ledger(), journal.timings(), spec), journal.incidents()
-    answer = _ask(state, "values")
+    answer = ask(state, "values")
     if answer is not None:
         from reconciler.health.incident import Incident
         from reconciler.journal.codec import decode
@@ -190,7 +175,7 @@ def status(options: Options) -> dict[str, Any]:
     Raises:
         ReconcilerError: as for `look`.
     """
-    answer = _ask(state_dir(options), "status")
+    answer = ask(state_dir(options), "status")
     if answer is not None:
         return dict(answer)
     from reconciler.plan.status import status_data  # the planner and all that it knows: the daemon has them already
@@ -206,20 +191,20 @@ def journal_reader(options: Options) -> JournalReader:
     return JournalReader.open_readonly(state_dir(options).journal)
 
 
-def _ask(state: StateDir, op: str, **arguments: object) -> Any:
+def ask(state: StateDir, op: str, **arguments: object) -> Any:
     """One request to the daemon; None when none runs."""
     if not state.path.is_dir() or writer(state) is None:
         return None
-    from reconciler.loop.control import ask
+    from reconciler.loop import control
 
-    return ask(state.control_socket, op, **arguments)
+    return control.ask(state.control_socket, op, **arguments)
 
 
 # ---------------------------------------------------------------- acting
 
 
 @contextmanager
-def _daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -> Iterator[Daemon]:
+def daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -> Iterator[Daemon]:
     """A daemon on the state directory, which nobody else may hold.
 
     Raises:
@@ -281,15 +266,15 @@ def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:
     import signal
 
     async def serve() -> None:
-        with _daemon(options) as daemon:
+        with daemon(options) as served:
             begun()
             running = asyncio.get_running_loop()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it would have exit codes thrown away
             for number in (signal.SIGTERM, signal.SIGINT):
-                running.add_signal_handler(number, daemon.stop)
-            running.add_signal_handler(signal.SIGHUP, daemon.look_again)
+                running.add_signal_handler(number, served.stop)
+            running.add_signal_handler(signal.SIGHUP, served.look_again)
             running.call_later(SETTLED_S, _settle_memory)
-            await daemon.run()
+            await served.run()
 
     asyncio.run(serve())
     return 0
@@ -309,138 +294,6 @@ def _settle_memory() -> None:
     gc.set_threshold(*GC_THRESHOLD)
 
 
-def converge(
-    options: Options,
-    request: Converging,
-    *,
-    endpoints: tuple[str, ...] = (),
-    timeout_s: float | None = None,
-    progress: Progress = lambda _plan, _observed: None,
-) -> Outcome:
-    """`converging`, for callers without an event loop. SIGTERM and SIGINT end it; what runs goes on running."""
-    import asyncio
-
-    return asyncio.run(
-        converging(options, request, endpoints=endpoints, timeout_s=timeout_s, progress=progress, signals=True)
-    )
-
-
-async def converging(
-    options: Options,
-    request: Converging,
-    *,
-    endpoints: tuple[str, ...] = (),
-    timeout_s: float | None = None,
-    progress: Progress = lambda _plan, _observed: None,
-    signals: bool = False,
-) -> Outcome:
-    """Converge once: to the set points (`apply`), to nothing running (`down`), or from a clean slate (`clean_start`).
-
-    Raises:
-        DaemonRunning: a daemon holds the state directory and converges by itself (`clean_start` asks it instead).
-        ReconcilerError: it cannot start.
-    """
-    import asyncio
-    import signal
-
-    from reconciler.loop.converging import Goal
-    from reconciler.plan.requests import stopped
-
-    spec = in_force(options, last_good=request == "down").spec
-    unknown = sorted(set(endpoints) - set(spec.endpoints))
-    if unknown:
-        raise UnknownName(f"no endpoint is named {unknown[0]!r}", name=unknown[0], known=spec.endpoints)
-    names = endpoints or tuple(sorted(spec.endpoints))
-    asked = (
-        await asyncio.to_thread(_ask, state_dir(options), "clean_start", endpoints=list(names))
-        if request == "clean_start"
-        else None
-    )
-    if asked is not None:
-        return await asyncio.to_thread(_await_daemon, options, names, timeout_s, progress)
-
-    def as_stopped(spec: Spec) -> Spec:
-        return stopped(spec, endpoints or tuple(spec.endpoints))
-
-    goal = Goal(SystemClock(), timeout_s=timeout_s, progress=progress, names=names if request == "clean_start" else ())
-    with _daemon(options, as_stopped if request == "down" else None) as daemon:
-        running = asyncio.get_running_loop()
-        if signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                running.add_signal_handler(number, goal.interrupt, daemon.stop)
-        if timeout_s is not None:
-            running.call_later(timeout_s, daemon.look_again)
-        if request == "clean_start":
-            daemon.request_clean_start(names)
-        tick = await daemon.run(goal.reached)
-    ok, message = goal.verdict(tick)
-    return Outcome(tick.plan, tick.observed, message, ok=ok, interrupted=goal.interrupted)
-
-
-def _await_daemon(options: Options, names: tuple[str, ...], timeout_s: float | None, progress: Progress) -> Outcome:
-    """Follow a clean start that the running daemon carries out."""
-    import time
-
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while True:
-        time.sleep(0.25)  # another process decides; its socket has no way to say when
-        seen = look(options)
-        progress(seen.plan, seen.observed)
-        renewing = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.renew_before is not None]
-        failed = [n for n in names if (r := seen.ledger.endpoints.get(n)) is not None and r.failed]
-        if failed:
-            return Outcome(seen.plan, seen.observed, f"{', '.join(failed)}: failed", ok=False)
-        if not renewing and seen.plan.converged:
-            return Outcome(seen.plan, seen.observed, *_renewed(seen.plan, names))
-        if deadline is not None and time.monotonic() > deadline:
-            return Outcome(seen.plan, seen.observed, f"not ready in time: {', '.join(renewing)}", ok=False)
-
-
-def _renewed(plan: Plan, names: tuple[str, ...]) -> tuple[str, bool]:
-    """What became of a clean start that is over, and whether that is a success: giving way to an overlay is one."""
-    waiting = {b.subject.name: b for b in plan.blocked if b.subject.kind == "endpoint" and b.subject.name in names}
-    told = [f"{name}: {b.reason}: {b.message}" for name, b in sorted(waiting.items())]
-    fresh = [n for n in names if n not in waiting and plan.endpoints[n].state == "healthy"]
-    message = "; ".join(([f"started afresh: {', '.join(fresh)}"] if fresh else []) + told) or "nothing has to run"
-    return message, all(b.reason == "EvictedBy" for b in waiting.values())
-
-
-def clean_start_preview(options: Options, endpoints: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Whom a clean start would end, and whom it leaves alone.
-
-    Returns:
-        `ours`: incarnations (subject, pid, strays, gpus) that would be ended; `foreign`: processes on GPUs
-        (gpu, pid, user, command, memory_mib) that are never touched.
-    """
-    seen = look(options)
-    names = set(endpoints or seen.spec.endpoints)
-    indices = {g.uuid: g.index for g in seen.observed.gpus}
-    ours = [
-        {
-            "subject": i.subject.name,
-            "pid": i.pid,
-            "phase": i.phase,
-            "strays": list(i.strays or ()),
-            "gpus": [indices[u] for u in i.gpus if u in indices],
-        }
-        for i in seen.observed.incarnations
-        if i.subject.kind == "endpoint" and i.alive and i.subject.name in names
-    ]
-    foreign = [
-        {
-            "gpu": g.index,
-            "pid": p.pid,
-            "user": p.user,
-            "command": p.command,
-            "memory_mib": None if p.memory_bytes is None else p.memory_bytes >> 20,
-        }
-        for g in seen.observed.gpus
-        for p in g.processes or ()
-        if p.owner is None
-    ]
-    return {"ours": ours, "foreign": foreign}
-
-
 def reset(options: Options, name: str) -> str:
     """Clear what keeps `name` (endpoint, finished overlay, GPU) from being tried again; what was done, in words.
 
@@ -448,7 +301,7 @@ def reset(options: Options, name: str) -> str:
         ReconcilerError: nothing has that name.
     """
     state = state_dir(options)
-    answer = _ask(state, "reset", name=name)
+    answer = ask(state, "reset", name=name)
     if answer is not None:
         return str(answer["message"])
     from reconciler.journal.journal import Journal

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from reconciler.cli import wiring
+from reconciler.cli import converging
 from reconciler.cli.main import run
 from reconciler.journal.incarnations import list_ended, list_ids, new_id
 from reconciler.journal.layout import StateDir, acquire_writer
@@ -26,8 +26,8 @@ def asked(monkeypatch) -> list:
         calls.append((request, kwargs["endpoints"], kwargs["timeout_s"]))
         raise KeyboardInterrupt  # far enough: what comes after is another test's
 
-    monkeypatch.setattr(wiring, "converge", converge)
-    monkeypatch.setattr(wiring, "clean_start_preview", lambda options, names: PREVIEW)
+    monkeypatch.setattr(converging, "converge", converge)
+    monkeypatch.setattr(converging, "clean_start_preview", lambda options, names: PREVIEW)
     return calls
 
 

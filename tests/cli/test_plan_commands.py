@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from desk import Desk
 
-from reconciler.cli import wiring
+from reconciler.cli import converging, wiring
 from reconciler.cli.main import run
 from reconciler.clock import Instant, SystemClock
 from reconciler.journal.journal import Journal
@@ -45,14 +45,14 @@ class TiedBox:
         seen = self.look(options)
         progress(seen.plan, seen.observed)
         message = "the box matches its set points" if self.ok else "stuck"
-        return wiring.Outcome(ok=self.ok, plan=seen.plan, observed=seen.observed, message=message)
+        return converging.Outcome(ok=self.ok, plan=seen.plan, observed=seen.observed, message=message)
 
 
 @pytest.fixture
 def box(desk, monkeypatch):
     made = TiedBox(desk.setpoints)
     monkeypatch.setattr(wiring, "look", made.look)
-    monkeypatch.setattr(wiring, "converge", made.converge)
+    monkeypatch.setattr(converging, "converge", made.converge)
     return made
 
 
