@@ -159,6 +159,7 @@ class ProcessActor:
         try:
             if launch.port is not None:
                 ports.prove_free(launch.port)
+            self._state.ensure_logs()
             try:
                 incarnations.write_intent(self._state, self._intent(launch, group))
             except OSError as error:

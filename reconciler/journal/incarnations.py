@@ -261,7 +261,7 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
         raise FileExistsError(f"{target} exists")
     # the folder appears with its intent in it, or not at all; a daemon that died in between left a draft
     for draft in state.run.glob(f".*{_DRAFT}"):
-        shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)  # what is no folder is nobody's draft
     staging = state.run / f".{intent.id}{_DRAFT}"
     staging.mkdir(mode=0o700)
     staging.chmod(0o700)
@@ -423,7 +423,7 @@ def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
     ending = _read_intent(state.run / incarnation)
     if isinstance(ending, Intent) and ending.group is not None and not cgroup.remove(ending.group, incarnation):
         return
-    with suppress(FileNotFoundError):
+    if (state.run / incarnation).exists():
         (state.run / incarnation).rename(state.ended / incarnation)
     past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])
     for _, name, log in past[: max(0, len(past) - keep)]:

@@ -89,6 +89,15 @@ class StateDir:
         for name in _FOLDERS:
             _ensure_private(self.path / name)
 
+    def ensure_logs(self) -> None:
+        """Have a folder for logs, which somebody may have removed to make room: nothing rests on what was in it.
+
+        Raises:
+            StateError: as for `ensure`.
+        """
+        if not self.logs.is_dir():
+            _ensure_private(self.logs)
+
     def ensure_root(self) -> None:
         """Create the directory itself, and those above it, if they are missing.
 

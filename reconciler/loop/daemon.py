@@ -41,7 +41,7 @@ from reconciler.plan.actions import Action, Event, Plan
 from reconciler.plan.departures import kept_for, stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
-from reconciler.plan.observed import Observed
+from reconciler.plan.observed import Incarnation, Observed
 from reconciler.plan.requests import clean_start, reset, unknown
 from reconciler.plan.status import DaemonInfo, status_data
 from reconciler.spec.spec import Notifier, Spec, Stop
@@ -162,6 +162,8 @@ class Daemon:
         )
         self._notifying = Notifying(parts.journal, parts.clock, deliver=self._deliver, wake=self._wakers.wake)
         self._stopping = False
+        self._unmoved: set[str] = set()
+        """Ended incarnations whose records could not be put away."""
         self._looked = asyncio.Event()
         """Set once there is something to answer with."""
 
@@ -181,6 +183,8 @@ class Daemon:
                     self._parts.journal.append(await face.show(tick), self._parts.clock.now())
                 if self._stopping or (until is not None and until(tick)):
                     return tick
+                if until is not None and self._unmoved:
+                    raise StateError(f"{self._parts.state.run}: records cannot be put away", hint="reconciler events")
                 await self._rest(self._patience(tick))
         finally:
             await self._close()
@@ -230,19 +234,32 @@ class Daemon:
         incidents = self._assess(in_force, observed, plan, now)  # nobody waits for what follows: starts come first
         self._last = replace(self._last, incidents=incidents)
         self._notifying.offer(in_force.spec, incidents)
-        record_durations(parts.journal, before, plan.ledger, observed, self._began, plan.archive)
-        for incarnation in observed.incarnations:
-            if incarnation.id in plan.archive:
-                archive(parts.state, incarnation.id, keep=kept_for(in_force.spec, incarnation.subject))
+        ended = [i for i in observed.incarnations if i.id in plan.archive]
+        fresh = {i.id for i in ended} - self._unmoved
+        record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
+        self._unmoved = {i.id for i in ended if not self._put_away(in_force.spec, i)}
         if parts.leftovers is not None:
             await parts.leftovers.follow(observed)
-            parts.journal.append(await parts.leftovers.clear(plan.archive), now)
+            parts.journal.append(await parts.leftovers.clear(fresh), now)
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
         self._looked.set()
         seconds, untold = parts.clock.now().since(began), dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
+
+    def _put_away(self, spec: Spec, ended: Incarnation) -> bool:
+        """Whether its records could be put away; if not, as on a disk that is read-only by now, it is told once.
+
+        They do no harm where they are: it counts as ended.
+        """
+        try:
+            archive(self._parts.state, ended.id, keep=kept_for(spec, ended.subject))
+        except OSError as error:
+            if ended.id not in self._unmoved:
+                self._report(Event("records.kept", ended.subject.name, f"cannot be put away: {error}", "cleanup"))
+            return False
+        return True
 
     async def _rest(self, patience_s: float) -> None:
         """Wait for something to happen. What nobody waits for at all is done once nothing did for a moment."""
@@ -303,7 +320,7 @@ class Daemon:
         waits = [tick.spec.spec.policy.resync_s, self._parts.at_least_every_s]
         if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions):
             waits.append(_memory_pace(tick, now))
-        if tick.plan.archive:
+        if set(tick.plan.archive) - self._unmoved:
             waits.append(MEMORY_POLL_S)
         if any(b.reason in OUTSIDE for b in tick.plan.blocked):
             waits.append(OUTSIDE_POLL_S)

@@ -45,6 +45,12 @@ def test_an_intent_that_a_full_disk_refuses_starts_nothing_and_the_next_start_go
     assert len(nursery.members(launch.incarnation)) == 1
 
 
+def test_logs_that_were_removed_with_their_folder_keep_nothing_from_being_started(nursery: Nursery) -> None:
+    nursery.state.logs.rmdir()
+    assert nursery.log(nursery.started(OBEDIENT)) == "ready\n"
+    assert nursery.state.logs.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("disk", ["writable", "full"])
 def test_a_fork_server_that_cannot_be_started_is_the_recorded_reason_and_leaks_no_descriptor(
     nursery: Nursery, monkeypatch: pytest.MonkeyPatch, disk: str

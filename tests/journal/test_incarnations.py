@@ -437,6 +437,22 @@ def test_putting_away_deletes_no_file_outside_the_logs(state: StateDir, tmp_path
     assert precious.exists()
 
 
+def test_where_nothing_can_be_put_away_to_records_stay_and_it_is_an_error(state: StateDir) -> None:
+    write_intent(state, intent())
+    state.ended.rmdir()
+    with pytest.raises(FileNotFoundError):
+        archive(state, "abc", keep=20)
+    assert list_ids(state) == ("abc",)
+
+
+def test_what_is_no_draft_does_not_keep_others_from_being_recorded(state: StateDir, tmp_path: Path) -> None:
+    (state.run / ".x.new").write_text("not a folder")
+    (state.run / ".y.new").symlink_to(tmp_path)
+    write_intent(state, intent())
+    assert list_ids(state) == ("abc",)
+    assert tmp_path.is_dir()
+
+
 def test_unreadable_records_can_be_put_away(state: StateDir) -> None:
     path = write_intent(state, intent())
     (path / "intent.json").write_text("{")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -29,7 +30,7 @@ from reconciler.observe.nvml import CACHED
 from reconciler.observe.snapshot import ObserveOptions
 from reconciler.plan.actions import Action, Cause
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
-from reconciler.plan.observed import Gpu, Observed, Subject
+from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 
 DEADLINE_S = 20.0
 SETPOINTS = """\
@@ -47,6 +48,7 @@ class Eyes:
         self.looks = 0
         self.asked: list[ObserveOptions] = []
         self.before_look: Callable[[], None] = lambda: None
+        self.incarnations: tuple[Incarnation, ...] = ()
 
     def observe(self, _: object, options: ObserveOptions) -> Observed:
         self.before_look()
@@ -54,7 +56,7 @@ class Eyes:
         self.asked.append(options)
         now = SystemClock().now()
         gpus = tuple(Gpu(i, f"GPU-{i}", "A", "ok", 80 << 30, 0, (), "", healthy=True, at=now) for i in (0, 1))
-        return Observed(now, "boot", gpus, ())
+        return Observed(now, "boot", gpus, self.incarnations)
 
     def watches(self) -> Mapping[int, str]:
         return {}
@@ -275,6 +277,45 @@ def test_what_was_asked_of_a_daemon_whose_tick_fails_is_answered_and_not_said_to
 
     with pytest.raises(ReconcilerError, match="the box went away"):
         house.run(story)
+
+
+def test_records_that_cannot_be_put_away_are_told_once_and_end_no_daemon(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder that is read-only by now; once it can be, they are."""
+    tries: list[str] = []
+    writable = asyncio.Event()
+
+    def put_away(_state: StateDir, incarnation: str, *, keep: int) -> None:
+        assert keep > 0
+        tries.append(incarnation)
+        if not writable.is_set():
+            raise OSError(errno.EROFS, "Read-only file system")
+        house.eyes.incarnations = ()
+
+    monkeypatch.setattr(daemon_module, "archive", put_away)
+    now = house.clock.now()
+    subject = Subject("endpoint", "gone")
+    house.eyes.incarnations = (
+        Incarnation("i-1", subject, "h", (), (), False, None, now, "exited", None, (), exit_code=0, exited=now),
+    )
+
+    async def story(daemon: Daemon) -> None:
+        for number in range(1, 4):
+            daemon.look_again()
+            for _ in range(1000):
+                if len(tries) >= number:
+                    break
+                await asyncio.sleep(0.01)
+        assert (await house.ask("status"))["daemon"]["running"]
+        writable.set()
+        while house.eyes.incarnations:
+            daemon.look_again()
+            await asyncio.sleep(0.01)
+        kinds = [event.kind for event in house.journal.events()]
+        assert kinds.count("records.kept") == 1
+
+    house.run(story)
 
 
 def test_the_end_of_a_process_is_told_to_one_look(house: House) -> None:
