@@ -22,6 +22,7 @@ _GROUP_SIGNALS = (6, 9)
 _PACKAGES = (
     "pyyaml",
     "pydantic",
+    "watchfiles",
     "nvidia-ml-py",
     "psutil",
     "tenacity",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import suppress
 from pathlib import Path
 
-from reconciler.inotify import WRITES, Notes
+from watchfiles import Change, watch
 
-SETTLE_S = 0.05
+SETTLE_MS = 50
 """Changes this close together are one: the journal commits several times in a tick."""
+_MISSING_S = 0.5
 
 
 def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[None]:
@@ -20,25 +20,28 @@ def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[N
     inotify does not see what reaches a file through a mapping or another machine, so patience is bounded. A folder that
     is not there yet is looked for.
 
-    Where the user's inotify instances are used up there is patience alone.
-
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
+
+    def counts(_: Change, path: str) -> bool:
+        return path.endswith(suffixes)
+
     yield
-    try:
-        notes = Notes(WRITES)
-    except OSError:
-        while True:
-            time.sleep(patience_s)
-            yield
-    with closing(notes):
-        while True:
-            notes.follow([folder])
-            until = time.monotonic() + patience_s
-            while (left_s := until - time.monotonic()) > 0:
-                if select.select([notes], [], [], left_s)[0] and any(n.endswith(suffixes) for n in notes.read()):
-                    time.sleep(SETTLE_S)
-                    notes.read()
-                    break
+    while True:
+        if folder.is_dir():
+            # a folder that vanishes while it is watched ends the watch, and is looked for again
+            with suppress(FileNotFoundError):
+                for _ in watch(
+                    folder,
+                    watch_filter=counts,
+                    debounce=SETTLE_MS,
+                    step=SETTLE_MS,
+                    rust_timeout=round(patience_s * 1000),
+                    yield_on_timeout=True,
+                    recursive=False,
+                ):
+                    yield
+        else:
+            time.sleep(_MISSING_S)
             yield

@@ -179,6 +179,7 @@ class Daemon:
             self._load()
             while True:
                 tick = await self._tick()
+                self._wakers.watch_files(self._parts.specs.path, self._parts.specs.overlays_folder)
                 for face in self._parts.faces:
                     self._parts.journal.append(await face.show(tick), self._parts.clock.now())
                 if self._stopping or (until is not None and until(tick)):
@@ -210,8 +211,6 @@ class Daemon:
         parts, began = self._parts, self._parts.clock.now()
         parts.actor.warm()
         in_force = self._load()
-        if self._wakers.watch_folders(parts.specs.folders()):
-            in_force = self._load()  # what was edited before that is not told
         options = self._look_options(parts.journal.ledger())
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         # after the look, and nothing is waited for from here to the walk: a call that ended during the look is not made
@@ -444,7 +443,7 @@ class Daemon:
                 continue
             request.set_exception(StateError("the daemon ended before it did that", hint="ask again"))
         await self._control.close()
-        self._wakers.close()
+        await self._wakers.close()
         for face in self._parts.faces:
             await face.close()
         await self._notifying.close()

@@ -68,9 +68,9 @@ class SpecKeeper:
         assert self._in_force is not None  # noqa: S101 - `load` is called before anything else
         return self._in_force
 
-    def folders(self) -> frozenset[Path]:
-        """Where edits are made: beside the set points, and where overlays are dropped, as the files name it now."""
-        return frozenset(p for p in (self.path.parent, self._folder) if p is not None)
+    def overlays_folder(self) -> Path | None:
+        """The folder that overlays are dropped into, as the files name it now."""
+        return self._folder
 
     def load(self, ledger: Ledger) -> SpecInForce:
         """Look at the files again.

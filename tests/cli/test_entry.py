@@ -34,7 +34,7 @@ def all_commands() -> dict[str, str]:
 def test_help_imports_no_library_but_typer():
     code = (
         "import sys\nfrom reconciler.cli.main import run\nrun(['--help'])\n"
-        "heavy = {'pydantic', 'rich', 'yaml', 'httpx', 'psutil', 'pynvml', 'sqlite3', 'asyncio'}\n"
+        "heavy = {'pydantic', 'rich', 'yaml', 'httpx', 'psutil', 'pynvml', 'watchfiles', 'sqlite3', 'asyncio'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

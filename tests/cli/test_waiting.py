@@ -6,9 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
-from reconciler.cli import waiting
 from reconciler.cli.waiting import changes
 
 LONG_S = 60.0
@@ -46,15 +43,4 @@ def test_a_folder_that_comes_later_is_followed(tmp_path: Path) -> None:
     next(follow)
     (tmp_path / "logs").mkdir()
     next(follow)
-    follow.close()
-
-
-def test_where_nothing_can_be_watched_patience_is_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def used_up(_: int) -> object:
-        raise OSError(24, "too many open files: the user's instances are used up")
-
-    monkeypatch.setattr(waiting, "Notes", used_up)
-    follow = changes(tmp_path, ".log", patience_s=0.01)
-    for _ in range(3):
-        next(follow)
     follow.close()

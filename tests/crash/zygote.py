@@ -16,6 +16,7 @@ import httpx  # noqa: F401 - warm
 import psutil  # noqa: F401 - warm
 import pynvml  # noqa: F401 - warm
 import stopper
+import watchfiles  # noqa: F401 - warm
 
 from reconciler.cli import daemon, main, wiring  # noqa: F401 - warm
 from reconciler.loop import daemon as loop  # noqa: F401 - warm

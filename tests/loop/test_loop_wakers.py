@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from reconciler.inotify import Notes
 from reconciler.loop import wakers
 from reconciler.loop.wakers import Wakers
 
@@ -45,7 +44,7 @@ def test_the_end_of_a_process_wakes_once_although_its_descriptor_stays_readable(
         waker.watch_processes({fd: "i-1"})
         await waker.wait(0.05)
         assert not waker.process_ended
-        waker.close()
+        await waker.close()
         os.close(fd)
 
     run(story)
@@ -77,98 +76,93 @@ def test_a_thread_that_outlives_the_loop_may_still_wake_it() -> None:
     kept[0].wake_threadsafe()
 
 
-def test_a_burst_of_edits_wakes_once_it_is_over(tmp_path: Path) -> None:
-    async def story() -> None:
-        waker = Wakers()
-        waker.files_changed = False
-        assert waker.watch_folders({tmp_path})
-        for number in range(3):
-            (tmp_path / f"{number}.yaml").write_text("")
-        assert await woken(waker)
-        assert waker.files_changed
-        await waker.wait(3 * wakers.BURST_S)
-        waker.files_changed = False
-        assert not await waker.wait(0.05)
-        waker.close()
-
-    run(story)
+async def _edited(waker: Wakers, edit: Callable[[], object]) -> bool:
+    """Whether an edit is noticed; it is made again until it is, since a watch begins at a moment of its own."""
+    waker.files_changed = False
+    end = time.monotonic() + LONG_S
+    while not waker.files_changed and time.monotonic() < end:
+        edit()
+        await waker.wait(0.3)
+    return waker.files_changed
 
 
-def test_a_burst_that_does_not_end_is_told_all_the_same(tmp_path: Path) -> None:
-    async def story() -> None:
-        waker = Wakers()
-        waker.watch_folders({tmp_path})
+def test_files_are_watched_in_the_folders_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the overlays' folder moves, appears later, or neither is there at first."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
 
-        async def scribble() -> None:
-            while True:
-                (tmp_path / "setpoints.yaml").touch()
-                await asyncio.sleep(wakers.QUIET_S / 10)
+    async def paused(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(min(seconds, 0.01))
 
-        scribbling = asyncio.create_task(scribble())
-        assert await woken(waker)
-        scribbling.cancel()
-        waker.close()
-
-    run(story)
-
-
-def test_a_folder_is_news_once_and_is_tried_again_until_it_is_there(tmp_path: Path) -> None:
+    monkeypatch.setattr(wakers.asyncio, "sleep", paused)
     files, overlays, others = (tmp_path / name for name in ("files", "overlays", "others"))
+    folder: list[Path | None] = [overlays]
 
     async def story() -> None:
         waker = Wakers()
-        assert not waker.watch_folders({files, overlays})
+        waker.watch_files(files / "setpoints.yaml", lambda: folder[0])
+        while not pauses:
+            await sleep(0.01)
         files.mkdir()
-        assert waker.watch_folders({files, overlays})
-        assert not waker.watch_folders({files, overlays})
-        others.mkdir()
-        assert waker.watch_folders({files, others})
-        (others / "render.yaml").touch()
-        assert await woken(waker)
-        assert not waker.watch_folders({files})
-        await waker.wait(3 * wakers.BURST_S)
-        (others / "render.yaml").touch()
-        assert not await waker.wait(3 * wakers.BURST_S), "nobody is told of a folder that counts no more"
+        assert await _edited(waker, (files / "setpoints.yaml").touch)
+        overlays.mkdir()
         (files / "setpoints.yaml").touch()
-        assert await woken(waker)
-        waker.close()
+        others.mkdir()
+        folder[0] = others
+
+        def edit_both() -> None:
+            (files / "setpoints.yaml").touch()  # what names the folder changed
+            (others / "render.yaml").touch()
+
+        assert await _edited(waker, edit_both)
+        assert await _edited(waker, (others / "render.yaml").touch)
+        folder[0] = None
+        assert await _edited(waker, (files / "setpoints.yaml").touch)
+        await waker.close()
         waker.files_changed = False
         (files / "setpoints.yaml").touch()
-        await waker.wait(0.1)
+        await waker.wait(0.2)
         assert not waker.files_changed
 
     run(story)
 
 
-def test_without_an_inotify_instance_it_is_tried_again_at_the_next_look(
+def test_what_was_edited_before_files_are_watched_is_seen_by_one_more_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def used_up(_: int) -> Notes:
-        raise OSError(24, "too many open files: the user's instances are used up")
+    monkeypatch.setattr(wakers, "WATCHED_S", 0.01)
 
     async def story() -> None:
         waker = Wakers()
-        with monkeypatch.context() as patched:
-            patched.setattr(wakers, "Notes", used_up)
-            assert not waker.watch_folders({tmp_path})
-        assert waker.watch_folders({tmp_path})
-        (tmp_path / "setpoints.yaml").touch()
-        assert await woken(waker)
-        waker.close()
+        for _ in range(2):
+            waker.watch_files(tmp_path / "setpoints.yaml", lambda: None)
+        assert await waker.wait(LONG_S)
+        await waker.close()
 
     run(story)
 
 
-def test_closing_in_the_middle_of_a_burst_wakes_nobody(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_watched_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import watchfiles
+
+    real, tries = watchfiles.awatch, []
+
+    def awatch(*paths: Path, **options: object) -> object:
+        tries.append(paths)
+        if len(tries) < 3:
+            raise OSError(28, "no space left: the user's watches are used up")
+        return real(*paths, **options)
+
+    monkeypatch.setattr(watchfiles, "awatch", awatch)
+    sleep = asyncio.sleep
+    monkeypatch.setattr(wakers.asyncio, "sleep", lambda seconds: sleep(0.01))
+
     async def story() -> None:
         waker = Wakers()
-        waker.watch_folders({tmp_path})
-        (tmp_path / "setpoints.yaml").touch()
-        while waker._burst is None:
-            await asyncio.sleep(0)
-        waker.files_changed = False
-        waker.close()
-        assert not await waker.wait(3 * wakers.BURST_S)
-        assert not waker.files_changed
+        waker.watch_files(tmp_path / "setpoints.yaml", lambda: None)
+        assert await _edited(waker, (tmp_path / "setpoints.yaml").touch)
+        assert tries == [(tmp_path,)] * 3
+        await waker.close()
 
     run(story)

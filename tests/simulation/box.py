@@ -245,7 +245,7 @@ class Box:
             try:
                 self.daemon, self.journal = self.make()
                 self.dead = False
-                self.daemon._wakers.watch_folders = lambda _: False  # type: ignore[method-assign]
+                self.daemon._wakers.watch_files = lambda *_: None  # type: ignore[method-assign]
                 self.main = asyncio.create_task(self.daemon.run(self.settled))
                 give_up = self.loop.call_later(limit - self.elapsed, self.main.cancel)
                 try:
