@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reconciler.health.incident import Incident
-from reconciler.health.notices import after, due
+from reconciler.health.notices import Notice, after, due
 
 
 def incident(name: str = "chat", severity: str = "warning", state: str = "open", opened: float = T0.wall) -> Incident:
@@ -59,6 +59,12 @@ def test_the_end_is_told_of_what_was_told_alone() -> None:
 def test_the_same_trouble_opened_anew_is_another_incident() -> None:
     later = incident(opened=T0.wall + 1000)
     assert changes([later], told(incident())) == [("resolved", "chat"), ("opened", "chat")]
+
+
+def test_an_end_that_is_told_twice_changes_nothing_the_second_time() -> None:
+    other, ended = incident("other"), [Notice("resolved", incident())]
+    once = after(told(incident(), other), ended)
+    assert after(once, ended) == once == told(other)
 
 
 incidents = st.lists(
