@@ -79,14 +79,6 @@ def _next_of_schedule(schedule: str, timezone: str, after: float) -> float:
     return next(CronSim(schedule, local)).astimezone(UTC).timestamp()
 
 
-def hard_end(record: OverlayRecord, makespan: Makespan) -> float | None:
-    """Epoch seconds at which the overlay is ended whatever it does; None: it may overrun for ever."""
-    ends = [] if makespan.deadline is None else [makespan.deadline]
-    if record.active_since is not None and makespan.duration_s is not None and makespan.on_overrun == "stop":
-        ends.append(record.active_since.wall + makespan.duration_s + makespan.grace_s)
-    return min(ends, default=None)
-
-
 def predicted_end(record: OverlayRecord, makespan: Makespan, now: float, usual_s: float | None = None) -> float:
     """Epoch seconds at which the overlay is expected to end; never in the past.
 

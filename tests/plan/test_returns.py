@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from builders import endpoint, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan
 from reconciler.plan.observed import Subject
-from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Stop
+from reconciler.spec.spec import EndpointSpec, Evict, MemoryBytes, OverlaySpec, Stop
 from reconciler.units import GIB
 
 ASK = endpoint("ask", [0], priority=40)
@@ -131,6 +133,16 @@ def test_nothing_is_advised_that_would_not_help_where_who_comes_back_is_not_pree
     run.spec = spec(firm, aside, LONG["may evict nobody"])
     (hint,) = why(run.decide(), "long").alternatives
     assert hint.startswith("bound it by a deadline")
+
+
+def test_of_two_that_no_longer_fit_side_by_side_the_more_important_is_foreseen_to_come_back() -> None:
+    minor, major = endpoint("ask", [0], memory=30, priority=20), endpoint("code", [0], memory=30, priority=40)
+    work = overlay("work", [0])
+    run = settled(minor, major)
+    run.spec = spec(minor, major, work)
+    run.settle(until=overlay_state("work", "active"))
+    run.spec = spec(*(replace(e, memory=MemoryBytes(50 * GIB)) for e in (minor, major)), work)
+    assert [a.subject.name for a in run.decide().actions if a.op == "start"] == ["code"]
 
 
 def gang_away(state: str) -> Run:

@@ -98,6 +98,15 @@ def test_of_several_missed_windows_the_last_is_caught_up_with_within_its_startin
     assert [at - noon for at in run.plant.begun] == [5 * 3600 + 600, 6 * 3600]
 
 
+def test_a_window_that_begins_at_the_very_moment_of_the_look_is_the_last_one_due() -> None:
+    item = scheduled("0 * * * *", "Europe/Berlin", starting_deadline_s=2.5 * 3600)
+    noon = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
+    run = Run(spec(item), Plant(totals=[80 << 30], now=Instant(noon - 1, 100.0)))
+    run.step()
+    run.plant.advance(1 + 5 * 3600)
+    assert [run.step()[0].ledger.overlays["nightly"].window_start - noon for _ in range(2)] == [0, 5 * 3600]
+
+
 def test_an_hourly_window_that_had_no_place_for_its_hour_does_not_cost_the_one_after_it() -> None:
     hog, item = overlay("hog", 1, duration=4000.0), scheduled("0 * * * *", "Europe/Berlin", starting_deadline_s=3600.0)
     noon = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
