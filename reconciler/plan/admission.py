@@ -8,7 +8,16 @@ from functools import partial
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Verdict
-from reconciler.plan.asking import can_stop, consents_of, own_needs, provider_choices, rivals_of, would_stop
+from reconciler.plan.asking import (
+    can_stop,
+    consents_of,
+    no_provider,
+    no_such_gpu,
+    own_needs,
+    provider_choices,
+    rivals_of,
+    would_stop,
+)
 from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import Draft, Window
 from reconciler.plan.endpoints import cool_again
@@ -190,7 +199,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
             draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
             return
     if answer is None:
-        draft.block(_no_provider(draft, overlay))  # 4
+        draft.block(no_provider(draft, overlay, next_slot(draft, overlay, draft.now.wall, fits)))  # 4
         return
     earliest = next_slot(draft, overlay, draft.now.wall, fits)
     cool = _cool(draft, overlay, rivalling) if answer.reason == "CoolDown" else None
@@ -227,8 +236,7 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     """Outcomes 1 to 3 of `_admit`: what keeps an overlay waiting wherever there is room."""
     subject = Subject("workload", overlay.name)
     if own_needs(draft, overlay) is None:
-        message = "it is pinned to a GPU that this node does not have"
-        return Blocked(subject, "NoSuchGpu", message, ("correct gpus:",))  # 1
+        return no_such_gpu(overlay)  # 1
     stopping = _stopping(draft, overlay)
     firm = sorted(n for n in stopping if n in draft.wanted and not draft.wanted[n].preemptible)
     if firm:
@@ -345,22 +353,6 @@ def _returning(draft: Draft, found: Seat) -> list[str]:
     later = consents_of(draft, found.overlay).seek(found.needs, draft.board.without(frozenset(gone)))
     spared = later is not None and len(later.victims) < len(found.leavers) and len(later.victims) <= len(found.victims)
     return ending if spared else []
-
-
-def _no_provider(draft: Draft, overlay: OverlaySpec) -> Blocked:
-    """Why nothing provides what an overlay requires: nothing offers it, or what does has no place at the moment."""
-    subject = Subject("workload", overlay.name)
-    offering = sorted(n for n, e in draft.wanted.items() if set(overlay.requires) & set(e.capabilities))
-    away = [n for n in offering if draft.records[n].failed is None and not draft.has_place(n)]
-    if not away:
-        message = f"nothing offers {', '.join(overlay.requires)}"
-        return Blocked(subject, "NoProvider", message, ("start or add a provider",))
-    held = {n: draft.blocked.get(Subject("endpoint", n)) for n in away}
-    told = ", ".join(f"{n} ({b.reason})" if b is not None else n for n, b in held.items())
-    message = f"it requires {', '.join(overlay.requires)}, and what offers it has no place: {told}"
-    hints = ("wait for its return, or add a standby provider",)
-    back = [b.earliest_start for b in held.values() if b is not None and b.earliest_start is not None]
-    return Blocked(subject, "NoProvider", message, hints, min(back, default=None), transient=True)
 
 
 def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Need
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.observed import Subject
+from reconciler.plan.overlays import predicted_end
 from reconciler.plan.preemption import Consents
 from reconciler.plan.settling import need_of, own_need
 from reconciler.plan.windows import hard_end, not_to_hinder
@@ -32,11 +34,13 @@ def running(overlay: OverlaySpec) -> list[EndpointSpec]:
 def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
     """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs.
 
-    Who is wanted and has no place provides nothing: victims would wait for it in vain. With `placeless` it counts.
+    Who is wanted and has no place provides nothing: victims would wait for it in vain. With `placeless` it counts, and
+    so does who is set aside by another overlay now.
     """
     options: list[list[Need]] = []
     for capability in overlay.requires:
-        after = {**draft.wanted, **{e.name: e for e in running(overlay)}}
+        aside = draft.situation.running if placeless else {}
+        after = {**aside, **draft.wanted, **{e.name: e for e in running(overlay)}}
         for name in set(overlay.endpoints) - {e.name for e in running(overlay)}:
             after.pop(name, None)
         if any(
@@ -96,3 +100,46 @@ def can_stop(draft: Draft, name: str) -> bool:
     """Whether an endpoint is seen well enough to be stopped."""
     standing = draft.standings[name]
     return standing.current is not None and standing.state != "unknown" and draft.situation.sees(standing.current.gpus)
+
+
+def no_such_gpu(overlay: OverlaySpec) -> Blocked:
+    """That what an overlay asks for is pinned to a GPU that this node does not have."""
+    message = "it is pinned to a GPU that this node does not have"
+    return Blocked(Subject("workload", overlay.name), "NoSuchGpu", message, ("correct gpus:",))
+
+
+def no_provider(draft: Draft, overlay: OverlaySpec, slot: float | None = None) -> Blocked:
+    """Why nothing provides what an overlay requires: nothing offers it, or what does is set aside, or has no place.
+
+    Args:
+        draft: the decision so far
+        overlay: who asks
+        slot: epoch seconds at which it would have a place, were the provider there; None: not known
+    """
+    subject, base = Subject("workload", overlay.name), draft.situation.running
+    why, back, hints = [], [], []
+
+    def offers(endpoint: EndpointSpec | None) -> bool:
+        return endpoint is not None and not set(overlay.requires).isdisjoint(endpoint.capabilities)
+
+    for name in sorted(n for n, e in draft.wanted.items() if offers(e)):
+        blocked = draft.blocked.get(Subject("endpoint", name))
+        if draft.records[name].failed is not None:
+            why.append(f"{name} (failed)")
+            hints.append(f"`reconciler reset {name}`")
+        elif not draft.has_place(name):
+            why.append(f"{name} ({blocked.reason})" if blocked is not None else name)
+            back.append(blocked.earliest_start if blocked is not None else None)
+    for name, owner in sorted(draft.owners.items()):
+        step = draft.steps[owner]
+        if step.spec is not None and not offers(draft.wanted.get(name)) and offers(base.get(name)):
+            why.append(f"{name} (set aside by {owner})")
+            back.append(predicted_end(step.record, step.spec.makespan, draft.now.wall))
+    if not why:
+        message = f"nothing offers {', '.join(overlay.requires)}"
+        return Blocked(subject, "NoProvider", message, ("start or add a provider",))
+    message = f"it requires {', '.join(overlay.requires)}, and what offers it has no place: {', '.join(why)}"
+    hints.append("wait for its return, or add a standby provider" if back else "add a standby provider")
+    known = [wall for wall in back if wall is not None]
+    earliest = max(slot, min(known)) if known and slot is not None else None
+    return Blocked(subject, "NoProvider", message, tuple(hints), earliest, transient=True)

@@ -122,6 +122,8 @@ class Consents:
             }
             return frozenset(rule for rule, holds in rules.items() if holds)
         endpoint, policy = self.endpoints.get(name), self.situation.spec.policy
+        if endpoint is None and self.begin is not None and self.begin.wall > self.situation.now.wall:
+            endpoint = self.situation.running.get(name)  # set aside by an overlay that is over by then
         standing = self.standings[name]
         if endpoint is None:  # it runs though nobody wants it, and cannot be read well enough to be stopped
             return frozenset({"GpuUnknown"})

@@ -6,7 +6,7 @@ equals the one that was seen first; and where there is a place that is free what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -14,6 +14,7 @@ from math import inf
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
+from reconciler.plan.asking import no_provider, no_such_gpu, own_needs
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
@@ -21,14 +22,14 @@ from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, next_window, 
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.preemption import Refusal
 from reconciler.plan.settling import need_of
-from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s, surely_over
+from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s, not_to_hinder, surely_over
 from reconciler.spec.spec import OverlaySpec
 
 MOST_SLOTS = 16
 """So many ends are looked at for a place: who waits for more of them waits for a different day."""
 _KINDS = ("endpoint/", "overlay/")
 HORIZON_S = 86400.0
-"""So far ahead the windows of a schedule after its next one are held, for others to be told of them at once."""
+"""So far ahead, and one more, the windows of a schedule after its next one are held, for others to be told at once."""
 MOST_AHEAD = 24
 """Of one schedule: an hourly one has as many within the horizon."""
 Fits = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], bool]
@@ -63,7 +64,8 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
     The outcomes for each, the most important and of equals the first seen first:
         1. it has a place           → its window, and a wake-up for the moment at which it opens
         2. other windows take it    → WindowTaken, with the next free slot
-        3. it has none in any case  → the rule or the lack that stands in its way, and who would have to be moved
+        3. it has none in any case  → the rule or the lack that stands in its way, and who would have to be moved;
+                                      or that nothing provides what it requires
     """
     draft.windows = ()
     for coming in sorted(_to_come(draft), key=lambda c: c.turn):
@@ -78,7 +80,12 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
                 break
             refusal = answer
         else:
-            if refusal is not None and start > draft.now.wall and not coming.live:
+            if start <= draft.now.wall or coming.live:
+                continue
+            if refusal is None:  # 3
+                pinned = own_needs(draft, overlay) is not None
+                draft.block(no_provider(draft, overlay) if pinned else no_such_gpu(overlay))
+            else:
                 told = _conflict(draft, overlay, start, refusal, seek, fits)  # 2, 3
                 draft.block(_with_moves(told, start, moves(overlay, start, board, off)))
     return draft.windows
@@ -87,20 +94,43 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
 def window_taken(
     draft: Draft, overlay: OverlaySpec, begin: float, rivals: Iterable[Window], slot: float | None
 ) -> Blocked:
-    """Why an overlay does not begin in front of windows, or beside them."""
-    windows = sorted(rivals, key=lambda w: (w.start, w.name))
-    spans = ", ".join(f"{w.name} ({_span(w, draft.now.wall)})" for w in windows)
+    """Why an overlay does not begin in front of windows, or beside them. Of a schedule the first is named."""
+    rivals = list(rivals)
+    found = sorted(_touching(draft, overlay, rivals) or rivals, key=lambda w: (w.start, w.name))
+    windows = {w.name: w for w in reversed(found)}
+    spans = []
+    for window in sorted(windows.values(), key=lambda w: (w.start, w.name)):
+        more = sum(w.name == window.name for w in found) - 1
+        spans.append(f"{window.name} ({_span(window, draft.now.wall)}{f', and {more} more' if more else ''})")
     hints = [f"its next free slot is {moment(slot)}"] if slot is not None else []
-    first = windows[0]
-    brief = replace(overlay, makespan=replace(overlay.makespan, deadline=begin))
-    if hard_end(draft, brief, begin) < first.opens < hard_end(draft, overlay, begin):
-        hints.append(f"bound it by a deadline, or by `on_overrun: stop`, so that it ends before {moment(first.opens)}")
-    hints += _above(draft, overlay, windows)
-    message = f"the place it would need is kept for {spans}"
+    hints += _bounded(draft, overlay, begin, found[0].opens)
+    hints += _above(draft, overlay, windows.values())
+    message = f"the place it would need is kept for {', '.join(spans)}"
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
 
 
-def _above(draft: Draft, overlay: OverlaySpec, windows: list[Window]) -> list[str]:
+def _touching(draft: Draft, overlay: OverlaySpec, windows: Iterable[Window]) -> list[Window]:
+    """Those of these windows that keep an overlay from a GPU that it might have."""
+    needs = own_needs(draft, overlay) or []
+    return [w for w in windows if any(keeping_off([w])(need).candidates != need.candidates for need in needs)]
+
+
+def _bounded(draft: Draft, overlay: OverlaySpec, begin: float, opens: float) -> list[str]:
+    """What would have it over, whatever it does, before a window opens; empty: nothing, or it is already."""
+    brief = replace(overlay, makespan=replace(overlay.makespan, deadline=begin))
+    if not hard_end(draft, brief, begin) < opens < hard_end(draft, overlay, begin):
+        return []
+    stopped = replace(overlay, makespan=replace(overlay.makespan, on_overrun="stop"))
+    if hard_end(draft, stopped, begin) <= opens:
+        how = "or by `on_overrun: stop`"
+    elif overlay.workload is None or overlay.makespan.on_overrun == "stop":
+        how = "or by a shorter duration"
+    else:
+        how = "or by a shorter duration and `on_overrun: stop`"
+    return [f"bound it by a deadline, {how}, so that it ends before {moment(opens)}"]
+
+
+def _above(draft: Draft, overlay: OverlaySpec, windows: Collection[Window]) -> list[str]:
     """What of its own file would give an overlay the right to the place of all these; empty: nothing would.
 
     An endpoint that is to be back there asks for consent as well, and may be one that nobody displaces.
@@ -126,13 +156,18 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> f
     """The first moment after `begin`, epoch seconds, at which the overlay is predicted to have a place.
 
     Looked at are the predicted ends of live overlays and of windows, in order; None: none of the next `MOST_SLOTS`
-    helps. It is the earliest: whoever else waits may be there first.
+    helps. It is the earliest: whoever else waits may be there first. Past the last window of a schedule that was looked
+    at nothing is told: there are more.
     """
-    ends = {w.end for w in draft.windows}
+    ends, last = {w.end for w in draft.windows}, inf
+    rivals = _touching(draft, overlay, not_to_hinder(draft, overlay))
+    for name in {w.name for w in rivals if draft.situation.spec.overlays[w.name].makespan.schedule is not None}:
+        last = min(last, max(w.start for w in rivals if w.name == name))
     for step in draft.steps.values():
         if step.spec is not None and step.live:
             ends.add(predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S)
-    for moment_ in sorted(end for end in ends if end > max(begin, draft.now.wall + MEMORY_RETURN_S))[:MOST_SLOTS]:
+    soonest = max(begin, draft.now.wall + MEMORY_RETURN_S)
+    for moment_ in sorted(end for end in ends if soonest < end < last)[:MOST_SLOTS]:
         off = keeping_off(ahead_of(draft, overlay, moment_))
         if fits(overlay, moment_, _board_at(draft, moment_, surely=False), off):
             return moment_
@@ -147,7 +182,7 @@ def moment(wall: float) -> str:
 def _to_come(draft: Draft) -> list[_Coming]:
     """Windows of overlays that were seen before their time and have not begun: one is kept until it is taken.
 
-    While a schedule is busy with a window, its next one is kept.
+    While a schedule is busy with a window, or has just ended one, its next one is kept.
     """
     found = []
     for step in draft.steps.values():
@@ -156,14 +191,14 @@ def _to_come(draft: Draft) -> list[_Coming]:
             continue
         if record.state == "pending" and record.window_start > record.since.wall:
             found.append(_Coming(step, overlay, max(draft.now.wall, record.window_start), live=False))
-        elif step.live and overlay.makespan.schedule is not None:
+        elif overlay.makespan.schedule is not None and record.state != "pending":
             start = next_window(overlay.makespan, max(draft.now.wall, record.window_start))
             found.append(_Coming(step, overlay, start, live=True))
     return found
 
 
 def _board_at(draft: Draft, wall: float, *, surely: bool) -> Board:
-    """Who will have a place then: without the overlays that are over, and with whom they keep away.
+    """Who will have a place then: without the overlays that are over, and with whom they keep away or set aside.
 
     With `surely` only those are over that something ends by then whatever they do; else those predicted to be. Of one
     that should have ended already nobody knows when it will.
@@ -180,10 +215,13 @@ def _board_at(draft: Draft, wall: float, *, surely: bool) -> Board:
 
     over = {name for name, step in draft.steps.items() if is_over(step)}
     board = draft.board.without(frozenset(f"overlay/{name}" for name in over))
+    aside = {name for name, owner in draft.owners.items() if owner not in over}
     baseline = draft.situation.spec.endpoints.values()
     for endpoint in sorted(baseline, key=lambda e: (-e.priority, e.name)):
         key, subject = f"endpoint/{endpoint.name}", Subject("endpoint", endpoint.name)
         if endpoint.state != "running" or key in board.tenants or draft.records[endpoint.name].failed is not None:
+            continue
+        if endpoint.name in aside:
             continue
         need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, draft.records[endpoint.name].last_gpus)
         placement = place([need], board) if need is not None else None
@@ -221,9 +259,12 @@ def _windows(
 
 
 def _starts_after(draft: Draft, overlay: OverlaySpec, start: float) -> Iterator[float]:
-    """The starts of a schedule after this one, within the horizon."""
-    while (start := next_window(overlay.makespan, start)) < draft.now.wall + HORIZON_S:
+    """The starts of a schedule after this one, within the horizon, and the first beyond it: nothing is the last."""
+    while True:
+        start = next_window(overlay.makespan, start)
         yield start
+        if start >= draft.now.wall + HORIZON_S:
+            return
 
 
 def _later(window: Window, seconds: float) -> Window:

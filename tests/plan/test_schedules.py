@@ -130,3 +130,12 @@ def test_a_nightly_window_frees_its_gpu_by_the_start_every_night_and_the_endpoin
     days = [date(2026, 3, 26) + timedelta(days=i) for i in range(6)]
     assert run.plant.begun == [first_valid(day, time(2, 30), "Europe/Berlin") for day in days]
     assert run.plant.is_ready("ask")
+
+
+def test_between_two_windows_of_a_schedule_nothing_slips_in_that_may_not_be_over_by_the_next() -> None:
+    item = scheduled("0 * * * *", "Europe/Berlin")
+    noon = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
+    run = Run(spec(item, overlay("hog", 1, priority=5)), Plant(totals=[80 << 30], now=Instant(noon - 300, 100.0)))
+    run.plant.behaviour.run_s = {"hog": 40_000.0, "nightly": 60.0}
+    run.settle(until=lambda p: p.now.wall >= noon + 2 * 3600, max_steps=100)
+    assert [at - noon for at in run.plant.begun] == [0, 3600, 2 * 3600]

@@ -289,7 +289,7 @@ def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are
     said = blocked(run.decide(), "late")
     assert said is not None
     assert said.reason == "WindowTaken"
-    assert "hourly (2026-11-24 02:00:00Z to 2026-11-24 02:10:01Z)" in said.message
+    assert "hourly (2026-11-24 02:00:00Z to 2026-11-24 02:10:01Z, and 20 more)" in said.message
     assert said.transient, "the time alone mends it"
     draft = Draft.of(run.situation())
     admit_all(draft)
@@ -422,3 +422,34 @@ def test_a_window_that_no_end_in_sight_would_help_has_no_earliest_start() -> Non
     assert said is not None
     assert said.reason == "PriorityTooLow"
     assert said.earliest_start is None
+
+
+def test_only_windows_in_the_way_are_named_and_what_bounds_a_reservation_is_its_duration() -> None:
+    near, beside = (overlay(n, [i], start=NOW.wall + HOUR, priority=900) for i, n in enumerate(("near", "beside")))
+    hold = overlay("hold", [0], duration=2 * HOUR, workload=False)
+    decided = plan(spec(near, beside, hold), observed(gpu_of(0), gpu_of(1)), Ledger(), NOW)
+    said = blocked(decided, "hold")
+    assert said is not None
+    assert "near (" in said.message
+    assert "beside" not in said.message
+    assert said.alternatives[1] == (
+        "bound it by a deadline, or by a shorter duration, so that it ends before 2026-11-23 22:00:00Z"
+    )
+
+
+def test_of_two_nightly_windows_the_second_is_told_at_once_that_nothing_has_it_over_by_the_first() -> None:
+    def nightly(name: str, hour: int, **fields: Any) -> OverlaySpec:
+        made = overlay(name, 1, duration=HOUR, **fields)
+        return replace(made, makespan=replace(made.makespan, schedule=f"0 {hour} * * *", timezone="UTC"))
+
+    run = Run(spec(nightly("early", 22)), Plant(totals=[80 << 30]))
+    run.step()
+    run.spec = spec(nightly("early", 22), nightly("late", 2))
+    said = blocked(run.decide(), "late")
+    assert said is not None
+    assert said.reason == "WindowTaken"
+    assert said.earliest_start is None, "it would not be over by the night after"
+    assert said.alternatives[0].startswith("bound it by a deadline, or by `on_overrun: stop`")
+    run.spec = spec(nightly("early", 22), nightly("late", 2, on_overrun="stop"))
+    run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 30 * HOUR)
+    assert [at - NOW.wall for at in run.plant.begun[:4]] == [HOUR, 5 * HOUR, 25 * HOUR, 29 * HOUR]

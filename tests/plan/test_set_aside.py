@@ -1,0 +1,99 @@
+"""Endpoints that an overlay sets aside or sets otherwise: when they are expected back, and who has their place then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from builders import NOW, endpoint, overlay, spec
+from plant import Behaviour, Plant, Run, overlay_state
+
+from reconciler.plan.actions import Blocked, Plan
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+
+ASK = endpoint("ask", [0], priority=40, capabilities=("ask",))
+LONG = overlay("long", [0], memory=20, priority=5, duration=3000.0)
+
+
+def settled(*endpoints: EndpointSpec, gpus: int = 1) -> Run:
+    """A box on which the baseline has been ready for a while."""
+    run = Run(spec(*endpoints), Plant(totals=[80 << 30] * gpus, behaviour=Behaviour(run_s={"long": 2900.0})))
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    return run
+
+
+def aside(*endpoints: EndpointSpec, duration: float = 300.0, priority: int = 5) -> OverlaySpec:
+    """Maintenance: they are stopped for a while."""
+    sets = [replace(e, state="stopped") for e in endpoints]
+    return overlay("mend", None, priority=priority, duration=duration, workload=False, sets=sets)
+
+
+def why(decided: Plan, name: str) -> Blocked:
+    (found,) = [b for b in decided.blocked if b.subject.name == name]
+    return found
+
+
+def test_a_window_has_its_place_where_nobody_is_to_be_back_before_it() -> None:
+    firm = replace(ASK, priority=900)
+    run = settled(firm)
+    mend = aside(firm, duration=2000.0)
+    run.spec = spec(firm, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    start = run.plant.now.wall + 600
+    night = overlay("night", [0], priority=600, start=start, duration=300.0)
+    run.spec = spec(firm, mend, night)
+    assert why(run.decide(), "night").reason == "NotYet"
+    run.spec = spec(firm, mend, night, LONG)
+    run.settle(until=overlay_state("night", "active"))
+    assert run.plant.now.wall == start
+    assert "long" not in run.starts()
+
+
+def test_a_window_may_displace_whom_an_overlay_sets_aside_until_then() -> None:
+    run = settled(ASK)
+    mend = aside(ASK)
+    run.spec = spec(ASK, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    start = run.plant.now.wall + 2000
+    night = overlay("night", [0], priority=600, start=start, duration=300.0)
+    run.spec = spec(ASK, mend, night)
+    assert why(run.decide(), "night").reason == "NotYet"
+    run.settle(until=overlay_state("night", "active"))
+    assert run.plant.now.wall == start
+
+
+def test_a_window_may_require_what_is_set_aside_until_then() -> None:
+    run = settled(ASK, gpus=2)
+    mend = aside(ASK)
+    run.spec = spec(ASK, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    now = run.plant.now.wall
+    night = overlay("night", [1], priority=600, start=now + 2000, duration=300.0, requires=("ask",))
+    run.spec = spec(ASK, mend, night)
+    assert why(run.decide(), "night").reason == "NotYet"
+    run.spec = spec(ASK, mend, night, replace(LONG, gpus=night.gpus, priority=600))
+    assert why(run.decide(), "long").reason == "WindowTaken"
+
+
+def test_work_that_requires_what_is_set_aside_is_told_by_whom_and_until_when() -> None:
+    run = settled(ASK, gpus=2)
+    mend = aside(ASK)
+    run.spec = spec(ASK, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    end = run.plant.now.wall + 300
+    run.spec = spec(ASK, mend, overlay("review", [1], requires=("ask",)))
+    told = why(run.decide(), "review")
+    assert told.message == "it requires ask, and what offers it has no place: ask (set aside by mend)"
+    assert told.earliest_start == end + 1.5
+
+
+def test_a_window_is_told_at_once_that_nothing_provides_what_it_requires_or_that_its_pin_does_not_exist() -> None:
+    run = settled(ASK)
+    start = NOW.wall + 7200
+    for impossible, reason in (
+        (overlay("night", [0], start=start, requires=("draw",)), "NoProvider"),
+        (overlay("night", [7], start=start), "NoSuchGpu"),
+    ):
+        run.spec = spec(ASK, impossible)
+        assert why(run.decide(), "night").reason == reason
