@@ -11,16 +11,16 @@ import os
 import time
 from contextlib import suppress
 
-from reconciler import census, identity
+from reconciler import census, cgroup, identity
 from reconciler.journal import incarnations
-from reconciler.journal.incarnations import Run
+from reconciler.journal.incarnations import Intent, Run
 from reconciler.journal.layout import StateDir
 
 _ENDING_S = 0.5
 
 
-def contradiction(state: StateDir, incarnation: str, run: Run) -> str | None:
-    """What of the record cannot be true; None: nothing speaks against it, or nothing of it lives.
+def contradiction(state: StateDir, intent: Intent, run: Run) -> str | None:
+    """What of the record cannot be true, or is not proved; None: nothing speaks against it, or nothing of it lives.
 
     1. It names this very process.
     2. Its shim lives, and does not hold this record's folder open, as a shim does from its start to its end. One that
@@ -28,10 +28,13 @@ def contradiction(state: StateDir, incarnation: str, run: Run) -> str | None:
     3. Its shim lives, and its leader is no child of it.
     4. Its shim is gone, and its leader carries the mark of another incarnation.
     5. Its shim is gone, and another record names its leader as its own leader or shim.
+    6. Its shim is gone, and nothing but the record says that this is its leader: no mark, since programs that rename
+       themselves may wipe it, nor is it in the control group, nor has it the log for its output.
 
     Raises:
         OSError: /proc, or the records, could not be read.
     """
+    incarnation = intent.id
     shim = identity.read_stat(run.shim_pid)
     leader = identity.read_stat(run.pid)
     shim_lives = shim is not None and shim.start_ticks == run.shim_start_ticks and not shim.gone
@@ -46,11 +49,27 @@ def contradiction(state: StateDir, incarnation: str, run: Run) -> str | None:
         if leader_lives and leader is not None and leader.parent_pid != run.shim_pid:  # 3
             return f"pid {run.pid} is no child of its shim"
     elif leader_lives:
-        if identity.read_marker(run.pid, census.MARKER) not in (None, incarnation):  # 4
+        mark = identity.read_marker(run.pid, census.MARKER)
+        if mark not in (None, incarnation):  # 4
             return f"pid {run.pid} belongs to another incarnation"
         if other := _named_elsewhere(state, incarnation, run):  # 5
             return f"pid {run.pid} is also in the record of {other}"
+        if mark is None and not _is_in_group(run.pid, intent) and not _writes_to(run.pid, intent.log):  # 6
+            return f"nothing but its record says that pid {run.pid} is its leader"
     return None
+
+
+def _is_in_group(pid: int, intent: Intent) -> bool:
+    return intent.group is not None and pid in cgroup.pids(intent.group, intent.id)
+
+
+def _writes_to(pid: int, log: str) -> bool:
+    """Whether its standard output or error is that file still."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{descriptor}"), os.stat(log)):  # noqa: PTH116
+                return True
+    return False
 
 
 def _holds(shim: int, state: StateDir, incarnation: str) -> bool:

@@ -138,15 +138,15 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
 
     1. No records: it was put away, or never was. Or it is of another boot, readable or not. Nothing lives.
     2. Its intent or its run record cannot be read: not ours to signal.
-    3. Its run record is of another boot: nothing lives.
-    4. No process is recorded, and its lock is free: it was never started. With the lock held, it is about to be.
-    5. Recorded in another pid namespace: its pids mean nothing here. With the lock free its container went down.
-    6. What lives under its pids contradicts it: not ours to signal.
-    7. Otherwise its pids can be compared with what runs.
+    3. No process is recorded, and its lock is free: it was never started. With the lock held, it is about to be.
+    4. Recorded in another pid namespace: its pids mean nothing here. With the lock free its container went down. The
+       same if its run record is of another boot than its intent.
+    5. What lives under its pids contradicts it: not ours to signal.
+    6. Otherwise its pids can be compared with what runs.
 
     Raises:
-        NotOurs: 2, 6, and 5 while the lock is held.
-        ActError: 4 while the lock is held.
+        NotOurs: 2, 5, and 4 while the lock is held.
+        ActError: 3 while the lock is held.
     """
     records = incarnations.read(state.run / incarnation)
     intent, run = records.intent, records.run
@@ -154,24 +154,24 @@ def examine(state: StateDir, boot_id: str, incarnation: str) -> Target | None:
         return None
     if intent is None or isinstance(intent, Unreadable) or isinstance(run, Unreadable):  # 2
         raise NotOurs(f"{incarnation}: {'; '.join(records.unreadable) or 'it has no intent'}; nothing was signalled")
-    if run is not None and run.boot_id != boot_id:  # 3
-        return None
     held = _is_held(incarnations.lock_path(state, intent.kind, intent.name))
-    if run is None:  # 4
+    if run is None:  # 3
         if held and records.exit is None:
             raise ActError(f"{intent.name}: incarnation {incarnation} is still being started")
         return None
-    if run.pid_namespace != Path("/proc/self/ns/pid").stat().st_ino:  # 5
+    elsewhere = "pid namespace" if run.pid_namespace != Path("/proc/self/ns/pid").stat().st_ino else None
+    elsewhere = "boot" if run.boot_id != boot_id else elsewhere
+    if elsewhere is not None:  # 4
         if held:
-            raise NotOurs(f"{intent.name}: it runs in another pid namespace; nothing was signalled")
+            raise NotOurs(f"{intent.name}: its pids are of another {elsewhere}; nothing was signalled")
         return None
     try:
-        doubt = contradiction(state, incarnation, run)
+        doubt = contradiction(state, intent, run)
     except OSError as error:
         raise NotOurs(f"{intent.name}: its processes cannot be told: {error}; nothing was signalled") from error
-    if doubt is not None:  # 6
+    if doubt is not None:  # 5
         raise NotOurs(f"{intent.name}: {doubt}; nothing was signalled", hint=f"see {records.path}")
-    return Target(incarnation, run, records.stop, intent.group, state)  # 7
+    return Target(incarnation, run, records.stop, intent.group, state)  # 6
 
 
 def _is_held(lock: Path) -> bool:

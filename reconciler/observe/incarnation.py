@@ -72,8 +72,8 @@ class IncarnationReader:
         1. It is of another boot, whatever of it can still be read → exited if its exit is recorded, else vanished.
         2. A record is unreadable → unknown. 3. Its exit is recorded → exited.
         4. No run record: lock held → intent, lock free → vanished (never started).
-        5. Its pids mean nothing in our pid namespace: its lock held → unknown, free (a container was started anew) →
-           vanished. The leader lives → running; could not be told → unknown.
+        5. Its pids mean nothing in our pid namespace, or are of another boot than its intent: its lock held → unknown,
+           free (a container was started anew) → vanished. The leader lives → running; could not be told → unknown.
         6. The leader is gone: exit recorded meanwhile → exited; the shim lives and will record it → unknown; else
            vanished.
         """
@@ -86,7 +86,7 @@ class IncarnationReader:
             return "exited", records
         if not isinstance(run, Run):  # 4
             return self._without_run(intent, records, memory)
-        if run.pid_namespace != _pid_namespace():  # 5
+        if run.pid_namespace != _pid_namespace() or run.boot_id != boot_id():  # 5
             return ("unknown" if self._is_held(intent) else "vanished"), records
         try:
             if is_alive(run.pid, run.start_ticks):  # 5
@@ -165,9 +165,7 @@ class IncarnationReader:
             return ()
         if not isinstance(run, Run):
             return () if run is None and phase != "unknown" else None  # 1, 2
-        if run.boot_id != boot_id():  # 1
-            return ()
-        if run.pid_namespace != _pid_namespace():  # 1, 2
+        if run.pid_namespace != _pid_namespace() or run.boot_id != boot_id():  # 1, 2
             return () if phase == "vanished" else None
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, until
+from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, program, until
 
 from reconciler.act import claims
 from reconciler.act.claims import contradiction
@@ -55,6 +55,12 @@ def forged(nursery: Nursery, run: Run | str | bytes) -> str:
     path = nursery.state.run / launch.incarnation / "run.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return launch.incarnation
+
+
+def intent_of(nursery: Nursery, incarnation: str) -> Intent:
+    found = nursery.records(incarnation).intent
+    assert isinstance(found, Intent), found
+    return found
 
 
 def end(nursery: Nursery, incarnation: str, *, refused: bool) -> None:
@@ -146,6 +152,32 @@ def test_a_record_that_names_the_leader_of_another_is_refused(nursery: Nursery, 
     end(nursery, forged(nursery, copied), refused=True)
 
 
+def test_a_record_that_names_a_stranger_to_the_tick_and_no_living_shim_is_refused(nursery: Nursery) -> None:
+    with subprocess.Popen(("sleep", "600"), start_new_session=True) as stranger:
+        try:
+            incarnation = forged(nursery, own_record(stranger.pid))
+            end(nursery, incarnation, refused=True)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+@pytest.mark.parametrize("proof", ["mark", "log"])
+def test_a_leader_whose_shim_was_killed_is_ended_by_its_mark_or_by_its_log(nursery: Nursery, proof: str) -> None:
+    to_null = "import os; os.dup2(0, 1); os.dup2(0, 2); signal.pause()"
+    argv = program(to_null) if proof == "mark" else ("env", "-i", *OBEDIENT)
+    incarnation = nursery.started(argv, ready=proof == "log")
+    run = nursery.run_record(incarnation)
+    if proof == "mark":
+        until(lambda: str(Path(f"/proc/{run.pid}/fd/1").readlink()) == "/dev/null", "its output to be elsewhere")
+    else:
+        assert not nursery.marked(incarnation) & {run.pid}
+    os.kill(run.shim_pid, signal.SIGKILL)
+    until(lambda: not is_running(run.shim_pid), "its end")
+    nursery.run(nursery.actor().ensure_stopped(incarnation, BRIEF))
+    assert not is_running(run.pid)
+
+
 def test_a_leader_that_is_no_child_of_its_true_shim_is_refused(nursery: Nursery, another: Run) -> None:
     incarnation = nursery.started(OBEDIENT)
     truth = nursery.run_record(incarnation)
@@ -165,9 +197,10 @@ def test_a_leader_whose_shim_was_killed_is_its_own_whoever_else_is_recorded(nurs
     os.kill(run.shim_pid, signal.SIGKILL)
     until(lambda: not is_running(run.shim_pid), "its end")
     assert is_running(run.pid)
-    assert contradiction(nursery.state, incarnation, run) is None
+    intent = intent_of(nursery, incarnation)
+    assert contradiction(nursery.state, intent, run) is None
     (nursery.state.run / "torn" / "run.json").write_text(encode(run))
-    assert contradiction(nursery.state, incarnation, run) == f"pid {run.pid} is also in the record of torn"
+    assert contradiction(nursery.state, intent, run) == f"pid {run.pid} is also in the record of torn"
     shutil.rmtree(nursery.state.run / "torn")
 
 
@@ -175,9 +208,10 @@ def test_a_living_shim_whose_records_were_moved_away_is_that_of_no_record(nurser
     incarnation = nursery.started(OBEDIENT)
     run = nursery.run_record(incarnation)
     folder = nursery.state.run / incarnation
-    assert contradiction(nursery.state, incarnation, run) is None
+    intent = intent_of(nursery, incarnation)
+    assert contradiction(nursery.state, intent, run) is None
     folder.rename(nursery.state.run / "moved")
-    assert contradiction(nursery.state, incarnation, run) == f"pid {run.shim_pid} is not its shim"
+    assert contradiction(nursery.state, intent, run) == f"pid {run.shim_pid} is not its shim"
     (nursery.state.run / "moved").rename(folder)
 
 
@@ -329,10 +363,11 @@ def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a
     nursery: Nursery, monkeypatch: pytest.MonkeyPatch, lasts_s: float, patience_s: float, speaks_against_it: bool
 ) -> None:
     """As it is for some milliseconds of every end: the kernel has closed what a process had, and it is still there."""
-    run = nursery.run_record(nursery.started(OBEDIENT))
+    incarnation = nursery.started(OBEDIENT)
+    run, nobody = nursery.run_record(incarnation), dataclasses.replace(intent_of(nursery, incarnation), id="nobody")
     monkeypatch.setattr(claims, "_ENDING_S", patience_s)
-    program = f"import os, time; os.closerange(0, 1 << 10); time.sleep({lasts_s}); os._exit(0)"
-    with subprocess.Popen([sys.executable, "-c", program]) as ending:
+    source = f"import os, time; os.closerange(0, 1 << 10); time.sleep({lasts_s}); os._exit(0)"
+    with subprocess.Popen([sys.executable, "-c", source]) as ending:
         try:
             stat = read_stat(ending.pid)
             assert stat is not None
@@ -340,7 +375,7 @@ def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a
                 while list(Path(f"/proc/{ending.pid}/fd").iterdir()):
                     time.sleep(0.005)
             claimed = dataclasses.replace(run, pid=1 << 22, shim_pid=ending.pid, shim_start_ticks=stat.start_ticks)
-            doubt = contradiction(nursery.state, "nobody", claimed)
+            doubt = contradiction(nursery.state, nobody, claimed)
             assert doubt == (f"pid {ending.pid} is not its shim" if speaks_against_it else None)
         finally:
             ending.kill()

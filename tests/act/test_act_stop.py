@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nursery import (
@@ -452,14 +453,15 @@ def test_an_intent_of_another_boot_signals_nobody(nursery: Nursery, stranger: su
     assert stranger.poll() is None
 
 
-def test_another_pid_namespace_with_a_living_shim_is_refused(
-    nursery: Nursery, stranger: subprocess.Popen[bytes]
+@pytest.mark.parametrize(("told", "other"), [("namespace", {"pid_namespace": 1}), ("boot", {"boot_id": "another"})])
+def test_pids_of_another_namespace_or_boot_with_a_living_shim_are_refused(
+    nursery: Nursery, stranger: subprocess.Popen[bytes], told: str, other: dict[str, Any]
 ) -> None:
-    incarnation = record_of(nursery, stranger, lambda run: dataclasses.replace(run, pid_namespace=1))
+    incarnation = record_of(nursery, stranger, lambda run: dataclasses.replace(run, **other))
     lock = take_lock(lock_path(nursery.state, "endpoint", "thinking"))
     assert lock is not None
     try:
-        with pytest.raises(NotOurs, match="namespace"):
+        with pytest.raises(NotOurs, match=told):
             nursery.run(nursery.actor().ensure_killed(incarnation))
     finally:
         os.close(lock)

@@ -281,11 +281,12 @@ def _touch(folder):
     os.utime(folder, ns=(now, now))
 
 
-def test_pids_of_another_namespace_are_unknown(cradle, reader, state):
+@pytest.mark.parametrize("field", ["pid_namespace", "boot_id"])
+def test_pids_of_another_namespace_or_boot_are_unknown(cradle, reader, state, field):
     identifier = cradle.start("sleep", "600")
     run = cradle.run_record(identifier)
     path = state.run / identifier / "run.json"
-    path.write_text(path.read_text().replace(str(run.pid_namespace), "1"))
+    path.write_text(path.read_text().replace(str(getattr(run, field)), "1"))
     assert only(reader).phase == "unknown"
     assert only(reader).alive
 
