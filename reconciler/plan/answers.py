@@ -16,6 +16,7 @@ class Answers(Mapping[str, T], Generic[T]):
     """One answer for each name, in order; each is worked out once."""
 
     def __init__(self, names: Iterable[str] = (), answer: Callable[[str], T] = _nobody) -> None:
+        """Of a dict as `names` the keys, which is the quickest."""
         self._known: dict[str, T | None] = dict.fromkeys(names)
         self._answer = answer
 

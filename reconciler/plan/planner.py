@@ -224,7 +224,7 @@ def _views(draft: Draft, actions: tuple[Action, ...]) -> Mapping[str, EndpointVi
     def as_ever(name: str) -> EndpointView:
         return EndpointView(name, "healthy", "running", "", calm[name].id, calm[name].gpus)
 
-    views = Answers(draft.standings, as_ever)
+    views = Answers(draft.records, as_ever)
     for name in draft.stirring():
         views[name] = _view(draft, name, actions)
     return views

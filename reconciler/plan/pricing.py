@@ -248,7 +248,7 @@ class Pricing:
         """The inclusion-minimal further victims that make room on one GPU; empty when nothing does."""
         if (
             gpu in branch.taken
-            or any(t.key in branch.gone for t in self._board.on(gpu))
+            or (branch.gone and any(t.key in branch.gone for t in self._board.on(gpu)))
             or (branch.taken and self._several)
         ):
             found, all_seen = self._openings(wish, need, gpu, branch)

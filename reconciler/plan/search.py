@@ -231,6 +231,7 @@ class Search(Pricing):
             self._needs(index, needs[1:], replace(branch, placed=placed), later)
             return
         paid = self._paid(wish, gang, chosen, branch, later)
+        best, less_than = self._best, self._less_than(branch.cost, later)
         tried: set[object] = set()
         for next_position in range(position, len(gang.gpus) - missing + 1):
             if self._cut(whole(add(paid, gang.at_least(next_position, missing)))):
@@ -240,16 +241,17 @@ class Search(Pricing):
             if alike is not None and alike in tried:
                 continue
             tried.add(alike)
-            rest = gang.at_least(next_position + 1, missing - 1)
-            now = (*chosen, gpu)
-            for way in self.ways(wish, need, gpu, chosen, branch, self._less_than(branch.cost, later)):
+            if self._best is not best:
+                best, less_than = self._best, self._less_than(branch.cost, later)
+            for way in self.ways(wish, need, gpu, chosen, branch, less_than):
                 cost, _, extra = way
                 so_far = add(cost, later)
                 if self._best is not None and so_far >= self._best.cost:
                     break  # those that follow cost more
                 if extra and not self.is_lawful(branch.victims | extra, branch.seated):
                     continue
-                grown = taking(wish, need, gpu, branch, way)
+                grown, now = taking(wish, need, gpu, branch, way), (*chosen, gpu)
+                rest = gang.at_least(next_position + 1, missing - 1)
                 at_least = add(self._paid(wish, gang, now, grown, later), rest)
                 if not self._cut(max(whole(at_least), so_far)):
                     self._choose(index, needs, gang, next_position + 1, now, grown, later)

@@ -102,18 +102,21 @@ class Situation:
         """The last answer of its HTTP port."""
         return self.observed.probes.get(incarnation.id)
 
-    def endpoint_names(self) -> list[str]:
-        """Every endpoint that the files, the overlays, the records or the ledger speak of, sorted."""
-        names = dict.fromkeys(self.spec.endpoints)  # in order, most often: quickly sorted
+    def endpoint_names(self) -> Mapping[str, None]:
+        """Every endpoint that the files, the overlays, the records or the ledger speak of, in order."""
+        names = dict.fromkeys(self.spec.endpoints)  # in order already, most often
         for overlay in self.spec.overlays.values():
             names.update(dict.fromkeys(overlay.endpoints))
         names.update(dict.fromkeys(self._others["endpoint"]))
-        return sorted(names)
+        ordered = sorted(names)
+        return names if list(names) == ordered else dict.fromkeys(ordered)
 
     @cached_property
     def running(self) -> Mapping[str, EndpointSpec]:
         """The endpoints of the baseline whose set point is running."""
         endpoints, calm = self.spec.endpoints, self.calm
+        if len(calm) == len(endpoints):
+            return endpoints
         resting = [name for name, e in endpoints.items() if name not in calm and e.state != "running"]
         running = dict(endpoints)
         for name in resting:

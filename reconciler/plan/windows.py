@@ -197,6 +197,8 @@ def _over_by(draft: Draft, tenant: Tenant, wall: float) -> bool:
 def keeping_off(windows: Iterable[Window]) -> Callable[[Need], Need]:
     """A need without the GPUs on which one of these windows leaves too little beside itself."""
     windows = tuple(windows)
+    if not windows:
+        return lambda need: need
 
     def fits(need: Need, gpu: str) -> bool:
         shares = [w.beside[gpu] for w in windows if gpu in w.beside]
