@@ -97,14 +97,14 @@ def window_taken(
     """Why an overlay does not begin in front of windows, or beside them. Of a schedule the first is named."""
     rivals = list(rivals)
     found = sorted(_touching(draft, overlay, rivals) or rivals, key=lambda w: (w.start, w.name))
-    windows = {w.name: w for w in reversed(found)}
+    windows = sorted({w.name: w for w in reversed(found)}.values(), key=lambda w: (w.start, w.name))
     spans = []
-    for window in sorted(windows.values(), key=lambda w: (w.start, w.name)):
+    for window in windows:
         more = sum(w.name == window.name for w in found) - 1
         spans.append(f"{window.name} ({_span(window, draft.now.wall)}{f', and {more} more' if more else ''})")
     hints = [f"its next free slot is {moment(slot)}"] if slot is not None else []
     hints += _bounded(draft, overlay, begin, found[0].opens)
-    hints += _above(draft, overlay, windows.values())
+    hints += _above(draft, overlay, windows)
     message = f"the place it would need is kept for {', '.join(spans)}"
     return Blocked(Subject("workload", overlay.name), "WindowTaken", message, tuple(hints), slot, transient=True)
 

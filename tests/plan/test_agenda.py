@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from builders import NOW, endpoint, overlay, spec
 from hypothesis import given
-from plant import Plant, Run
+from plant import Plant, Run, overlay_state
 from worlds import World, examples, worlds
 
 from reconciler.plan.actions import WAITS, Plan
@@ -19,7 +19,7 @@ from reconciler.plan.agenda import (
     SLACK_S,
     AgendaTracker,
 )
-from reconciler.plan.ledger import Timings
+from reconciler.plan.ledger import AgendaEntry, Timings
 from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.requests import clean_start, stopped
 
@@ -79,6 +79,23 @@ def test_an_entry_advances_what_is_behind_it_is_expected_no_more() -> None:
     starting = {states for state, states in seen if state == "starting"}
     assert all(states[-1] == "healthy" and "stopping" in states for states in leaving)
     assert starting == {("pending", "starting", "healthy")}
+
+
+def test_one_that_gives_way_is_expected_back_its_way_and_slack_after_the_end_foreseen_then_after_the_true_one() -> None:
+    run = settled()
+    run.spec = spec(ASK, RENDER)
+    begun = run.decide().now.wall
+    times = decided_timings(run)
+    way = SLACK_FACTOR * (times.drain_s + times.stop_s + times.load_s) + SLACK_S
+    states = (*LEAVING_STATES, *RETURNING_STATES)
+
+    def entry(until: float) -> AgendaEntry:
+        return AgendaEntry("ask", states, begun, until, "gives way to render", "render")
+
+    decided = run.settle(until=overlay_state("render", "active"))
+    assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + 300.0 + 60.0 + way),)
+    decided = run.settle(until=overlay_state("render", "completing"))
+    assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + way),)
 
 
 def test_a_clean_start_is_on_the_agenda() -> None:

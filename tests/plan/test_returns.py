@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -120,7 +121,12 @@ def test_of_several_that_come_back_to_one_gpu_all_have_their_places() -> None:
     short = overlay("short", [0], memory=45, priority=600, duration=300.0)
     away(run, *both, short=short)
     run.spec = spec(*both, short, overlay("long", [0], memory=15, priority=10, evict=False, duration=3000.0))
-    assert why(run.decide(), "long").reason == "WindowTaken"
+    blocked = why(run.decide(), "long")
+    assert blocked.reason == "WindowTaken"
+    back = r"\(which is to be back from 2026-11-23 \d\d:\d\d:\d\dZ on\)"
+    assert re.fullmatch(f"the place it would need is kept for ask {back}, code {back}", blocked.message)
+    above = "set allow_baseline_eviction: true, and give it a priority above that of ask, code"
+    assert blocked.alternatives[-1] == above
     run.settle(until=lambda p: all(run.plant.is_ready(e.name) for e in both))
     assert "long" not in run.starts()
 

@@ -9,6 +9,7 @@ from builders import NOW, endpoint, overlay, spec
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.ledger import Span
+from reconciler.plan.overlays import open_record, predicted_end
 
 ASK = endpoint("ask", [0], priority=100)
 
@@ -77,3 +78,32 @@ def test_work_that_usually_ends_early_is_told_to_end_early_and_may_take_all_of_i
     run.settle(until=overlay_state("render", "active"))
     entry = next(e for e in run.ledger.agenda if e.endpoint == "ask")
     assert entry.until >= run.ledger.overlays["render"].active_since.wall + 300.0
+
+
+BEGAN = NOW.wall
+ENDS = [
+    ({}, 50.0, 600.0, "as its file declares"),
+    ({"usual_s": 100.0}, 50.0, 100.0, "as usual"),
+    ({"usual_s": 900.0}, 50.0, 600.0, "its duration comes first"),
+    ({"usual_s": 100.0}, 100.0, 600.0, "later than usual"),
+    ({}, 700.0, 700.0, "it overruns"),
+    ({"deadline": 80.0}, 50.0, 80.0, "its deadline comes first"),
+    ({"deadline": 80.0, "usual_s": 70.0}, 50.0, 70.0, "as usual, before its deadline"),
+    ({"deadline": 900.0, "duration": None}, 50.0, 900.0, "nothing but its deadline is known"),
+    ({"duration": None}, 50.0, 50.0, "nothing is known"),
+]
+
+
+@pytest.mark.parametrize(("fields", "now", "end"), [case[:3] for case in ENDS], ids=[case[3] for case in ENDS])
+def test_the_end_of_work_is_foreseen_by_the_first_of_what_bounds_it_that_is_not_past(fields, now, end):
+    deadline = BEGAN + fields["deadline"] if "deadline" in fields else None
+    item = overlay("render", duration=fields.get("duration", 600.0), deadline=deadline)
+    record = replace(open_record(item, NOW), active_since=NOW)
+    assert predicted_end(record, item.makespan, BEGAN + now, fields.get("usual_s")) == BEGAN + end
+
+
+def test_work_that_has_not_begun_is_foreseen_to_end_its_duration_after_its_start_or_from_now_on():
+    item = overlay("render", duration=600.0, start=BEGAN + 1000.0)
+    record = open_record(item, NOW)
+    assert predicted_end(record, item.makespan, BEGAN) == BEGAN + 1600.0
+    assert predicted_end(record, item.makespan, BEGAN + 1200.0) == BEGAN + 1800.0
