@@ -125,7 +125,7 @@ class Draft:
     arriving: dict[Subject, Arriving] = field(default_factory=dict)
     blocked: dict[Subject, Blocked] = field(default_factory=dict)
     owed: dict[str, Mapping[str, int]] = field(default_factory=dict)
-    """Endpoint that gave way to an overlay → GPUs that it is to have again, with its bytes on each."""
+    """Endpoint that gave way to an overlay, or is set by one → GPUs that it is to have again, its bytes on each."""
     kept_off: dict[str, str] = field(default_factory=dict)
     """Endpoint without its place → the overlay, in force or to come, with whose end it is predicted to have it."""
     wakes: list[Instant] = field(default_factory=list)

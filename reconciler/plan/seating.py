@@ -67,7 +67,8 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
             homeless.append(endpoint)
     rise(draft)
     away = [e.name for e in homeless if draft.records[e.name].evicted_by is not None]
-    draft.owed = {name: place_owed(draft, name) for name in (*away, *draft.naps)}
+    aside = [name for name in draft.owners if name in situation.running]
+    draft.owed = {name: place_owed(draft, name) for name in (*away, *aside, *draft.naps)}
     # Who moves has been promised its place. Who ran up to now keeps its place before one that had none: nothing was
     # stopped in vain. Whose place an overlay takes comes last: it is no reason for another one to lose the place that
     # it has found.

@@ -16,7 +16,7 @@ from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
 from reconciler.plan.preemption import lacking
 from reconciler.plan.situation import Situation
-from reconciler.plan.windows import held_back, keeping_off, opening_soon, still_owed
+from reconciler.plan.windows import held_back, keeping_off, opening_soon, still_owed, to_be_back
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 MOST_NAMED = 12
@@ -211,7 +211,8 @@ def _owed_to(draft: Draft, need: Need, gpu: str) -> list[str]:
     owed = {n: left for n, size in here.items() if (left := still_owed(draft, n, gpu, size))}
     if not owed or gpu not in draft.board.capacity:
         return []
-    alone = need.exclusive or any(isinstance(draft.wanted[n].memory, WholeGpu) for n in owed)
+    backs = [e for n in owed if (e := to_be_back(draft, n)) is not None]
+    alone = need.exclusive or any(isinstance(e.memory, WholeGpu) for e in backs)
     own = endpoint_key(name)
     stay = [t for t in draft.board.on(gpu) if t.key != own and not t.key.startswith("overlay/")]
     taken = sum(t.holds[gpu].memory_bytes for t in stay) + sum(owed.values()) + need.memory_bytes[gpu]
@@ -224,7 +225,7 @@ def _kept_for(draft: Draft, endpoint: EndpointSpec, need: Need) -> Blocked | Non
     if anywhere is None or place([anywhere], draft.board) is None:
         return None
     names = {n for gpu in set(anywhere.candidates) - set(need.candidates) for n in _owed_to(draft, anywhere, gpu)}
-    message = f"it would have the place of {', '.join(sorted(names))}, kept for after the overlay that took it"
+    message = f"it would have the place of {', '.join(sorted(names))}, kept for its return"
     return Blocked(need.subject, "Held", message, ("wait for that return",), transient=True)
 
 

@@ -121,11 +121,14 @@ def may_prolong(overlay: OverlaySpec, endpoint: EndpointSpec) -> bool:
 def find_returns(draft: Draft) -> tuple[Return, ...]:
     """Whose place is to be given back: every endpoint that an overlay displaced, or keeps from its place since.
 
-    One that is kept away by nothing but a GPU that cannot be read now still has its place: unknown is not absent.
+    So is that of one that an overlay sets otherwise, as it is to run after that. One that is kept away by nothing but a
+    GPU that cannot be read now still has its place: unknown is not absent.
     """
     found = []
     for name in draft.stirring():
-        endpoint, holders = draft.wanted.get(name), {n for n, held in draft.evicted_from(name).items() if held}
+        endpoint, holders = to_be_back(draft, name), {n for n, held in draft.evicted_from(name).items() if held}
+        if name in draft.owners and name in draft.situation.running:
+            holders.add(draft.owners[name])
         blocked, displaced = draft.blocked.get(Subject("endpoint", name)), draft.records[name].evicted_by is not None
         if name in draft.kept_off and displaced:
             holders.add(draft.kept_off[name])
@@ -146,12 +149,17 @@ def find_returns(draft: Draft) -> tuple[Return, ...]:
     return tuple(found)
 
 
+def to_be_back(draft: Draft, name: str) -> EndpointSpec | None:
+    """An endpoint as it is to run once no overlay sets it otherwise; None: it is not to."""
+    return draft.situation.running.get(name) or draft.wanted.get(name)
+
+
 def place_owed(draft: Draft, name: str) -> dict[str, int]:
-    """The GPUs that a wanted endpoint is to have again, with its bytes on each; empty: nobody knows which.
+    """The GPUs that an endpoint is to have again, with its bytes on each; empty: nobody knows which.
 
     One that may choose has the place in which it ran: had there been another, it would have moved.
     """
-    endpoint = draft.wanted.get(name)
+    endpoint = to_be_back(draft, name)
     if endpoint is None:
         return {}
     gpus = draft.situation.resolve_pins(endpoint.gpus) if isinstance(endpoint.gpus, GpuPins) else None
@@ -222,9 +230,7 @@ def opening_soon(draft: Draft, endpoint: EndpointSpec) -> list[Window]:
 
 
 def _may_displace(draft: Draft, window: Window, endpoint: EndpointSpec) -> bool:
-    evicts = draft.situation.spec.overlays[window.name].allow_baseline_eviction
-    lower = evicts and endpoint.preemptible and endpoint.priority < window.priority
-    return lower or endpoint.name in window.victims
+    return may_prolong(draft.situation.spec.overlays[window.name], endpoint) or endpoint.name in window.victims
 
 
 def held_back(subject: Subject, soon: Iterable[Window]) -> Blocked:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from builders import NOW, endpoint, overlay, spec
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan
-from reconciler.spec.spec import EndpointSpec, OverlaySpec
+from reconciler.spec.spec import EndpointSpec, MemoryBytes, OverlaySpec
 
 ASK = endpoint("ask", [0], priority=40, capabilities=("ask",))
 LONG = overlay("long", [0], memory=20, priority=5, duration=3000.0)
@@ -41,7 +43,7 @@ def test_a_window_has_its_place_where_nobody_is_to_be_back_before_it() -> None:
     run.spec = spec(firm, mend)
     run.settle(until=overlay_state("mend", "active"))
     start = run.plant.now.wall + 600
-    night = overlay("night", [0], priority=600, start=start, duration=300.0)
+    night = overlay("night", [0], priority=600, start=start, duration=300.0, on_overrun="stop")
     run.spec = spec(firm, mend, night)
     assert why(run.decide(), "night").reason == "NotYet"
     run.spec = spec(firm, mend, night, LONG)
@@ -97,3 +99,43 @@ def test_a_window_is_told_at_once_that_nothing_provides_what_it_requires_or_that
     ):
         run.spec = spec(ASK, impossible)
         assert why(run.decide(), "night").reason == reason
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [{"state": "stopped"}, {"process_hash": "other", "memory": MemoryBytes(20 << 30)}],
+    ids=["stopped", "set"],
+)
+def test_work_does_not_keep_from_its_place_whom_maintenance_took_from_it(meanwhile: dict[str, Any]) -> None:
+    run = settled(ASK)
+    mend = overlay("mend", None, priority=5, duration=300.0, workload=False, sets=[replace(ASK, **meanwhile)])
+    run.spec = spec(ASK, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    run.spec = spec(ASK, mend, LONG)
+    told = why(run.decide(), "long")
+    assert told.reason == "WindowTaken"
+    assert "ask (which is to be back from " in told.message
+    run.settle(until=overlay_state("mend", "done"))
+    assert run.plant.is_ready("ask")
+    assert "long" not in run.starts()
+
+
+def test_nor_if_it_arrives_with_the_maintenance_unless_it_might_have_displaced_it() -> None:
+    for priority, begins in ((5, False), (50, True)):
+        run = settled(ASK)
+        run.spec = spec(ASK, aside(ASK), replace(LONG, priority=priority))
+        run.settle(until=overlay_state("mend", "done"))
+        assert ("long" in run.starts()) == begins
+
+
+def test_a_new_endpoint_does_not_take_the_place_of_one_that_is_set_aside() -> None:
+    run = settled(ASK)
+    new, mend = endpoint("new", 1, memory=20, priority=900, port=9000), aside(ASK)
+    run.spec = spec(ASK, mend)
+    run.settle(until=overlay_state("mend", "active"))
+    run.spec = spec(ASK, new, mend)
+    told = why(run.decide(), "new")
+    assert told.reason == "Held"
+    assert told.message == "it would have the place of ask, kept for its return"
+    run.settle(until=overlay_state("mend", "done"))
+    assert run.plant.is_ready("ask")
