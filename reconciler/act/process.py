@@ -79,6 +79,8 @@ class ProcessActor:
         self._boot_id = boot_id
         self._forks = ForkServer()
         self._starts: dict[str, asyncio.Future[None]] = {}
+        self._tidy = False
+        """Drafts of earlier daemons are cleared away."""
 
     # ------------------------------------------------------------ starting
 
@@ -133,19 +135,16 @@ class ProcessActor:
             return
         lock = incarnations.lock_path(self._state, launch.subject.kind, launch.subject.name)
         deadline = self._clock.now().plus(_START_S)
-        while not self._is_recorded(launch.incarnation):
+        folder = self._state.run / launch.incarnation
+        while not incarnations.is_recorded(folder):
             # an earlier daemon's shim: it has no pipe to us, so its record is looked for
-            if not is_locked(lock) and not self._is_recorded(launch.incarnation):
+            if not is_locked(lock) and not incarnations.is_recorded(folder):
                 raise ActError(
                     f"{launch.subject}: incarnation {launch.incarnation} was never started; its shim is gone"
                 )
             if self._clock.now().since(deadline) > 0:
                 raise ActError(f"{launch.subject}: its shim has not reported for {_START_S:.0f} s")
             await self._clock.sleep(_LOOKS_S[1])
-
-    def _is_recorded(self, incarnation: str) -> bool:
-        records = incarnations.read(self._state.run / incarnation)
-        return records.run is not None or records.exit is not None
 
     def _take_lock(self, subject: Subject) -> int | None:
         try:
@@ -161,6 +160,9 @@ class ProcessActor:
                 ports.prove_free(launch.port)
             self._state.ensure_logs()
             try:
+                if not self._tidy:  # once: a look at all records for each of 200 starts is a look at 40,000
+                    incarnations.remove_drafts(self._state)
+                    self._tidy = True
                 incarnations.write_intent(self._state, self._intent(launch, group))
             except OSError as error:
                 raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
@@ -227,7 +229,7 @@ class ProcessActor:
                 said += chunk
         finally:
             os.close(ready)
-        if not self._is_recorded(launch.incarnation):
+        if not incarnations.is_recorded(self._state.run / launch.incarnation):
             reason = said.decode(errors="replace") or "it was killed"
             raise ActError(f"{launch.subject}: its shim ended before it started anything: {reason}")
 

@@ -51,6 +51,8 @@ MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
 not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
 CALM_S = 0.05
 """Nothing happened for so long: who was started is through with its first steps, and nobody is in the way of others."""
+NEVER_CALM_S = 1.0
+"""Where something happens all the time, what waits for a calm moment waits no longer."""
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
@@ -161,6 +163,9 @@ class Daemon:
             wake=self._wakers.wake,
         )
         self._notifying = Notifying(parts.journal, parts.clock, deliver=self._deliver, wake=self._wakers.wake)
+        self._gone: set[str] = set()
+        """Incarnations whose records were put away since `_tidy`."""
+        self._tidied = self._began
         self._stopping = False
         self._unmoved: set[str] = set()
         """Ended incarnations whose records could not be put away."""
@@ -183,10 +188,11 @@ class Daemon:
                 for face in self._parts.faces:
                     self._parts.journal.append(await face.show(tick), self._parts.clock.now())
                 if self._stopping or (until is not None and until(tick)):
+                    await self._tidy(tick)
                     return tick
                 if until is not None and self._unmoved:
                     raise StateError(f"{self._parts.state.run}: records cannot be put away", hint="reconciler events")
-                await self._rest(self._patience(tick))
+                await self._rest(tick)
         finally:
             await self._close()
 
@@ -237,9 +243,7 @@ class Daemon:
         fresh = {i.id for i in ended} - self._unmoved
         record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
         self._unmoved = {i.id for i in ended if not self._put_away(in_force.spec, i)}
-        if parts.leftovers is not None:
-            await parts.leftovers.follow(observed)
-            parts.journal.append(await parts.leftovers.clear(fresh), now)
+        self._gone |= fresh
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
@@ -256,18 +260,30 @@ class Daemon:
             archive(self._parts.state, ended.id, keep=kept_for(spec, ended.subject))
         except OSError as error:
             if ended.id not in self._unmoved:
-                self._report(Event("records.kept", ended.subject.name, f"cannot be put away: {error}", "cleanup"))
+                self._report([Event("records.kept", ended.subject.name, f"cannot be put away: {error}", "cleanup")])
             return False
         return True
 
-    async def _rest(self, patience_s: float) -> None:
+    async def _rest(self, tick: Tick) -> None:
         """Wait for something to happen. What nobody waits for at all is done once nothing did for a moment."""
+        patience_s = self._patience(tick)
         if patience_s > CALM_S:
-            if await self._wakers.wait(CALM_S):
+            woken = await self._wakers.wait(CALM_S)
+            if not woken or self._parts.clock.now().since(self._tidied) >= NEVER_CALM_S:
+                self._parts.journal.keep()
+                await self._tidy(tick)
+            if woken:
                 return
-            self._parts.journal.keep()
             patience_s -= CALM_S
         await self._wakers.wait(patience_s)
+
+    async def _tidy(self, tick: Tick) -> None:
+        """See what lives in shared memory, and remove what ended ones left there."""
+        self._tidied = now = self._parts.clock.now()
+        ended, self._gone = frozenset(self._gone), set()
+        if self._parts.leftovers is not None:
+            await self._parts.leftovers.follow(tick.observed)
+            self._parts.journal.append(await self._parts.leftovers.clear(ended), now)
 
     def _load(self) -> SpecInForce:
         """The spec in force, read again if files may have changed."""
@@ -370,8 +386,8 @@ class Daemon:
     async def _deliver(self, notifier: Notifier, notices: Sequence[Notice]) -> None:
         await deliver(notifier, self._parts.specs.in_force.spec.node.name, notices, self._parts.inherited)
 
-    def _report(self, event: Event) -> None:
-        self._parts.journal.append([event], self._parts.clock.now())
+    def _report(self, events: Sequence[Event]) -> None:
+        self._parts.journal.append(events, self._parts.clock.now())
 
     # ------------------------------------------------------------ what people ask
 

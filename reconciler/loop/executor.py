@@ -7,7 +7,7 @@ twice. One that failed is tried again later, after a wait that doubles; the plan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -43,7 +43,7 @@ class Executor:
         stop_of: Callable[[Action], Stop],
         call_engine: Callable[[Action], Awaitable[None]],
         called: Callable[[Action, str | None], None],
-        report: Callable[[Event], None],
+        report: Callable[[Sequence[Event]], None],
         wake: Callable[[], None],
     ) -> None:
         self._actor = actor
@@ -62,6 +62,7 @@ class Executor:
     async def walk(self, plan: Plan) -> None:
         """Begin every ready action that is not under way; returns once the starts among them were carried out.
 
+        What is begun is told before any of it is, and all at once: a commit for each of 200 starts takes its time.
         Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
         Ends under way that no plan asks for any more are left to finish: a signal cannot be taken back.
         """
@@ -69,12 +70,10 @@ class Executor:
         waits = [a.id for a in plan.actions if a.op in WAITS or (a.op == "drain" and a.incarnation is None)]
         frontier = [a for a in plan.actions if a.ready and a.id not in waits]
         self._failures = {k: f for k, f in self._failures.items() if k in {key_of(a) for a in frontier}}
-        starts = []
-        for action in frontier:
-            task = self._begin(action)
-            if task is not None and action.op in ("start", "start_workload"):
-                starts.append(task)
-        if starts:
+        begun = [(action, task) for action in frontier if (task := self._begin(action)) is not None]
+        if told := [_event(f"act.{action.op}", action, action.reason) for action, _ in begun if action.op != "drain"]:
+            self._report(told)
+        if starts := [task for action, task in begun if action.op in ("start", "start_workload")]:
             await asyncio.wait(starts)
 
     def next_retry(self) -> float | None:
@@ -94,6 +93,7 @@ class Executor:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _begin(self, action: Action) -> asyncio.Task[None] | None:
+        """Its task, which has not run yet; None: it is under way, or it is too early to try it again."""
         key = key_of(action)
         running = self._tasks.get(key)
         if running is not None:
@@ -111,16 +111,13 @@ class Executor:
 
     async def _run(self, key: Key, action: Action) -> None:
         try:
-            if action.op != "drain":
-                self._report(Event(f"act.{action.op}", action.subject.name, action.reason, str(action.cause)))
             await self._carry_out(action)
             self._failures.pop(key, None)
         except ReconcilerError as error:
             count = self._failures[key].count + 1 if key in self._failures else 1
             wait = min(RETRY_MAX_S, RETRY_INITIAL_S * 2.0 ** (count - 1))
             self._failures[key] = _Failure(count, self._clock.now().mono + wait)
-            kind = f"act.{action.op}.failed"
-            self._report(Event(kind, action.subject.name, error.message, str(action.cause)))
+            self._report([_event(f"act.{action.op}.failed", action, error.message)])
         finally:
             if self._tasks.get(key) is asyncio.current_task():
                 del self._tasks[key]
@@ -149,6 +146,10 @@ class Executor:
                 return
             case _:
                 assert_never(action.op)
+
+
+def _event(kind: str, action: Action, message: str) -> Event:
+    return Event(kind, action.subject.name, message, str(action.cause))
 
 
 def key_of(action: Action) -> Key:

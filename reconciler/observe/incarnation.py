@@ -170,8 +170,7 @@ class IncarnationReader:
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
             group = records.intent.group if isinstance(records.intent, Intent) else None
-            peopled = group is not None and bool(cgroup.pids(group, records.id))
-            if not shim_lives and not peopled and is_over(records.path):  # 1
+            if not shim_lives and is_over(records.path) and not (group and cgroup.pids(group, records.id)):  # 1
                 memory.over = True
                 return ()
             if not shim_lives and memory.swept is not None:  # 4

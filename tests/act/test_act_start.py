@@ -126,6 +126,13 @@ def test_run_and_exit_are_recorded_while_nobody_watches(
     until(lambda: not is_locked(lock_path(nursery.state, "endpoint", "thinking")), "the shim to leave")
 
 
+def test_the_first_start_clears_away_what_daemons_left_that_died_as_they_recorded_one(nursery: Nursery) -> None:
+    draft = nursery.state.run / ".older.new"
+    draft.mkdir()
+    identifier = nursery.started(("sleep", "600"), ready=False)
+    assert [path.name for path in nursery.state.run.iterdir()] == [identifier]
+
+
 def test_a_missing_working_directory_is_recorded_as_the_reason(nursery: Nursery) -> None:
     incarnation = nursery.started(OBEDIENT, ready=False, cwd="/nowhere/at/all")
     assert nursery.exit_code(incarnation) == 127

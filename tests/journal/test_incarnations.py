@@ -17,6 +17,7 @@ import pytest
 
 from reconciler.clock import Instant
 from reconciler.errors import DaemonRunning, StateError
+from reconciler.journal import incarnations
 from reconciler.journal.codec import encode
 from reconciler.journal.incarnations import (
     Exit,
@@ -25,12 +26,14 @@ from reconciler.journal.incarnations import (
     StopRecord,
     Unreadable,
     archive,
+    is_recorded,
     list_ended,
     list_ids,
     lock_path,
     log_path,
     new_id,
     read,
+    remove_drafts,
     write_exit,
     write_intent,
     write_stop,
@@ -269,15 +272,32 @@ def test_a_crash_in_the_middle_of_an_intent_leaves_nothing_to_see(state: StateDi
     (state.run / ".abc.new").mkdir()
     (state.run / ".abc.new" / "intent.json").write_text("{")
     assert list_ids(state) == ()
-    write_intent(state, intent())
-    assert list_ids(state) == ("abc",)
 
 
-def test_the_draft_that_a_crash_left_is_cleared_away_by_the_next_intent(state: StateDir) -> None:
+def test_drafts_that_crashes_left_can_be_cleared_away_and_nothing_else_is(state: StateDir) -> None:
     (state.run / ".older.new").mkdir()
     (state.run / ".older.new" / ".intent.json.tmp").write_text("{")
     write_intent(state, intent())
+    remove_drafts(state)
     assert [p.name for p in state.run.iterdir()] == ["abc"]
+
+
+def test_an_intent_that_cannot_be_recorded_leaves_no_draft(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(incarnations, "_write", full)
+    with pytest.raises(OSError, match="no space"):
+        write_intent(state, intent())
+    assert list(state.run.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "told"), [("run.json", True), ("exit.json", True), ("stop.json", False)])
+def test_a_start_came_to_something_once_its_run_or_its_end_is_recorded(state: StateDir, name: str, told: bool) -> None:
+    folder = write_intent(state, intent())
+    assert not is_recorded(folder)
+    (folder / name).write_text("torn {")
+    assert is_recorded(folder) is told
 
 
 def test_an_id_tells_of_which_boot_it_is_and_one_of_another_form_tells_nothing(state: StateDir) -> None:

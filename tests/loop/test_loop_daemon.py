@@ -28,7 +28,11 @@ from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
 from reconciler.observe.nvml import CACHED
 from reconciler.observe.snapshot import ObserveOptions
+<<<<<<< HEAD
 from reconciler.plan.actions import Action, Cause
+=======
+from reconciler.plan.actions import Event
+>>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 
@@ -85,6 +89,21 @@ class Actor:
         raise ActError("there is no disk space left")
 
 
+class Leftovers:
+    """Counts when shared memory was looked at."""
+
+    def __init__(self) -> None:
+        self.followed = 0
+        self.cleared: list[frozenset[str]] = []
+
+    async def follow(self, _observed: Observed) -> None:
+        self.followed += 1
+
+    async def clear(self, ended: frozenset[str]) -> tuple[Event, ...]:
+        self.cleared.append(ended)
+        return ()
+
+
 class House:
     """One state directory, its files, and a daemon that is never asked to start anything."""
 
@@ -95,17 +114,28 @@ class House:
         self.state.ensure()
         self.clock = SystemClock()
         self.journal = Journal.open(self.state.journal, self.clock)
+<<<<<<< HEAD
         self.eyes, self.actor = Eyes(), Actor()
+=======
+        self.eyes = Eyes()
+        self.leftovers = Leftovers()
+>>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
 
     def run(self, story: Callable[[Daemon], Awaitable[None]]) -> None:
         async def live() -> None:
             unused: Any = None
+<<<<<<< HEAD
             actor: Any = self.actor
+=======
+            actor: Any = Actor()
+            leftovers: Any = self.leftovers
+>>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
             daemon = Daemon(
                 Parts(
                     state=self.state, clock=self.clock, journal=self.journal,
                     specs=SpecKeeper(self.setpoints, {}, transform=None), actor=actor, engines=unused,
                     eyes=lambda _wake: self.eyes, inherited={}, simulated={}, pid=os.getpid(),
+                    leftovers=leftovers,
                 )
             )  # fmt: skip
             running = asyncio.create_task(daemon.run())
@@ -337,6 +367,48 @@ def test_the_end_of_a_process_is_told_to_one_look(house: House) -> None:
         assert (house.eyes.asked[-1].ended, house.eyes.asked[-1].gpus) == (False, CACHED)
 
     house.run(story)
+
+
+def test_shared_memory_is_looked_at_once_nothing_happened_for_a_moment(house: House) -> None:
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        while not house.leftovers.followed:
+            await asyncio.sleep(0.01)
+        daemon._gone.add("i-1")
+        daemon.look_again()
+        while frozenset({"i-1"}) not in house.leftovers.cleared:
+            await asyncio.sleep(0.01)
+        assert not daemon._gone
+
+    house.run(story)
+
+
+def test_where_something_happens_all_the_time_shared_memory_is_looked_at_all_the_same(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "CALM_S", DEADLINE_S)
+    monkeypatch.setattr(daemon_module, "NEVER_CALM_S", 0.05)
+
+    async def story(daemon: Daemon) -> None:
+        while house.leftovers.followed < 3:
+            daemon.look_again()
+            await asyncio.sleep(0.01)
+        looks = house.eyes.looks
+        daemon.look_again()
+        while house.eyes.looks == looks:
+            await asyncio.sleep(0.01)
+
+    house.run(story)
+
+
+def test_the_last_look_of_all_clears_up_as_well(house: House) -> None:
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        daemon._gone.add("i-1")
+        daemon.stop()
+
+    house.run(story)
+    assert frozenset({"i-1"}) in house.leftovers.cleared
 
 
 def test_a_bad_edit_and_its_repair_are_told_once_each(house: House) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from reconciler.clock import Instant
 from reconciler.errors import ActError
 from reconciler.loop.executor import RETRY_INITIAL_S, Executor
-from reconciler.plan.actions import Action, Cause
+from reconciler.plan.actions import Action, Cause, Event
 from reconciler.plan.observed import Subject
 from reconciler.spec.spec import Stop
 
@@ -90,7 +91,9 @@ def test_a_failed_operation_is_not_begun_again_before_its_time_and_forgotten_whe
             raise ActError("not permitted")
 
         reports: list[str] = []
-        executor = executor_of(SimpleNamespace(ensure_killed=ensure_killed), report=lambda e: reports.append(e.kind))
+        executor = executor_of(
+            SimpleNamespace(ensure_killed=ensure_killed), report=lambda events: reports.extend(e.kind for e in events)
+        )
         kill = replace(STOP, op="kill")
         for _ in range(3):
             await executor.walk(plan_of(kill))
@@ -102,6 +105,30 @@ def test_a_failed_operation_is_not_begun_again_before_its_time_and_forgotten_whe
         await executor.walk(plan_of(kill))
         await settled(executor)
         assert tries == ["i-1", "i-1"]
+
+    asyncio.run(story())
+
+
+def test_what_is_begun_is_told_at_once_and_before_any_of_it_is() -> None:
+    async def story() -> None:
+        told: list[list[str]] = []
+        ended: list[str] = []
+
+        async def ensure_killed(incarnation: str) -> None:
+            assert told == [["act.kill", "act.kill"]]
+            ended.append(incarnation)
+
+        def report(events: Sequence[Event]) -> None:
+            assert not ended
+            told.append([event.kind for event in events])
+
+        executor = executor_of(SimpleNamespace(ensure_killed=ensure_killed), report=report)
+        kills = [replace(STOP, op="kill", id=number, incarnation=f"i-{number}") for number in (1, 2)]
+        await executor.walk(plan_of(*kills))
+        await settled(executor)
+        assert ended == ["i-1", "i-2"]
+        await executor.walk(plan_of())
+        assert len(told) == 1, "of nothing nothing is told"
 
     asyncio.run(story())
 
