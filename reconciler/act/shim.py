@@ -147,11 +147,12 @@ def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket
         ours.close()
         os.setsid()
         become_reaper()
+        own = own_identity()
         given = descriptors or wait_in_advance(theirs, server)
         theirs.close()
         if given:
             name_process(b"reconciler-shim")
-            code = supervise(*given)
+            code = supervise(own, *given)
     finally:
         os._exit(code)
 
@@ -168,10 +169,16 @@ def wait_in_advance(source: _socket.socket, server: int) -> list[int]:
     return descriptors
 
 
-def supervise(order: int, lock: int, ready: int) -> int:
+def own_identity() -> str:
+    """Who this shim is, as its part of the run record."""
+    own = os.getpid()
+    return f'"pid_namespace":{pid_namespace()},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)}'
+
+
+def supervise(own: str, order: int, lock: int, ready: int) -> int:
     """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
-        leader, folder_fd, log_bytes, durable = start(order)
+        leader, folder_fd, log_bytes, durable = start(own, order)
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
@@ -182,8 +189,8 @@ def supervise(order: int, lock: int, ready: int) -> int:
     return 0
 
 
-def start(order: int) -> tuple[int, int, int, bool]:
-    """Carry out the order.
+def start(own: str, order: int) -> tuple[int, int, int, bool]:
+    """Carry out the order; `own` is who this is.
 
     The answer: the leader's pid, the folder its end is recorded in, bytes of its log to keep, whether its end is to
     outlive a power cut.
@@ -206,13 +213,11 @@ def start(order: int) -> tuple[int, int, int, bool]:
         become_leader(gate_out, failure_in, folder_fd, log_fd, to_join, cwd, user, argv, environment)
     os.close(gate_out)
     os.close(failure_in)
-    own = os.getpid()
     write_record(
         folder_fd,
         "run.json",
-        f'{{"at":{now()},"boot_id":{quoted(boot_id.decode())},"pid":{leader},"pid_namespace":{pid_namespace()},'
-        f'"session_id":{leader},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)},'
-        f'"start_ticks":{start_ticks(leader)}}}',
+        f'{{"at":{now()},"boot_id":{quoted(boot_id.decode())},"pid":{leader},{own},'
+        f'"session_id":{leader},"start_ticks":{start_ticks(leader)}}}',
         durable=False,
     )
     try:  # noqa: SIM105 - contextlib would be paid for by each shim
@@ -301,8 +306,8 @@ def become_leader(
     try:
         os.setsid()
         os.dup2(log_fd, 1)  # stdin is /dev/null and stderr the log already; everything else closes on exec
-        for number in _signal.valid_signals():
-            if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+        for number in range(1, _signal.NSIG):
+            if _signal.getsignal(number) == _signal.SIG_IGN:  # all that an exec leaves as it is
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         join_group(group)  # before the gate: the record is written meanwhile
@@ -502,8 +507,9 @@ def now() -> str:
 
 def start_ticks(pid: int) -> int:
     """Field 22 of /proc/PID/stat, counted after the last parenthesis."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        line = file.read()
+    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    line = os.read(fd, 4096)
+    os.close(fd)
     return int(line[line.rindex(b")") + 2 :].split()[19])
 
 

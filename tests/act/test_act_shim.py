@@ -188,7 +188,7 @@ def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
 
         shim.os.fsync = note
         shim.become_reaper()
-        shim.supervise(order, os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY))
+        shim.supervise(shim.own_identity(), order, os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY))
         return ["ID" if name == launch.incarnation else name for name in names]
 
     assert in_child(supervise) == str(synced)

@@ -383,7 +383,7 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
         shim.write_record = kill_once_recorded
         shim.become_reaper()
         null = os.open("/dev/null", os.O_WRONLY)
-        os._exit(shim.supervise(order, os.dup(null), null))
+        os._exit(shim.supervise(shim.own_identity(), order, os.dup(null), null))
     os.close(order)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
     assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL

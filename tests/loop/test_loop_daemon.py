@@ -28,11 +28,7 @@ from reconciler.loop.daemon import Daemon, Parts
 from reconciler.loop.specs import SpecKeeper
 from reconciler.observe.nvml import CACHED
 from reconciler.observe.snapshot import ObserveOptions
-<<<<<<< HEAD
-from reconciler.plan.actions import Action, Cause
-=======
-from reconciler.plan.actions import Event
->>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
+from reconciler.plan.actions import Action, Cause, Event
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap, Quarantine
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Subject
 
@@ -114,22 +110,14 @@ class House:
         self.state.ensure()
         self.clock = SystemClock()
         self.journal = Journal.open(self.state.journal, self.clock)
-<<<<<<< HEAD
         self.eyes, self.actor = Eyes(), Actor()
-=======
-        self.eyes = Eyes()
         self.leftovers = Leftovers()
->>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
 
     def run(self, story: Callable[[Daemon], Awaitable[None]]) -> None:
         async def live() -> None:
             unused: Any = None
-<<<<<<< HEAD
             actor: Any = self.actor
-=======
-            actor: Any = Actor()
             leftovers: Any = self.leftovers
->>>>>>> e3e1a3f (loop: what nobody waits for comes after a start, and a record is read and written with less)
             daemon = Daemon(
                 Parts(
                     state=self.state, clock=self.clock, journal=self.journal,
