@@ -61,6 +61,7 @@ class Journal(JournalReader):
         self._deeds: object = None
         """What the last decision that was kept had done."""
         self._measured: Mapping[tuple[str, Measure], tuple[float, ...]] | None = None
+        self._unresolved: Mapping[str, Incident] | None = None
         self._unkept: list[tuple[int, Made]] = []
         """The last decisions, with their numbers, until `keep` is called."""
         self.notice = notice
@@ -103,6 +104,14 @@ class Journal(JournalReader):
         if self._measured is None:
             self._measured = super().timings()
         return self._measured
+
+    def incidents(self, *, include_resolved: bool = False) -> tuple[Incident, ...]:
+        """As `JournalReader.incidents`; the unresolved ones, for which each look asks, are read from the file once."""
+        if include_resolved:
+            return super().incidents(include_resolved=True)
+        if self._unresolved is None:
+            self._unresolved = {incident.id: incident for incident in super().incidents()}
+        return tuple(sorted(self._unresolved.values(), key=lambda incident: (incident.opened, incident.id)))
 
     def commit(self, ledger: Ledger, events: Sequence[Event], now: Instant, made: Made | None = None) -> None:
         """Make a decision durable: the ledger and the events that tell of it, together or not at all.
@@ -177,18 +186,19 @@ class Journal(JournalReader):
         Raises:
             StateError: it could not be written.
         """
-        rows = {incident.id: (incident.resolved_at, encode(incident)) for incident in incidents}
-        known = dict(self._select("SELECT id, body FROM incidents"))
-        changed = [(name, at, body) for name, (at, body) in rows.items() if known.get(name) != body]
+        known = {incident.id: incident for incident in self.incidents()}
+        changed = {incident.id: incident for incident in incidents if known.get(incident.id) != incident}
         if not changed:
             return
+        rows = [(name, incident.resolved_at, encode(incident)) for name, incident in changed.items()]
         with database.transaction(self._connection, self.path) as connection:
-            connection.executemany("INSERT OR REPLACE INTO incidents (id, resolved_at, body) VALUES (?, ?, ?)", changed)
+            connection.executemany("INSERT OR REPLACE INTO incidents (id, resolved_at, body) VALUES (?, ?, ?)", rows)
             connection.execute(
                 "DELETE FROM incidents WHERE resolved_at IS NOT NULL AND id NOT IN"
                 " (SELECT id FROM incidents WHERE resolved_at IS NOT NULL ORDER BY resolved_at DESC, id LIMIT ?)",
                 (RESOLVED_KEPT,),
             )
+        self._unresolved = {i: one for i, one in {**known, **changed}.items() if one.resolved_at is None}
 
     def save_told(self, notifier: str, told: Mapping[str, Incident]) -> None:
         """Store what a notifier has been told of and not yet told to be resolved, in the place of what was stored.

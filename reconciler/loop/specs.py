@@ -57,6 +57,8 @@ class SpecKeeper:
         self._transform = transform
         self._in_force: SpecInForce | None = None
         self._last_read: Texts | None = None
+        self._rejected: tuple[Texts, tuple[Problem, ...]] | None = None
+        """Files that cannot be accepted, and why."""
         self._env_files: Stamps = ()
         self._folder: Path | None = None
         self._held: dict[str, tuple[OverlaySpec, str]] = {}
@@ -83,20 +85,32 @@ class SpecKeeper:
         Raises:
             SpecError: the files are wrong and there is no last good version.
         """
+        texts: Texts | None = None
         try:
             texts = read_texts(self.path)
             unchanged = texts == self._last_read and self._in_force is not None
             if unchanged and self._env_files == _stamps(self.in_force.spec):
                 return self._hold_live(ledger)
+            if self._rejected is not None and self._rejected[0] == texts:
+                raise SpecError(self._rejected[1])  # noqa: TRY301 - as if they had been read once more
             accepted, problems = self._accept(texts)
-            self._last_read, self._folder = texts, texts.overlays_folder
+            self._last_read, self._folder, self._rejected = texts, texts.overlays_folder, None
             self._env_files = _stamps(accepted[0])
         except SpecError as error:  # 1
-            self._last_read = None
-            fallback, problems = self._fallback(), error.problems
+            self._last_read, problems = None, error.problems
+            # an env_file is read with them, and may be mended alone
+            may_mend = any("env_file" in problem.message for problem in problems)
+            self._rejected = None if texts is None or may_mend else (texts, problems)
+            if self._in_force is not None and self._env_files == _stamps(self.in_force.spec):
+                spec = self.in_force.spec  # the same object at every look, as below
+                spec = replace(spec, problems=()) if spec.problems else spec
+                self._in_force = replace(self.in_force, spec=spec, problems=problems)
+                return self._hold_live(ledger)
+            fallback = self._fallback()
             if fallback is None:
                 raise
             accepted = fallback
+            self._env_files = _stamps(accepted[0])
         self._in_force = SpecInForce(self._shaped(accepted[0]), problems, accepted[1])
         return self._hold_live(ledger)
 

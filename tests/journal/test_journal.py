@@ -127,6 +127,24 @@ def test_an_unchanged_ledger_writes_nothing(journal: Journal) -> None:
     assert (after.st_size, after.st_mtime_ns) == (log.st_size, log.st_mtime_ns)
 
 
+def test_of_incidents_that_go_on_nothing_is_read_or_written_at_each_look(journal: Journal) -> None:
+    one, over = incident(1), incident(2, resolved_at=NOW.wall)
+    journal.save_incidents([one, over])
+    said: list[str] = []
+    journal._connection.set_trace_callback(said.append)
+    for _ in range(3):
+        assert journal.incidents() == (one,)
+        journal.save_incidents([one])
+    assert said == []
+    journal._connection.set_trace_callback(None)
+    ended = replace(one, resolved_at=NOW.wall)
+    journal.save_incidents([ended])
+    assert journal.incidents() == ()
+    with reopened(journal) as again:
+        assert again.incidents() == ()
+        assert set(again.incidents(include_resolved=True)) == {ended, over}
+
+
 def test_only_the_record_that_changed_is_written(journal: Journal) -> None:
     journal.commit(LEDGER, [], NOW)
     before = written_rows(journal)

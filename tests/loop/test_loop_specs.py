@@ -11,7 +11,8 @@ from reconciler.errors import SpecError
 from reconciler.loop import specs as module
 from reconciler.loop.specs import SpecKeeper
 from reconciler.plan.ledger import Ledger, OverlayRecord
-from reconciler.spec.spec import Source
+from reconciler.spec.load import SourceText
+from reconciler.spec.spec import Source, Spec
 
 SETPOINTS = """\
 version: 1
@@ -65,6 +66,62 @@ def test_what_cannot_be_accepted_leaves_the_last_good_version_in_force(path: Pat
     assert keeper(path, dict(good.texts)).load(Ledger()).spec == good.spec
     path.write_text(SETPOINTS)
     assert specs.load(Ledger()).current
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["of this daemon", "of an earlier one"])
+def test_while_files_are_wrong_the_last_good_version_is_not_worked_out_again(
+    path: Path, fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = keeper(path)
+    specs.load(Ledger())
+    if fresh:
+        specs = keeper(path, dict(specs.in_force.texts))
+    resolved: list[str] = []
+    resolve = module.resolve_texts
+
+    def count(setpoints: SourceText, overlays: tuple[SourceText, ...]) -> Spec:
+        resolved.append(setpoints.text)
+        return resolve(setpoints, overlays)
+
+    (path.parent / "overlays" / "job.yaml").write_text("gpus: [")
+    specs.load(Ledger())
+    path.write_text("version: 2")
+    bad = specs.load(Ledger())
+    assert str(path) in {p.file for p in bad.problems}
+    assert not bad.spec.problems, "of the files in force"
+    monkeypatch.setattr(module, "resolve_texts", count)
+    path.write_text("version: 3")
+    again = specs.load(Ledger())
+    assert again.spec is bad.spec
+    assert again.problems != bad.problems
+    assert specs.load(Ledger()) == again
+    assert resolved == ["version: 3"], "once, and nothing of what is in force"
+
+
+def test_wrong_files_that_an_env_file_alone_mends_are_in_force_once_it_is_mended(path: Path) -> None:
+    specs = keeper(path)
+    specs.load(Ledger())
+    path.write_text(SETPOINTS.replace("port: 8080", "port: 8081, env_file: secrets"))
+    assert not specs.load(Ledger()).current
+    (path.parent / "secrets").write_text("TOKEN=a")
+    (path.parent / "secrets").chmod(0o600)
+    mended = specs.load(Ledger())
+    assert mended.current
+    assert mended.spec.endpoints["one"].port == 8081
+
+
+def test_a_secret_of_the_last_good_version_that_changes_while_files_are_wrong_changes_its_process(path: Path) -> None:
+    secret = path.parent / "secrets"
+    secret.write_text("TOKEN=a")
+    secret.chmod(0o600)
+    path.write_text(SETPOINTS.replace("port: 8080", f"port: 8080, env_file: {secret}"))
+    specs = keeper(path)
+    good = specs.load(Ledger())
+    path.write_text("version: 2")
+    assert specs.load(Ledger()).spec == good.spec
+    secret.write_text("TOKEN=another")
+    changed = specs.load(Ledger())
+    assert changed.spec.endpoints["one"].process_hash != good.spec.endpoints["one"].process_hash
 
 
 def test_a_vanished_folder_keeps_its_overlays_and_an_emptied_one_does_not(path: Path) -> None:
