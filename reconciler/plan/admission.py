@@ -13,6 +13,7 @@ from reconciler.plan.asking import (
     consents_of,
     no_provider,
     no_such_gpu,
+    not_preemptible,
     own_needs,
     provider_choices,
     rivals_of,
@@ -237,12 +238,10 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     subject = Subject("workload", overlay.name)
     if own_needs(draft, overlay) is None:
         return no_such_gpu(overlay)  # 1
-    stopping = _stopping(draft, overlay)
-    firm = sorted(n for n in stopping if n in draft.wanted and not draft.wanted[n].preemptible)
-    if firm:
-        message = f"it sets aside {', '.join(firm)}, which is not preemptible"
-        return Blocked(subject, "NotPreemptible", message, ("set preemptible: true on it",))  # 2
-    unseen = sorted(n for n in stopping if not can_stop(draft, n))
+    firm = not_preemptible(draft, overlay)
+    if firm is not None:
+        return firm  # 2
+    unseen = sorted(n for n in _stopping(draft, overlay) if not can_stop(draft, n))
     if unseen:
         message = f"it sets aside {', '.join(unseen)}, which cannot be seen well enough to be stopped"
         return Blocked(subject, "GpuUnknown", message, ("see `reconciler status`",), transient=True)  # 2
@@ -340,7 +339,8 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
     engines += [base[name] for name in found.moves]
     loaded = draft.now.wall + lead_s(draft, (k.partition("/")[2] for k in found.leavers))
     loaded += max((draft.situation.timings(e).load_s for e in engines), default=0.0)
-    names |= {w.name for w in not_to_hinder(draft, found.overlay) if w.start < loaded and loading & w.beside.keys()}
+    soon = (w for w in not_to_hinder(draft, found.overlay) if draft.now.wall < w.start < loaded)
+    names |= {w.name for w in soon if loading & w.beside.keys()}
     return sorted(names)
 
 

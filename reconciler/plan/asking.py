@@ -108,6 +108,16 @@ def no_such_gpu(overlay: OverlaySpec) -> Blocked:
     return Blocked(Subject("workload", overlay.name), "NoSuchGpu", message, ("correct gpus:",))
 
 
+def not_preemptible(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
+    """That an overlay sets aside what may not be displaced; None: it does not."""
+    aside = sorted(n for n in overlay.endpoints if would_stop(draft, overlay, n) and n in draft.wanted)
+    firm = [n for n in aside if not draft.wanted[n].preemptible]
+    if not firm:
+        return None
+    message = f"it sets aside {', '.join(firm)}, which is not preemptible"
+    return Blocked(Subject("workload", overlay.name), "NotPreemptible", message, ("set preemptible: true on it",))
+
+
 def no_provider(draft: Draft, overlay: OverlaySpec, slot: float | None = None) -> Blocked:
     """Why nothing provides what an overlay requires: nothing offers it, or what does is set aside, or has no place.
 

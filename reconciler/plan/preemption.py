@@ -208,7 +208,7 @@ class Consents:
         if self.begin is None or self.begin.wall <= self.situation.now.wall:
             return self.floors_hold
         base = self.situation.spec.endpoints
-        names = [key.partition("/")[2] for key in board.tenants if key.startswith("endpoint/")]
+        names = {key.partition("/")[2] for key in board.tenants if key.startswith("endpoint/")} | self.vacated
         there = {n: e for n in names if (e := self.endpoints.get(n) or base.get(n)) is not None}
         floors = dict(self.situation.spec.floors)
         lasting = [o for name, o in self.overlays.items() if f"overlay/{name}" in board.tenants]

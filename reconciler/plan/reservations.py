@@ -14,7 +14,7 @@ from math import inf
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
-from reconciler.plan.asking import no_provider, no_such_gpu, own_needs
+from reconciler.plan.asking import no_provider, no_such_gpu, not_preemptible, own_needs
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
@@ -65,11 +65,15 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
         1. it has a place           → its window, and a wake-up for the moment at which it opens
         2. other windows take it    → WindowTaken, with the next free slot
         3. it has none in any case  → the rule or the lack that stands in its way, and who would have to be moved;
-                                      or that nothing provides what it requires
+                                      that nothing provides what it requires; or what its file asks for in vain
     """
     draft.windows = ()
     for coming in sorted(_to_come(draft), key=lambda c: c.turn):
         overlay, start = coming.overlay, coming.start
+        firm = not_preemptible(draft, overlay)
+        if firm is not None:
+            draft.block(firm)  # 3
+            continue
         off = keeping_off(ahead_of(draft, overlay, start))
         refusal: Refusal | None = None
         for surely in (True, False):  # a place that nobody holds by then whatever happens, else one that is foreseen
@@ -157,7 +161,7 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> f
 
     Looked at are the predicted ends of live overlays and of windows, in order; None: none of the next `MOST_SLOTS`
     helps. It is the earliest: whoever else waits may be there first. Past the last window of a schedule that was looked
-    at nothing is told: there are more.
+    at nothing is told: there are more; nor past its own deadline.
     """
     ends, last = {w.end for w in draft.windows}, inf
     rivals = _touching(draft, overlay, not_to_hinder(draft, overlay))
@@ -167,7 +171,8 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> f
         if step.spec is not None and step.live:
             ends.add(predicted_end(step.record, step.spec.makespan, draft.now.wall) + MEMORY_RETURN_S)
     soonest = max(begin, draft.now.wall + MEMORY_RETURN_S)
-    for moment_ in sorted(end for end in ends if soonest < end < last)[:MOST_SLOTS]:
+    latest = min(last, inf if overlay.makespan.deadline is None else overlay.makespan.deadline)
+    for moment_ in sorted(end for end in ends if soonest < end < latest)[:MOST_SLOTS]:
         off = keeping_off(ahead_of(draft, overlay, moment_))
         if fits(overlay, moment_, _board_at(draft, moment_, surely=False), off):
             return moment_

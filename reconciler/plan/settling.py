@@ -106,11 +106,13 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
 def _beginning(draft: Draft, endpoint: EndpointSpec, gpus: tuple[str, ...]) -> list[str]:
     """More important windows whose work begins on one of these GPUs before an engine had loaded there: it would wait.
 
-    Those that require what the endpoint offers are none: they wait for it.
+    Those that require what the endpoint offers are none: they wait for it. Nor are those whose time has come and that
+    wait for something else: nobody knows how long.
     """
-    loaded = draft.now.wall + draft.situation.timings(endpoint).load_s
-    more = [w for w in draft.windows if w.priority > endpoint.priority]
-    found = [w.name for w in more if w.start < loaded and w.beside.keys() & set(gpus)]
+    now, loaded = draft.now.wall, draft.now.wall + draft.situation.timings(endpoint).load_s
+    near = [w for w in draft.windows if now < w.start < loaded and w.priority > endpoint.priority]
+    offered = set(endpoint.capabilities)
+    found = [w.name for w in near if w.beside.keys() & set(gpus) and not offered & set(w.requires)]
     for name, step in draft.steps.items():
         overlay, record = step.spec, step.record
         begins = record.state in ("evicting", "starting") and record.attempt == 0 and step.workload is None

@@ -139,3 +139,16 @@ def test_a_new_endpoint_does_not_take_the_place_of_one_that_is_set_aside() -> No
     assert told.message == "it would have the place of ask, kept for its return"
     run.settle(until=overlay_state("mend", "done"))
     assert run.plant.is_ready("ask")
+
+
+def test_a_window_is_told_at_once_that_what_it_sets_aside_is_not_preemptible_or_is_a_last_provider() -> None:
+    firm = replace(ASK, preemptible=False)
+    run = settled(ASK)
+    later = run.plant.now.wall + 600
+    mend = replace(aside(ASK), makespan=replace(aside(ASK).makespan, start=later))
+    run.spec = spec(firm, mend)
+    assert why(run.decide(), "mend").reason == "NotPreemptible"
+    run.spec = spec(ASK, mend, floors={"ask": 1})
+    assert why(run.decide(), "mend").reason == "FloorWouldBreak"
+    run.spec = spec(ASK, mend)
+    assert why(run.decide(), "mend").reason == "NotYet"

@@ -19,7 +19,7 @@ from reconciler.plan.actions import Blocked, Plan
 from reconciler.plan.admission import admit_all
 from reconciler.plan.draft import Draft
 from reconciler.plan.ledger import Ledger, OverlayState, Timings
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import PortHolder, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
 from reconciler.plan.windows import KILL_S, surely_over
@@ -453,3 +453,41 @@ def test_of_two_nightly_windows_the_second_is_told_at_once_that_nothing_has_it_o
     run.spec = spec(nightly("early", 22), nightly("late", 2, on_overrun="stop"))
     run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 30 * HOUR)
     assert [at - NOW.wall for at in run.plant.begun[:4]] == [HOUR, 5 * HOUR, 25 * HOUR, 29 * HOUR]
+
+
+def test_an_endpoint_that_a_window_requires_does_not_wait_for_it_to_begin() -> None:
+    ask = endpoint("ask", [0], memory=10, priority=40, capabilities=("ask",))
+    run = settled(ask)
+    short = overlay("short", [0], duration=300)
+    run.spec = spec(ask, short)
+    run.settle(until=overlay_state("short", "active"))
+    night = overlay("night", [0], memory=20, priority=600, start=run.plant.now.wall + 310, requires=("ask",))
+    run.spec = spec(ask, short, night)
+    run.settle(until=overlay_state("night", "active"))
+    assert run.plant.is_ready("ask")
+
+
+def test_nor_does_any_once_its_time_has_come_and_something_else_keeps_it() -> None:
+    ask = endpoint("ask", [0], memory=10, priority=40)
+    run = settled(ask)
+    short = overlay("short", [0], duration=300)
+    run.spec = spec(ask, short)
+    run.settle(until=overlay_state("short", "active"))
+    extra = endpoint("extra", [0], memory=20, port=9000)
+    night = overlay("night", None, workload=False, sets=[extra], priority=600, start=run.plant.now.wall + 290)
+    run.plant.ports = {9000: PortHolder(9000, 77, "squatter")}
+    run.spec = spec(ask, short, night)
+    run.settle(until=lambda decided: run.plant.is_ready("ask"))
+    assert run.plant.is_ready("ask")
+    assert blocked(run.decide(), "night").reason == "PortInUse"  # type: ignore[union-attr]
+
+
+def test_no_slot_is_promised_past_its_own_deadline() -> None:
+    run = settled(gpus=1)
+    hog = overlay("hog", [0], duration=HOUR)
+    run.spec = spec(hog)
+    run.settle(until=overlay_state("hog", "active"))
+    run.spec = spec(hog, overlay("brief", [0], duration=60, deadline=run.plant.now.wall + HOUR / 2))
+    said = blocked(run.decide(), "brief")
+    assert said is not None
+    assert said.earliest_start is None
