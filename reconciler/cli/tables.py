@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from reconciler.cli.rows import Rows
 from reconciler.units import MIB, counted, format_duration, format_size
 
 STATE_STYLES = {
@@ -24,7 +25,7 @@ STATE_STYLES = {
 BAR = 16
 """Cells of a memory bar."""
 
-_WRAPPING = {"why": 14, "what": 14, "processes": 14, "endpoints": 10, "name": 9}
+_WRAPPING = {"processes": 14, "endpoints": 10, "name": 9}
 """Columns whose text may take several lines, and the width they keep."""
 
 
@@ -40,13 +41,16 @@ def status_view(data: Mapping[str, Any], *, everything: bool = True) -> Renderab
         parts.append(capabilities_table(data["capabilities"]))
     if data["incidents"]:
         parts.append(incidents_table(data["incidents"]))
+    told: list[Text] = []
     for problem in data["spec"]["problems"]:
         where = f"{problem['file']}:{problem['line']}:{problem['column']}" if problem["line"] else problem["file"]
-        parts.append(Text(f"{where}: {problem['message']}", "red"))
+        told.append(Text(f"{where}: {problem['message']}", "red"))
         if problem["hint"]:
-            parts.append(Text(f"  hint: {problem['hint']}", "dim"))
+            told.append(Text(f"  hint: {problem['hint']}", "dim"))
     if data["spec"]["in_force"] != "current":
-        parts.append(Text("The last good version of these files stays in force.", "yellow"))
+        told.append(Text("The last good version of these files, where there is one, stays in force.", "yellow"))
+    if told:
+        parts.append(Group(*told))
     return Group(*(line for part in parts for line in (part, Text(""))))
 
 
@@ -62,13 +66,14 @@ def header(data: Mapping[str, Any]) -> Text:
     return text
 
 
-def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Table:
+def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Rows:
     """One row for each endpoint."""
-    table = _table("endpoint", "state", "gpus", "pid", "port", "prio", "up", "memory", "why", title="Endpoints")
+    columns = ("endpoint", "state", "gpus", "pid", "port", "prio", "up", "memory")
+    rows = Rows(*columns, words="why", title="Endpoints", spare=("prio", "memory", "port", "up"))
     for e in endpoints:
         away = e["desired"] != "running" and e["state"] in ("stopped", "sleeping")
         restarts = f" ({counted(e['restarts'], 'restart')})" if e["restarts"] else ""
-        table.add_row(
+        rows.add(
             Text(e["name"], "bold"),
             _state(e["state"], dim=away),
             gpu_list(e["gpus"]),
@@ -77,9 +82,9 @@ def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Table:
             _or_dash(e["priority"]),
             "-" if e["uptime_seconds"] is None else format_duration(e["uptime_seconds"]) + restarts,
             "-" if e["pid"] is None else memory(e["memory_mib"]),
-            Text(why(e), "dim"),
+            words=Text(why(e), "dim"),
         )
-    return table
+    return rows
 
 
 def why(endpoint: Mapping[str, Any]) -> str:
@@ -126,13 +131,12 @@ def bar(used: int | None, total: int) -> Text:
     return Text("█" * full, style).append("░" * (BAR - full), "dim")
 
 
-def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Table:
+def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Rows:
     """One row for each overlay."""
-    table = _table(
-        "overlay", "state", "gpus", "prio", "start", "end", "ran", "displaces", "exit", "why", title="Overlays"
-    )
+    columns = ("overlay", "state", "gpus", "prio", "start", "end", "ran", "displaces", "exit")
+    rows = Rows(*columns, words="why", title="Overlays", spare=("prio", "ran", "start", "exit", "displaces", "end"))
     for o in overlays:
-        table.add_row(
+        rows.add(
             Text(o["name"], "bold"),
             _state(o["state"]),
             gpu_list(o["gpus"]),
@@ -142,9 +146,9 @@ def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Table:
             ran(o["makespan"]),
             ", ".join(o["evicted"]) or "-",
             _or_dash(o["exit_code"]),
-            Text(o["reason"], "dim"),
+            words=Text(o["reason"], "dim"),
         )
-    return table
+    return rows
 
 
 def ran(spans: Sequence[Mapping[str, Any]]) -> str:
@@ -166,35 +170,37 @@ def capabilities_table(capabilities: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> Table:
+def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> Rows:
     """One row for each incident."""
-    table = _table("incident", "subject", "severity", "state", "since", "times", "what", title="Incidents")
+    columns = ("incident", "subject", "severity", "state", "since", "times")
+    rows = Rows(*columns, words="what", title="Incidents", spare=("times", "since", "state"))
     for i in incidents:
-        table.add_row(
+        rows.add(
             Text(i["kind"], "bold"),
             i["subject"],
             _state(i["severity"]),
             i["state"],
             clock(i["opened"]),
             str(i["count"]),
-            i["message"],
+            words=Text(i["message"]),
         )
-    return table
+    return rows
 
 
-def agenda_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+def agenda_table(entries: Sequence[Mapping[str, Any]]) -> Rows:
     """One row for each planned transition."""
-    table = _table("endpoint", "expected", "from", "until", "overlay", "why", title="Agenda")
+    columns = ("endpoint", "expected", "from", "until", "overlay")
+    rows = Rows(*columns, words="why", title="Agenda", spare=("from",))
     for entry in entries:
-        table.add_row(
+        rows.add(
             Text(entry["endpoint"], "bold"),
             " → ".join(entry["expected_states"]),
             clock(entry["from"]),
             clock(entry["until"]),
             _or_dash(entry["overlay"]),
-            Text(entry["reason"], "dim"),
+            words=Text(entry["reason"], "dim"),
         )
-    return table
+    return rows
 
 
 def clock(moment: str | None) -> str:

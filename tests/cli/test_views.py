@@ -185,3 +185,20 @@ def test_no_column_is_squeezed_to_nothing_on_a_narrow_terminal(desk: Desk, width
     assert "processes" in text
     assert "foreign" in text
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_what_is_wrong_with_the_files_is_told_in_one_block(desk: Desk):
+    from reconciler.cli.tables import status_view
+
+    data = desk.data("status")
+    problem = {"file": "a.yaml", "line": 2, "column": 1, "message": "unknown key", "hint": "did you mean x?"}
+    data["spec"] = {"in_force": "last good", "problems": [problem, {**problem, "line": 0, "hint": None}]}
+    console = Console(width=100, markup=False)
+    with console.capture() as shown:
+        console.print(status_view(data))
+    assert [line.strip() for line in shown.get().rstrip().splitlines()[-4:]] == [
+        "a.yaml:2:1: unknown key",
+        "hint: did you mean x?",
+        "a.yaml: unknown key",
+        "The last good version of these files, where there is one, stays in force.",
+    ]
