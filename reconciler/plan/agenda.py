@@ -146,9 +146,10 @@ def _moves(actions: Iterable[Action]) -> dict[str, Action]:
 def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | None) -> AgendaEntry | None:
     if action is None:
         return None
-    if old is not None and old.reason == action.reason and old.overlay == action.cause.overlay:
-        return old
     begins = action.op in ("start", "wake")
+    again = not begins and old is not None and "stopping" not in old.expected_states  # edited while it came back
+    if old is not None and old.reason == action.reason and old.overlay == action.cause.overlay and not again:
+        return old
     if old is not None and begins and old.until > draft.now.wall:
         # the second half of a move that is on the agenda already
         return _advanced(old, action.op) if action.ready else old

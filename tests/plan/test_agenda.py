@@ -81,6 +81,18 @@ def test_an_entry_advances_what_is_behind_it_is_expected_no_more() -> None:
     assert starting == {("pending", "starting", "healthy")}
 
 
+def test_one_that_is_edited_again_while_it_comes_back_is_expected_to_stop_again() -> None:
+    run = settled()
+    run.spec = spec(replace(ASK, process_hash="edited"))
+    decided = run.settle(until=lambda p: p.endpoints["ask"].state == "starting")
+    assert AgendaTracker(decided.ledger.agenda, decided.now.wall).get_scheduled_endpoint_state("ask") is not None
+    run.spec = spec(replace(ASK, process_hash="edited again"))
+    decided = run.decide()
+    assert "stop" in acts(decided)
+    expected = AgendaTracker(decided.ledger.agenda, decided.now.wall).get_scheduled_endpoint_state("ask")
+    assert expected == (*LEAVING_STATES, *RETURNING_STATES)
+
+
 def test_one_that_gives_way_is_expected_back_its_way_and_slack_after_the_end_foreseen_then_after_the_true_one() -> None:
     run = settled()
     run.spec = spec(ASK, RENDER)
