@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import NOW
+from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec
 
-from reconciler.plan.endpoints import cool_again, cooling_down, describe_exit
-from reconciler.plan.ledger import EndpointRecord, Exit
+from reconciler.plan.endpoints import Standing, cool_again, cooling_down, describe_exit, stand
+from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap
+from reconciler.plan.observed import Incarnation, Probe
+from reconciler.plan.situation import Situation
+from reconciler.spec.spec import Health, Restart
 
 END = Exit("i", NOW, 1, planned=False)
 HOUR = 3600.0
@@ -49,3 +52,81 @@ def test_the_moment_at_which_a_cool_down_is_over_is_the_first_at_which_there_is_
         assert not evictable(record, wait - 1.0)
         assert evictable(record, wait)
         assert cool_again(record, NOW.plus(wait), max_evictions_per_hour=3, min_ready_s=120.0) is None
+
+
+# ---------------------------------------------------------------- what it is judged to be
+
+ASK = endpoint("ask", [0], health=Health(failures=3, startup_s=600.0, unhealthy_for_s=60.0))
+RUNS = incarnation(ASK, [0], started=NOW.plus(-300))
+ANSWERS = ready(RUNS)
+WAS_READY = EndpointRecord("ask", ready_incarnation=RUNS.id, ready_since=NOW.plus(-200))
+DOZES = replace(WAS_READY, nap=Nap(RUNS.id, 1, NOW.plus(-20), begun=NOW.plus(-10)))
+
+
+def missed(times: int) -> Probe:
+    return replace(ANSWERS, ready=False, misses=times, failing_since=NOW.plus(-5), detail="503")
+
+
+def stands(record: EndpointRecord, probe: Probe | None, runs: Incarnation = RUNS) -> Standing:
+    """What one look makes of an endpoint with this history and this answer."""
+    seen = replace(observed(gpu(0), incarnations=[runs]), probes={} if probe is None else {runs.id: probe})
+    return stand(Situation(spec(ASK), seen, Ledger("boot", endpoints={"ask": record}), NOW), "ask", ASK)
+
+
+STATES = {
+    "it answers": (WAS_READY, ANSWERS, "healthy"),
+    "not asked yet": (WAS_READY, None, "healthy"),
+    "missed less often than counts": (WAS_READY, missed(2), "healthy"),
+    "missed as often as counts": (WAS_READY, missed(3), "unhealthy"),
+    "was never ready": (EndpointRecord("ask"), missed(1), "starting"),
+    "was never ready, and not asked": (EndpointRecord("ask"), None, "starting"),
+    "told to sleep": (DOZES, ANSWERS, "sleeping"),
+    "told to sleep, and not asked": (DOZES, None, "sleeping"),
+    "told to sleep, and missed less often than counts": (DOZES, missed(2), "sleeping"),
+    "told to sleep, and missed as often as counts": (DOZES, missed(3), "unhealthy"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_one_that_runs_is_judged_by_its_answers_and_by_what_it_was_told(case: str) -> None:
+    record, probe, state = STATES[case]
+    found = stands(record, probe)
+    assert (found.name, found.state, found.current) == ("ask", state, RUNS)
+    assert found.reason == {"unhealthy": "503", "starting": "503" if probe else ""}.get(state, "")
+
+
+@pytest.mark.parametrize(("after_s", "state"), [(599.0, "starting"), (600.0, "unhealthy")])
+def test_one_that_was_never_ready_has_until_its_startup_deadline_and_is_then_started_afresh(
+    after_s: float, state: str
+) -> None:
+    found = stands(EndpointRecord("ask"), missed(1), replace(RUNS, started=NOW.plus(-after_s)))
+    assert found.state == state
+    assert found.must_restart == (None if state == "starting" else "not ready within 600 s")
+    assert found.wake == (NOW.plus(1.0) if state == "starting" else None)
+
+
+@pytest.mark.parametrize("record", [WAS_READY, DOZES], ids=["healthy", "sleeping"])
+def test_once_it_is_well_nothing_is_left_of_how_long_it_was_not_nor_of_why_it_was_to_end(
+    record: EndpointRecord,
+) -> None:
+    well = stands(replace(record, unhealthy_since=NOW.plus(-59), ending="it hung"), ANSWERS).record
+    assert (well.unhealthy_since, well.ending) == (None, None)
+
+
+@pytest.mark.parametrize(("for_s", "restart"), [(59.0, None), (60.0, "unhealthy for 60 s: 503")])
+def test_one_that_is_unwell_is_started_afresh_after_as_long_as_its_file_says(for_s: float, restart: str | None) -> None:
+    found = stands(replace(WAS_READY, unhealthy_since=NOW.plus(-for_s)), missed(9))
+    assert (found.must_restart, found.wake) == (restart, NOW.plus(1.0) if restart is None else None)
+    assert stands(WAS_READY, missed(9)).record.unhealthy_since == NOW
+
+
+@pytest.mark.parametrize(("after_s", "streak"), [(99.0, 4), (100.0, 0)])
+def test_ends_of_the_past_are_forgiven_once_it_was_ready_for_as_long_as_its_file_says(
+    after_s: float, streak: int
+) -> None:
+    brief = replace(ASK, restart=Restart(reset_after_s=100.0))
+    record = replace(WAS_READY, ready_since=NOW.plus(-after_s), streak=4)
+    seen = observed(gpu(0), incarnations=[RUNS])
+    situation = Situation(spec(brief), seen, Ledger("boot", endpoints={"ask": record}), NOW)
+    assert stand(situation, "ask", brief).record.streak == streak
+    assert stand(situation, "ask", None).record.streak == 4, "nobody says how long any more"
