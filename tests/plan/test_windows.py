@@ -20,9 +20,9 @@ from reconciler.plan.admission import admit_all
 from reconciler.plan.draft import Draft
 from reconciler.plan.ledger import Ledger, OverlayState, Timings
 from reconciler.plan.observed import PortHolder, Subject
-from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, open_record
+from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
-from reconciler.plan.windows import KILL_S, surely_over
+from reconciler.plan.windows import KILL_S, departure_s, lead_s, surely_over
 from reconciler.spec.spec import OverlaySpec, Stop, WholeGpu
 
 HOUR = 3600.0
@@ -299,6 +299,26 @@ def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are
         assert {other.opens - one.opens, other.start - one.start, other.end - one.end} == {HOUR}
     run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 2 * HOUR)
     assert run.plant.begun == [NOW.wall + HOUR, NOW.wall + 2 * HOUR], "the patient one got in between"
+
+
+def test_those_that_leave_side_by_side_are_asked_as_early_as_the_slowest_of_them_needs() -> None:
+    quick, slow = endpoint("quick", [0], memory=20), endpoint("slow", [0], memory=20)
+    idle = endpoint("idle", [0], memory=20, state="stopped")
+    aux = overlay("sets", None, workload=False, sets=[endpoint("aux", [1])])
+    other = overlay("other", [0], memory=10, evict=False)
+    run = settled(quick, slow, idle, gpus=2)
+    run.spec = spec(quick, slow, idle, aux, other)
+    run.settle(until=lambda p: run.plant.is_ready("aux") and p.ledger.overlays["other"].state == "active")
+    stops = {"quick": 1.0, "slow": 20.0, "aux": 30.0, "idle": 40.0}
+    run.ledger = replace(run.ledger, timings={name: Timings(60.0, 0.0, stop) for name, stop in stops.items()})
+    draft = Draft.of(run.situation())
+    ways = {name: departure_s(draft, name) for name in ("quick", "slow", "aux", "idle", "nobody")}
+    work = WORKLOAD_STOP_S + MEMORY_RETURN_S
+    assert 0.0 == ways["nobody"] == ways["idle"] < ways["quick"] < ways["slow"] < ways["aux"]
+    assert lead_s(draft, []) == 0.0
+    assert lead_s(draft, ["quick", "slow"]) == ways["slow"]
+    assert lead_s(draft, ["quick"], ["sets"]) == ways["aux"], "with the endpoints that it runs"
+    assert lead_s(draft, ["quick"], ["other"]) == max(work, ways["quick"])
 
 
 def end_of(state: OverlayState, overlay_: OverlaySpec | None, **fields: Any) -> float:
