@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from typing import Any
 
+import pytest
 from accounting import settled
 from builders import NOW, endpoint, incarnation, observed, overlay, spec
 from builders import gpu as gpu_of
@@ -22,6 +24,7 @@ from reconciler.plan.ledger import Ledger, OverlayState, Timings
 from reconciler.plan.observed import PortHolder, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
+from reconciler.plan.reservations import moment
 from reconciler.plan.windows import KILL_S, departure_s, lead_s, surely_over
 from reconciler.spec.spec import OverlaySpec, Stop, WholeGpu
 
@@ -299,6 +302,28 @@ def test_while_a_schedule_is_busy_its_next_window_is_kept_and_those_of_a_day_are
         assert {other.opens - one.opens, other.start - one.start, other.end - one.end} == {HOUR}
     run.settle(until=lambda decided: decided.now.wall >= NOW.wall + 2 * HOUR)
     assert run.plant.begun == [NOW.wall + HOUR, NOW.wall + 2 * HOUR], "the patient one got in between"
+
+
+def test_a_window_is_kept_however_an_overlay_before_it_in_the_alphabet_ends_whose_file_is_gone() -> None:
+    gone, night = overlay("a-gone", [0], duration=900), overlay("night", [0], start=NOW.wall + HOUR, duration=600)
+    run = Run(spec(gone), Plant(totals=[80 << 30]))
+    run.settle(until=overlay_state("a-gone", "active"))
+    run.spec = spec(night)
+    assert run.decide().ledger.overlays["a-gone"].state == "completing"
+    draft = Draft.of(run.situation())
+    admit_all(draft)
+    (kept,) = draft.windows
+    assert (kept.name, kept.start) == ("night", NOW.wall + HOUR)
+
+
+def test_moments_are_told_in_utc_wherever_the_box_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert moment(NOW.wall) == "2026-11-23 21:00:00Z"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_those_that_leave_side_by_side_are_asked_as_early_as_the_slowest_of_them_needs() -> None:
