@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from watchfiles import Change, watch
@@ -17,8 +16,8 @@ _MISSING_S = 0.5
 def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[None]:
     """Now, and then whenever a file of `folder` that ends so was written; at the latest after `patience_s`.
 
-    inotify does not see what reaches a file through a mapping or another machine, so patience is bounded. A folder that
-    is not there yet is looked for.
+    inotify does not see what reaches a file through a mapping or another machine, so patience is bounded; where this
+    user can have no more of it, patience is all there is. A folder that is not there yet is looked for.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -30,8 +29,7 @@ def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[N
     yield
     while True:
         if folder.is_dir():
-            # a folder that vanishes while it is watched ends the watch, and is looked for again
-            with suppress(FileNotFoundError):
+            try:
                 for _ in watch(
                     folder,
                     watch_filter=counts,
@@ -42,6 +40,11 @@ def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[N
                     recursive=False,
                 ):
                     yield
+            except FileNotFoundError:
+                continue  # it vanished while it was watched, and is looked for again
+            except (OSError, RuntimeError):  # the latter: the user's inotify instances are used up
+                time.sleep(patience_s)
+                yield
         else:
             time.sleep(_MISSING_S)
             yield

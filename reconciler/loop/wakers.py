@@ -90,7 +90,7 @@ class Wakers:
                     now = folder()
                     if now != overlays or any(not p.is_dir() for p in paths):
                         break
-            except (FileNotFoundError, OSError):
+            except (OSError, RuntimeError):  # a folder went away; the latter: the user's inotify instances are used up
                 await asyncio.sleep(1.0)
 
     async def close(self) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
+from watchfiles._rust_notify import WatchfilesRustInternalError
+
+from reconciler.cli import waiting
 from reconciler.cli.waiting import changes
 
 LONG_S = 60.0
@@ -43,4 +48,20 @@ def test_a_folder_that_comes_later_is_followed(tmp_path: Path) -> None:
     next(follow)
     (tmp_path / "logs").mkdir()
     next(follow)
+    follow.close()
+
+
+def test_where_nothing_can_be_watched_patience_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the user's inotify instances are used up, which watchfiles tells as an error of its own."""
+
+    def watch(*_: object, **__: object) -> NoReturn:
+        raise WatchfilesRustInternalError("Too many open files (os error 24)")
+
+    monkeypatch.setattr(waiting, "watch", watch)
+    follow = changes(tmp_path, ".log", patience_s=0.05)
+    next(follow)
+    for _ in range(2):
+        began = time.monotonic()
+        next(follow)
+        assert time.monotonic() - began >= 0.05
     follow.close()

@@ -143,7 +143,11 @@ def test_what_was_edited_before_files_are_watched_is_seen_by_one_more_look(
     run(story)
 
 
-def test_a_folder_that_cannot_be_watched_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [OSError(28, "no watch is left"), RuntimeError("no instance is left")])
+def test_a_folder_that_cannot_be_watched_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    """Users have so many watches, and so many instances; watchfiles tells either in its own way."""
     import watchfiles
 
     real, tries = watchfiles.awatch, []
@@ -151,7 +155,7 @@ def test_a_folder_that_cannot_be_watched_is_tried_again(tmp_path: Path, monkeypa
     def awatch(*paths: Path, **options: object) -> object:
         tries.append(paths)
         if len(tries) < 3:
-            raise OSError(28, "no space left: the user's watches are used up")
+            raise problem
         return real(*paths, **options)
 
     monkeypatch.setattr(watchfiles, "awatch", awatch)
