@@ -48,6 +48,7 @@ _CLONE_INTO_CGROUP = 1 << 33
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _GIVEN = 3  # descriptors with each message: order, lock, ready
 _CALM_S = 0.05  # nobody asks for so long: time to fork the next one in advance, the last is through with its start
+_FIRST_STEPS_S = 0.03  # nobody is in the way of a program that begins, on a small box not even who watches its log
 _PAUSE_S = 0.2  # before that is tried again where it failed, or was killed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
@@ -184,6 +185,7 @@ def supervise(own: str, order: int, lock: int, ready: int) -> int:
         return 1
     os.close(ready)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _WAKERS)  # blocked, they stay pending until waited for
+    _signal.sigtimedwait((_signal.SIGCHLD,), _FIRST_STEPS_S)
     watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd), durable=durable)
     os.close(lock)
     return 0

@@ -51,6 +51,8 @@ MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
 not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
 CALM_S = 0.05
 """Nothing happened for so long: who was started is through with its first steps, and nobody is in the way of others."""
+FIRST_STEPS_S = 0.03
+"""An interpreter has begun, and is through with most of what it reads of the disk: half of a restart is that."""
 NEVER_CALM_S = 1.0
 """Where something happens all the time, what waits for a calm moment waits no longer."""
 OUTSIDE_POLL_S = 1.0
@@ -120,7 +122,7 @@ class Tick:
     idle: bool
     """No operation is under way."""
     seconds: float = 0.0
-    """How long it took, the starts that it carried out included."""
+    """How long it took to look, to decide and to begin, the starts that it carried out included."""
     untold: Mapping[str, int] = field(default_factory=dict)
     """By notifier: deliveries given up since this daemon began."""
 
@@ -235,8 +237,16 @@ class Daemon:
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
         known = self._last.incidents if self._last else tuple(parts.journal.incidents())
         self._last = Tick(in_force, observed, plan, known, idle=False)  # what the starts are launched with
-        await self._executor.walk(plan)
-        incidents = self._assess(in_force, observed, plan, now)  # nobody waits for what follows: starts come first
+        started = await self._executor.walk(plan)
+        if draining:
+            self._eyes.probe_now(draining)
+        self._wakers.watch_processes(self._eyes.watches())
+        self._wakers.pass_over({i.id for i in observed.incarnations if i.alive})
+        seconds = parts.clock.now().since(began)
+        if started:  # nobody waits for what follows, and on a small box it would be in the way of their first steps
+            await self._wakers.undisturbed(FIRST_STEPS_S)
+            self._wakers.wake()  # to see them
+        incidents = self._assess(in_force, observed, plan, now)
         self._last = replace(self._last, incidents=incidents)
         self._notifying.offer(in_force.spec, incidents)
         ended = [i for i in observed.incarnations if i.id in plan.archive]
@@ -244,11 +254,8 @@ class Daemon:
         record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
         self._unmoved = {i.id for i in ended if not self._put_away(in_force.spec, i)}
         self._gone |= fresh
-        if draining:
-            self._eyes.probe_now(draining)
-        self._wakers.watch_processes(self._eyes.watches())
         self._looked.set()
-        seconds, untold = parts.clock.now().since(began), dict(self._notifying.failures)
+        untold = dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
 
     def _put_away(self, spec: Spec, ended: Incarnation) -> bool:
@@ -315,7 +322,8 @@ class Daemon:
         last = self._last.plan if self._last else None
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         gpus = CACHED if last is not None and last.converged else WAITING
-        ended, self._wakers.process_ended = self._wakers.process_ended, False  # one during the look has the next look
+        ended = bool(self._wakers.ended)
+        self._wakers.ended.clear()  # before the look: one that ends during it has the next one look again
         naps = [r.nap for r in ledger.endpoints.values() if r.nap is not None]
         draining = [nap.incarnation for nap in naps if nap.begun is None]
         return ObserveOptions(gpus=gpus, ended=ended, ready_before=ready, draining=draining)

@@ -17,6 +17,7 @@ from reconciler.errors import ReconcilerError
 from reconciler.plan.actions import WAITS, Action, Event, Plan
 from reconciler.spec.spec import Stop
 
+STARTS = ("start", "start_workload")
 RETRY_INITIAL_S = 1.0
 RETRY_MAX_S = 60.0
 
@@ -59,8 +60,10 @@ class Executor:
         self._stops: dict[Key, Stop] = {}
         self._failures: dict[Key, _Failure] = {}
 
-    async def walk(self, plan: Plan) -> None:
+    async def walk(self, plan: Plan) -> bool:
         """Begin every ready action that is not under way; returns once the starts among them were carried out.
+
+        Whether there were any. Of one that was carried out nobody else is told: whoever walks looks again.
 
         What is begun is told before any of it is, and all at once: a commit for each of 200 starts takes its time.
         Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
@@ -73,8 +76,9 @@ class Executor:
         begun = [(action, task) for action in frontier if (task := self._begin(action)) is not None]
         if told := [_event(f"act.{action.op}", action, action.reason) for action, _ in begun if action.op != "drain"]:
             self._report(told)
-        if starts := [task for action, task in begun if action.op in ("start", "start_workload")]:
+        if starts := [task for action, task in begun if action.op in STARTS]:
             await asyncio.wait(starts)
+        return bool(starts)
 
     def next_retry(self) -> float | None:
         """Monotonic seconds at which a failed operation that is not under way again may be tried again."""
@@ -110,9 +114,11 @@ class Executor:
         return task
 
     async def _run(self, key: Key, action: Action) -> None:
+        started = False
         try:
             await self._carry_out(action)
             self._failures.pop(key, None)
+            started = action.op in STARTS
         except ReconcilerError as error:
             count = self._failures[key].count + 1 if key in self._failures else 1
             wait = min(RETRY_MAX_S, RETRY_INITIAL_S * 2.0 ** (count - 1))
@@ -122,7 +128,8 @@ class Executor:
             if self._tasks.get(key) is asyncio.current_task():
                 del self._tasks[key]
                 self._stops.pop(key, None)
-                self._wake()
+                if not started:
+                    self._wake()
 
     async def _carry_out(self, action: Action) -> None:
         incarnation = action.incarnation or ""
@@ -154,7 +161,7 @@ def _event(kind: str, action: Action, message: str) -> Event:
 
 def key_of(action: Action) -> Key:
     """What an action is about; two actions with one key are the same operation."""
-    if action.op in ("start", "start_workload"):
+    if action.op in STARTS:
         return ("start", f"{action.subject.kind}/{action.subject.name}")
     family = {"drain": "drain", "sleep": "nap", "wake": "nap"}.get(action.op, "end")
     return (family, action.incarnation or action.subject.name)

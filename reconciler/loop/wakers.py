@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 DEBOUNCE_MS = 80
@@ -27,41 +28,59 @@ class Wakers:
         self._once_more: asyncio.TimerHandle | None = None
         self.files_changed = True
         """Files may have changed since this was last cleared."""
-        self.process_ended = False
-        """A process of ours ended since this was last cleared: what was read of the GPUs before is out of date."""
+        self.ended: set[str] = set()
+        """Incarnations of which a process ended since this was last emptied: what was seen of them is out of date."""
+        self._nothing_else = True
+        """Nothing but the end of processes has set the event."""
 
     def wake(self) -> None:
         """Have the loop look again; from the loop's own thread."""
+        self._nothing_else = False
         self._event.set()
 
     def wake_threadsafe(self) -> None:
         """The same, from any thread, also while the loop is being closed."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._event.set)
+            self._loop.call_soon_threadsafe(self.wake)
 
     async def wait(self, timeout_s: float) -> bool:
         """Until woken, or until the time is up; whether it was woken."""
-        try:
-            async with asyncio.timeout(max(0.0, timeout_s)):
-                await self._event.wait()
-        except TimeoutError:
-            pass
-        woken = self._event.is_set()
-        self._event.clear()
+        woken = not await self.undisturbed(timeout_s)
+        self._forget()
         return woken
+
+    async def undisturbed(self, seconds: float) -> bool:
+        """Whether nothing woke it for so long; else it is over at once, and the next wait as well."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._event.wait()
+        return not self._event.is_set()
+
+    def pass_over(self, alive: Collection[str]) -> None:
+        """Ends of processes of others than these are no news: they were over when the loop looked.
+
+        The shim of one whose end has just been seen is gone a moment later, and is nothing to look again for.
+        """
+        self.ended.intersection_update(alive)
+        if self._nothing_else and not self.ended:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._nothing_else = True
+        self._event.clear()
 
     def watch_processes(self, pidfds: Mapping[int, str]) -> None:
         """Wake once for each of these descriptors as it becomes readable (its process ended), and only once."""
         for fd in self._pidfds - set(pidfds):
             self._loop.remove_reader(fd)
         for fd in set(pidfds) - self._pidfds:
-            self._loop.add_reader(fd, self._ended, fd)
+            self._loop.add_reader(fd, self._ended, fd, pidfds[fd])
         self._pidfds = set(pidfds)
 
-    def _ended(self, fd: int) -> None:
+    def _ended(self, fd: int, incarnation: str) -> None:
         self._loop.remove_reader(fd)  # it stays readable for ever
-        self.process_ended = True
-        self.wake()
+        self.ended.add(incarnation)
+        self._event.set()
 
     def watch_files(self, setpoints: Path, folder: Callable[[], Path | None]) -> None:
         """Wake when the set points' or the overlays' folder changes; folders, since editors replace files.

@@ -120,7 +120,7 @@ def test_in_silence_a_shim_waits_without_a_limit_and_wakes_up_for_a_line(nursery
     said = tmp_path / "say"
     incarnation, _ = start(nursery, program(f"while not os.path.exists({str(said)!r}): time.sleep(0.005)\nsay('x')"))
     shim = nursery.run_record(incarnation).shim_pid
-    assert "anon_inode:inotify" in descriptors(shim)
+    until(lambda: "anon_inode:inotify" in descriptors(shim), "the shim to watch the log")
 
     def waits_without_limit() -> bool:
         """Third argument of rt_sigtimedwait(2), the only call of four arguments that it sleeps in."""

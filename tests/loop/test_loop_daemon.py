@@ -348,11 +348,53 @@ def test_the_end_of_a_process_is_told_to_one_look(house: House) -> None:
     async def story(daemon: Daemon) -> None:
         await house.ask("status")
         await look_again(daemon)
-        daemon._wakers.process_ended = True
+        daemon._wakers.ended.add("i-1")
         await look_again(daemon)
         await look_again(daemon)
         assert [options.ended for options in house.eyes.asked].count(True) == 1
         assert (house.eyes.asked[-1].ended, house.eyes.asked[-1].gpus) == (False, CACHED)
+
+    house.run(story)
+
+
+def test_after_a_start_nothing_is_done_for_its_first_steps_unless_something_else_happens(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "FIRST_STEPS_S", DEADLINE_S)
+
+    async def story(daemon: Daemon) -> None:
+        async def walk(_plan: object) -> bool:
+            walks.append(house.eyes.looks)
+            return len(walks) == 2
+
+        walks: list[int] = []
+        await house.ask("status")
+        monkeypatch.setattr(daemon._executor, "walk", walk)
+        for asked in (1, 2):
+            daemon.look_again()
+            while len(walks) < asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # nothing may happen in this time
+        assert len(walks) == 2
+        daemon.look_again()
+        while len(walks) < 3:
+            await asyncio.sleep(0.01)
+
+    house.run(story)
+
+
+def test_who_was_started_is_looked_at_after_its_first_steps(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(daemon: Daemon) -> None:
+        async def walk(_plan: object) -> bool:
+            walks.append(house.eyes.looks)
+            return len(walks) < 4
+
+        walks: list[int] = []
+        await house.ask("status")
+        monkeypatch.setattr(daemon._executor, "walk", walk)
+        daemon.look_again()
+        while len(walks) < 4:
+            await asyncio.sleep(0.01)
 
     house.run(story)
 

@@ -133,6 +133,28 @@ def test_what_is_begun_is_told_at_once_and_before_any_of_it_is() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("problem", [None, ActError("its port is taken")], ids=["started", "not started"])
+def test_of_a_start_the_walk_itself_tells_and_the_loop_is_woken_only_for_one_that_failed(
+    problem: ActError | None,
+) -> None:
+    async def story() -> None:
+        async def ensure_started(_launch: object) -> None:
+            await asyncio.sleep(0)
+            if problem is not None:
+                raise problem
+
+        wakes: list[str] = []
+        executor = executor_of(
+            SimpleNamespace(ensure_started=ensure_started), launch_of=lambda _: None, wake=lambda: wakes.append("")
+        )
+        assert await executor.walk(plan_of(replace(STOP, op="start", incarnation=None)))
+        assert not executor.busy
+        assert wakes == ([] if problem is None else [""])
+        assert not await executor.walk(plan_of())
+
+    asyncio.run(story())
+
+
 def test_an_edited_stop_replaces_the_one_under_way_and_an_unedited_one_does_not() -> None:
     async def story() -> None:
         stops: list[Stop] = []

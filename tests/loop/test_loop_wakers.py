@@ -38,12 +38,12 @@ def test_the_end_of_a_process_wakes_once_although_its_descriptor_stays_readable(
         waker.watch_processes({fd: "i-1"})
         process.kill()
         assert await woken(waker)
-        assert waker.process_ended
+        assert waker.ended == {"i-1"}
         process.wait()
-        waker.process_ended = False
+        waker.ended.clear()
         waker.watch_processes({fd: "i-1"})
         await waker.wait(0.05)
-        assert not waker.process_ended
+        assert not waker.ended
         await waker.close()
         os.close(fd)
 
@@ -58,8 +58,46 @@ def test_one_that_is_no_longer_watched_wakes_nobody() -> None:
         waker.watch_processes({})
         os.close(end)
         await waker.wait(0.05)
-        assert not waker.process_ended
+        assert not waker.ended
         os.close(out)
+
+    run(story)
+
+
+def test_the_end_of_one_that_was_over_when_the_loop_looked_is_passed_over() -> None:
+    async def story() -> None:
+        waker = Wakers()
+        shim, leader = os.pipe(), os.pipe()
+        waker.watch_processes({shim[0]: "over", leader[0]: "alive"})
+        os.close(shim[1])
+        assert not await waker.undisturbed(LONG_S)
+        assert waker.ended == {"over"}
+        waker.pass_over({"alive"})
+        assert not waker.ended
+        assert await waker.undisturbed(0.01)
+        os.close(leader[1])
+        assert not await waker.undisturbed(LONG_S)
+        waker.pass_over({"alive"})
+        assert waker.ended == {"alive"}
+        assert await woken(waker), "what ended while the loop looked is news"
+        await waker.close()
+        os.close(shim[0])
+        os.close(leader[0])
+
+    run(story)
+
+
+def test_whoever_else_woke_it_is_not_passed_over() -> None:
+    async def story() -> None:
+        waker = Wakers()
+        waker.ended.add("over")
+        waker.wake()
+        waker.pass_over(())
+        assert not await waker.undisturbed(LONG_S)
+        assert not await waker.undisturbed(LONG_S), "who waits for quiet takes nobody's wake"
+        assert await woken(waker)
+        assert not await waker.wait(0.01)
+        await waker.close()
 
     run(story)
 

@@ -175,7 +175,8 @@ class Box:
     def wake(self, *, files: bool = False, ended: bool = False) -> None:
         if self.daemon is not None and not self.dead:
             self.daemon._wakers.files_changed |= files
-            self.daemon._wakers.process_ended |= ended
+            if ended:
+                self.daemon._wakers.ended.add("anybody")
             self.daemon._wakers.wake()
 
     def catch_up(self) -> None:
