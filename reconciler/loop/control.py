@@ -88,7 +88,7 @@ class ControlServer:
             answer: Mapping[str, Any] = {"ok": await self._handle(request["op"], request)}
         except ReconcilerError as error:
             answer = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             answer = {"error": {"code": "BadRequest", "message": f"not a request: {error}", "hint": None}}
         return json.dumps(answer, separators=(",", ":")).encode()
 
