@@ -153,6 +153,9 @@ _RULES = (
           "a job that the kernel's OOM killer ends would take the daemon along", "OOMPolicy=continue"),
     _Rule("Delegate", _NO.__contains__, "warning",
           "no start gets a control group, so what leaves a tree whose shim was killed can be lost", "Delegate=yes"),
+    _Rule("ProtectControlGroups", frozenset({*_YES, "private", "strict"}).__contains__, "warning",
+          "ProtectControlGroups= keeps starts from having control groups, whatever Delegate= says",
+          "ProtectControlGroups=no"),
     # what has to be seen
     _Rule("PrivateDevices", _YES.__contains__, "error", "PrivateDevices= hides the GPUs", "PrivateDevices=no"),
     _Rule("ProcSubset", _among("pid"), "error", "ProcSubset=pid hides what identity is proved with", "ProcSubset=all"),
@@ -161,6 +164,8 @@ _RULES = (
     # what keeps it running
     _Rule("Type", _not_among("notify", "notify-reload"), "warning",
           "counts as up before the daemon has looked at the box", "Type=notify"),
+    _Rule("Type", _among("notify-reload"), "warning",
+          "Type=notify-reload has `systemctl reload` wait for an answer that the daemon does not give", "Type=notify"),
     _Rule("WatchdogSec", _among("", "0", "infinity"), "warning", "a daemon that hangs is not noticed",
           "WatchdogSec=1min"),
     _Rule("Restart", _not_among("always", "on-failure", "on-abnormal"), "warning",

@@ -330,6 +330,8 @@ def test_the_unit_that_is_shipped_has_nothing_wrong(tmp_path: Path) -> None:
         ("RestartSec=2s", "", "warning", "gives up for good after five starts"),
         ("RestartSec=2s", "RestartSec=500ms", "warning", "gives up for good after five starts"),
         ("Delegate=yes", "Delegate=no", "warning", "no start gets a control group"),
+        ("Delegate=yes", "Delegate=yes\nProtectControlGroups=yes", "warning", "keeps starts from having"),
+        ("Type=notify\n", "Type=notify-reload\n", "warning", "an answer that the daemon does not give"),
     ],
 )
 def test_each_thing_that_the_unit_lacks_is_told(
@@ -353,7 +355,6 @@ def test_each_thing_that_the_unit_lacks_is_told(
         ("ExecReload=/bin/kill -HUP $MAINPID", "ExecReload=kill -SIGHUP $MAINPID"),
         ("KillMode=process", "KillMode=process\nDevicePolicy=closed\nDeviceAllow=char-nvidia rw"),
         ("KillMode=process", "KillMode=process\nRemoveIPC=no\nPrivateTmp=no"),
-        ("Type=notify\n", "Type=notify-reload\n"),
     ],
 )
 def test_what_is_as_good_is_not_complained_of(tmp_path: Path, line: str, instead: str) -> None:

@@ -62,7 +62,9 @@ def test_a_request_is_answered_and_a_refusal_keeps_its_code_and_hint(path: Path)
     _served(path, story)
 
 
-@pytest.mark.parametrize("sent", [b"{\n", b"[]\n", b"3\n", b'{"op": "status"}\n', b'{"name": "no op"}\n', b"\xff\n", b"[" * 60_000 + b"\n"])
+@pytest.mark.parametrize(
+    "sent", [b"{\n", b"[]\n", b"3\n", b'{"op": "status"}\n', b'{"name": "no op"}\n', b"\xff\n", b"[" * 60_000 + b"\n"]
+)
 def test_what_is_no_request_is_told_so_and_the_next_one_is_answered(path: Path, sent: bytes) -> None:
     async def story() -> None:
         assert json.loads(await _line(path, sent))["error"]["code"] == "BadRequest"
