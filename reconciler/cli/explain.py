@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
 from reconciler.cli.tables import clock
-from reconciler.errors import UnknownName, UsageError
+from reconciler.errors import Problem, SpecError, UnknownName, UsageError
 from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
@@ -66,10 +67,12 @@ def explain(
     if name is None:
         raise UsageError("explain whom?", hint="`reconciler explain NAME`, or `reconciler explain --replay last`")
     seen = wiring.look(face.options)
+    for note in seen.notes:
+        face.note(note)
     data = status_data(seen.spec, seen.observed, seen.plan, seen.incidents, seen.daemon, seen.spec.problems)
     with wiring.journal_reader(face.options) as journal:
         known = [incident_data(i) for i in journal.incidents(include_resolved=True)]
-        kind, item = _find(data, known, name)
+        kind, item = _find(data, known, name, seen.problems)
         subject = {"gpu": item.get("uuid"), "incident": item.get("subject")}.get(kind) or name
         past = journal.events(subject=subject, limit=EVENTS_SHOWN, newest=True)
     steps = [action for action in seen.plan.actions if _concerns(action, kind, subject, item)]
@@ -98,8 +101,15 @@ def explain(
     return 0
 
 
-def _find(data: dict[str, Any], incidents: list[dict[str, Any]], name: str) -> tuple[str, dict[str, Any]]:
-    """What has this name, and what it is; of incidents with one fingerprint the last."""
+def _find(
+    data: dict[str, Any], incidents: list[dict[str, Any]], name: str, problems: Collection[Problem]
+) -> tuple[str, dict[str, Any]]:
+    """What has this name, and what it is; of incidents with one fingerprint the last.
+
+    Raises:
+        SpecError: there is an overlay file of this name, which could never be accepted.
+        UnknownName: nothing has it.
+    """
     for item in data["gpus"]:
         if name in (str(item["index"]), item["uuid"]):
             return "gpu", item
@@ -110,8 +120,9 @@ def _find(data: dict[str, Any], incidents: list[dict[str, Any]], name: str) -> t
     for item in reversed(incidents):
         if name in (item["id"], f"{item['kind']}/{item['subject']}"):
             return "incident", item
+    if wrong := [problem for problem in problems if Path(problem.file).stem == name]:
+        raise SpecError(tuple(wrong))
     known = [item["name"] for key in ("endpoints", "overlays", "capabilities") for item in data[key]]
-    known += [item["id"] for item in incidents]
     raise UnknownName(f"nothing is named {name!r}", name=name, known=known)
 
 
@@ -286,7 +297,8 @@ def _tell_next(seen: wiring.Look, steps: list[Action], item: dict[str, Any]) -> 
 def _tell_trouble(incidents: list[dict[str, Any]]) -> Iterator[str]:
     for incident in incidents:
         since = clock(incident["opened"])
-        yield f"Incident {incident['kind']} ({incident['severity']}) since {since}: {incident['message']}"
+        how = incident["severity"] if incident["state"] == "open" else f"{incident['severity']}, {incident['state']}"
+        yield f"Incident {incident['kind']} ({how}) since {since}: {incident['message']}"
 
 
 def _tell_past(events: tuple[JournalEvent, ...]) -> Iterator[str]:

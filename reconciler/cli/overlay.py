@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -84,7 +85,7 @@ def submit(
         if moment is not None and moment.wall < time.time():
             raise UsageError(f"{option} {moment.text} has passed")
     face = Face.of(ctx)
-    texts = read_texts(wiring.setpoints_path(face.options))
+    texts = read_texts(_watched(face))
     has_daemon = _has_daemon(face)
     if wait and not has_daemon:
         raise StateError("no daemon runs, so nothing would start this; nothing was written", hint="`reconciler run`")
@@ -135,7 +136,10 @@ def list_overlays(ctx: typer.Context) -> None:
     Example: reconciler overlay list
     """
     face = Face.of(ctx)
-    found = wiring.status(face.options)["overlays"]
+    data = wiring.status(face.options)
+    found, wrong = data["overlays"], {problem["file"] for problem in data["spec"]["problems"]}
+    if wrong:
+        face.note(f"cannot be accepted: {', '.join(sorted(wrong))}; `reconciler validate` says why")
     if face.is_json:
         face.answer({"overlays": found})
     elif found:
@@ -153,7 +157,7 @@ def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME
     Example: reconciler overlay cancel render
     """
     face = Face.of(ctx)
-    texts = read_texts(wiring.setpoints_path(face.options))
+    texts = read_texts(_watched(face))
     files = _files(texts)
     if name not in files:
         raise UnknownName(f"there is no overlay {name!r} in {texts.overlays_folder}", name=name, known=files)
@@ -166,7 +170,24 @@ def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME
     if face.is_json:
         face.answer({"name": name, "file": str(path)})
     else:
-        face.line(f"{name} is cancelled" if _has_daemon(face) else f"{path} is removed")
+        record = _record(face, name)
+        if record is not None and record.state in TERMINAL:
+            face.line(f"{path} is removed; {name} was over ({record.state})")
+        else:
+            face.line(f"{name} is cancelled" if _has_daemon(face) else f"{path} is removed")
+
+
+def _watched(face: Face) -> Path:
+    """The set points beside whose overlays a file is written or removed.
+
+    Raises:
+        StateError: the daemon follows others, and would not see it.
+    """
+    path, followed = wiring.setpoints_path(face.options), wiring.followed_by_daemon(face.options)
+    if followed is not None and not wiring.same_file(followed, path):
+        message = f"the daemon follows {followed}, and not {path}: it would not see what is done to overlays here"
+        raise StateError(message, hint=f"--setpoints {followed}, or another --state-dir")
+    return path
 
 
 def _files(texts: Texts) -> dict[str, str]:

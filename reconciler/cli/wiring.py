@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
-from reconciler.errors import Problem, SpecError, UsageError
+from reconciler.errors import Problem, ReconcilerError, SpecError, UsageError
 from reconciler.journal.layout import StateDir, acquire_writer, writer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Look:
 
 
 def setpoints_path(options: Options) -> Path:
-    """The set-point file: the option, the environment, or the first default that exists.
+    """The set-point file: the option, the environment, the first default that exists, or what a daemon follows.
 
     Raises:
         UsageError: none exists.
@@ -79,8 +79,19 @@ def setpoints_path(options: Options) -> Path:
     for place in places:
         if place.is_file():
             return _absolute(place)
+    if (followed := followed_by_daemon(options)) is not None:
+        return followed
     listed = ", ".join(str(p) for p in places)
     raise UsageError(f"no set points found (looked for {listed})", hint="name the file with --setpoints FILE")
+
+
+def followed_by_daemon(options: Options) -> Path | None:
+    """The set-point file that the running daemon follows; None: none runs, or it does not say."""
+    try:
+        answer = ask(state_dir(options), "files")
+    except ReconcilerError:  # one of an earlier version, or it does not answer
+        return None
+    return None if answer is None else Path(answer["setpoints"])
 
 
 def state_dir(options: Options) -> StateDir:
@@ -151,16 +162,31 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
         ledger = decode(Ledger, answer["ledger"])
         incidents = tuple(decode(Incident, i) for i in answer["incidents"])
         daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
+        notes = _elsewhere(answer.get("setpoints"), setpoints_path(options))
     else:
         prepare_node(simulated_node(options), state)
-        observed, daemon = look_once(state, spec, ledger), None
+        observed, daemon, notes = look_once(state, spec, ledger), None, ()
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
     decided = plan(spec, observed, ledger, now) if at is None else decide_ahead(spec, observed, ledger, now)
-    return Look(
-        spec, observed, ledger, decided, incidents, daemon, tuple(map(str, followed.problems)), followed.problems
-    )
+    notes = (*notes, *map(str, followed.problems))
+    return Look(spec, observed, ledger, decided, incidents, daemon, notes, followed.problems)
+
+
+def _elsewhere(followed: str | None, shown: Path) -> tuple[str, ...]:
+    """A note that a look is about another file than the one that the daemon follows."""
+    if followed is None or same_file(Path(followed), shown):
+        return ()
+    return (f"note: the daemon follows {followed}; this is what {shown} would have it do",)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one == other
 
 
 def decide_ahead(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:

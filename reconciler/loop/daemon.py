@@ -401,6 +401,8 @@ class Daemon:
 
     async def _answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Answer one request at the control socket; one that comes before the first look waits for it."""
+        if op == "files":
+            return {"setpoints": str(self._parts.specs.path)}
         await self._looked.wait()
         assert self._last is not None  # noqa: S101 - for the type checker: that is what was waited for
         tick = self._last
@@ -420,6 +422,7 @@ class Daemon:
                     ),
                     "incidents": [encode(i) for i in tick.incidents],
                     "daemon": encode(self.info()),
+                    "setpoints": str(self._parts.specs.path),
                 }
             case "reset":
                 change, said = self._forgiving(str(request["name"]), tick.observed)

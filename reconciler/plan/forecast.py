@@ -91,6 +91,10 @@ class Forecast:
     """False: there was more to decide than could be looked at."""
 
 
+_NOT_TO_COME = frozenset({"active", "overrun", *TERMINAL})
+"""That an overlay began, or was over, before the forecast is nothing that will happen."""
+
+
 @dataclass(slots=True)
 class _Tape:
     """What the decisions so far tell, as intervals that are open or closed."""
@@ -161,7 +165,8 @@ class _Tape:
             elif record.state == "completing":
                 self.moments.append(Moment(now, "end", name, f"ends{f': {record.reason}' if record.reason else ''}"))
             elif record.state in TERMINAL and before not in ("completing", "restoring"):
-                self.moments.append(Moment(now, "end", name, f"is {record.state}: {record.reason}"))
+                why = f": {record.reason}" if record.reason else ""
+                self.moments.append(Moment(now, "end", name, f"is {record.state}{why}"))
 
 
 def forecast(spec: Spec, observed: Observed, ledger: Ledger, now: Instant, span_s: float) -> Forecast:
@@ -174,7 +179,10 @@ def forecast(spec: Spec, observed: Observed, ledger: Ledger, now: Instant, span_
         now: when it begins
         span_s: seconds that it covers
     """
-    box, tape = PredictedBox(spec, observed, ledger, now), _Tape(spec)
+    before: dict[str, str] = {
+        name: record.state for name, record in ledger.overlays.items() if record.state in _NOT_TO_COME
+    }
+    box, tape = PredictedBox(spec, observed, ledger, now), _Tape(spec, _states=before)
     end, decisions, at_once = now.mono + span_s, 0, 0
     decided = None
     while box.now.mono < end and decisions < MOST_DECISIONS:

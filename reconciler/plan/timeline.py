@@ -110,7 +110,7 @@ def _outage_lines(outages: Iterable[Outage], zone: tzinfo) -> Iterator[str]:
         total = format_duration(round(sum(o.end - o.begin for o in found)))
         yield f"{name} does not answer for {total}:"
         for one in found:
-            until = "past the end" if one.lasts else f"to {_day(one.end, zone)}"
+            until = "and past the end" if one.lasts else f"to {_day(one.end, zone)}"
             why = f", for {one.overlay}" if one.overlay else ""
             yield f"  {_day(one.begin, zone)} {until} ({format_duration(round(one.end - one.begin))}{why})"
 

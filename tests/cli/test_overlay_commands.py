@@ -135,6 +135,18 @@ def test_list_shows_waiting_overlays_with_the_keys_of_status(desk):
     assert (listed["name"], listed["exit_code"]) == ("one", None)
 
 
+def test_a_file_that_could_never_be_accepted_is_told_by_list_and_explain(desk, capsys):
+    desk.write("overlays/odd.yaml", "version: 1\ngpu: 1\n")
+    assert run([*desk.words, "overlay", "list"]) == 0
+    assert f"cannot be accepted: {desk.root / 'overlays/odd.yaml'}; `reconciler validate` says why" in (
+        capsys.readouterr().err
+    )
+    assert run([*desk.words, "explain", "odd"]) == 1
+    assert 'odd.yaml:2:1: unknown key "gpu"' in capsys.readouterr().err
+    assert run([*desk.words, "explain", "even"]) == 1
+    assert "hint: known: big, chat, reasoning, small" in capsys.readouterr().err
+
+
 JOB = """
 import sys, time
 for n in range(3):
@@ -177,12 +189,37 @@ def test_ctrl_c_while_waiting_leaves_the_job_running_and_says_how_to_end_it(busy
 
     pid = busy_desk.wait(job, "the job runs")["pid"]
     _, err = interrupt(waiting)
-    assert waiting.returncode == 130
+    assert waiting.returncode == 130, err
     assert "overlay cancel long" in err
     assert "Traceback" not in err
     os.kill(pid, 0)
     assert busy_desk.run("overlay", "cancel", "long").returncode == 0
     busy_desk.wait(lambda: not Path(f"/proc/{pid}").exists() or job() is None, "the job is ended")
+
+
+def test_a_daemon_that_follows_other_files_is_noticed(busy_desk, tmp_path, monkeypatch, capsys):
+    """An overlay written beside files that it does not follow would never begin."""
+    there = busy_desk.setpoints
+    place = ["--state-dir", str(busy_desk.state), "--simulate", "4x80GiB"]
+    here = tmp_path / "elsewhere/setpoints/setpoints.yaml"
+    here.parent.mkdir(parents=True)
+    here.write_text(there.read_text())
+    monkeypatch.chdir(here.parents[1])
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("RECONCILER_SETPOINTS", raising=False)
+    follows = f"the daemon follows {there}"
+    assert run([*place, "overlay", "submit", "--name", "lost", "--", "true"]) == 1
+    assert run([*place, "overlay", "cancel", "lost"]) == 1
+    assert capsys.readouterr().err.count(f"{follows}, and not {here}") == 2
+    assert [path.name for path in here.parent.iterdir()] == [here.name]
+    assert run([*place, "plan"]) == 0
+    assert f"{follows}; this is what {here} would have it do" in capsys.readouterr().err
+    here.unlink()  # none of one's own: those of the daemon are meant
+    assert run([*place, "overlay", "submit", "--name", "found", "--wait", "--", "true"]) == 0
+    assert run([*place, "plan"]) == 0
+    assert follows not in capsys.readouterr().err
+    assert run([*place, "overlay", "cancel", "found"]) == 0
+    assert "found was over (done)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wait", [["--wait"], []], ids=["waiting", "not waiting"])

@@ -122,6 +122,17 @@ def test_an_endpoint_that_gives_way_by_sleeping_is_shown_asleep_and_wakes_up() -
     assert outage.end - outage.begin < 600 + 60
 
 
+def test_what_began_or_ended_before_it_is_no_moment_of_a_forecast() -> None:
+    over, live = (overlay(name, gpus=[gpu], duration=600) for gpu, name in enumerate(("over", "live")))
+    run = Run(spec(over), Plant(totals=[80 * GIB] * 2))
+    run.settle()
+    run.spec = spec(over, live)
+    run.settle(until=lambda decided: decided.ledger.overlays["live"].state == "active")
+    assert run.ledger.overlays["over"].state == "done"
+    assert {m.kind for m in foreseen(run, 3600.0).moments} == {"end"}
+    assert {m.subject for m in foreseen(run, 3600.0).moments} == {"live"}
+
+
 @examples(40)
 @given(worlds(), st.sampled_from([600.0, 7200.0]))
 def test_any_world_has_a_forecast_that_is_complete_the_same_twice_and_gives_no_row_two_tenants(world, span_s) -> None:
