@@ -10,6 +10,7 @@ from hypothesis import given
 from plant import Plant, Run, overlay_state
 from worlds import World, examples, worlds
 
+from reconciler.errors import Problem
 from reconciler.plan.actions import WAITS, Plan
 from reconciler.plan.agenda import (
     LEAVING_STATES,
@@ -108,6 +109,25 @@ def test_one_that_gives_way_is_expected_back_its_way_and_slack_after_the_end_for
     assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + 300.0 + 60.0 + way),)
     decided = run.settle(until=overlay_state("render", "completing"))
     assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + way),)
+
+
+def test_an_endpoint_that_an_overlay_alone_wants_has_its_entry_on_the_account_of_that_one() -> None:
+    run = settled()
+    run.spec = spec(ASK, overlay("sets", None, workload=False, sets=[endpoint("aux", [1], port=8100)]))
+    run.settle(until=overlay_state("sets", "active"))
+    (entry,) = run.ledger.agenda
+    assert (entry.endpoint, entry.reason, entry.overlay) == ("aux", "as overlay sets sets it", "sets")
+
+
+def test_what_is_expected_of_one_that_is_away_stays_as_it_was_while_the_overlay_cannot_be_read() -> None:
+    run = settled()
+    run.spec = spec(ASK, RENDER)
+    run.settle(until=overlay_state("render", "active"))
+    before = run.ledger.agenda
+    run.spec = replace(spec(ASK), problems=(Problem("overlays/render.yaml", 3, 1, "what is this?"),))
+    run.plant.advance(10.0)
+    assert run.decide().ledger.agenda == before
+    assert [entry.endpoint for entry in before] == ["ask"]
 
 
 def test_a_clean_start_is_on_the_agenda() -> None:
