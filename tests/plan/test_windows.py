@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from accounting import settled
-from builders import NOW, endpoint, incarnation, observed, overlay, spec
+from builders import NOW, endpoint, incarnation, observed, overlay, spec, uuid
 from builders import gpu as gpu_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,13 +19,14 @@ from worlds import examples
 
 from reconciler.plan.actions import Blocked, Plan
 from reconciler.plan.admission import admit_all
+from reconciler.plan.agenda import SLACK_FACTOR, SLACK_S
 from reconciler.plan.draft import Draft
-from reconciler.plan.ledger import Ledger, OverlayState, Timings
+from reconciler.plan.ledger import Lease, Ledger, OverlayState, Timings
 from reconciler.plan.observed import PortHolder, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
 from reconciler.plan.reservations import moment
-from reconciler.plan.windows import KILL_S, departure_s, lead_s, surely_over
+from reconciler.plan.windows import KILL_S, departure_s, hard_end, lead_s, surely_over
 from reconciler.spec.spec import OverlaySpec, Stop, WholeGpu
 
 HOUR = 3600.0
@@ -138,6 +139,13 @@ def test_an_endpoint_is_not_brought_back_for_less_than_twice_its_load_time() -> 
     end = began + 500 + 300 + MEMORY_RETURN_S
     held = Blocked(Subject("endpoint", "ask"), "Held", words, (), end, transient=True)
     assert blocked(run.decide(), "ask") == held
+    times = run.situation().timings(ask)
+    until = end + SLACK_FACTOR * (times.drain_s + times.stop_s + times.load_s) + SLACK_S
+    (entry,) = run.ledger.agenda
+    assert (entry.reason, entry.overlay, entry.until) == ("gives way to night", "night", until)
+    assert entry.start == run.ledger.overlays["work"].since.wall, "from when it had been over"
+    run.plant.advance(5.0)
+    assert run.decide().ledger.agenda == (entry,)
     later = overlay("later", 1, priority=600, start=began + 550, duration=100, memory=20)
     small = overlay("night", 1, priority=600, start=began + 500, duration=300, memory=20)
     run.spec = spec(ask, bounded(work, began + 430), small, later)
@@ -343,7 +351,7 @@ def test_those_that_leave_side_by_side_are_asked_as_early_as_the_slowest_of_them
     assert lead_s(draft, []) == 0.0
     assert lead_s(draft, ["quick", "slow"]) == ways["slow"]
     assert lead_s(draft, ["quick"], ["sets"]) == ways["aux"], "with the endpoints that it runs"
-    assert lead_s(draft, ["quick"], ["other"]) == max(work, ways["quick"])
+    assert lead_s(draft, [], ["other"]) == work
 
 
 def end_of(state: OverlayState, overlay_: OverlaySpec | None, **fields: Any) -> float:
@@ -371,6 +379,49 @@ def test_what_runs_is_over_after_every_try_that_is_left_if_it_is_stopped_then_an
     assert end_of("active", None, active_since=NOW) == inf, "its file cannot be read"
     reserved = overlay("work", 1, duration=600.0, workload=False)
     assert end_of("active", reserved, active_since=NOW) == 600.0 + MEMORY_RETURN_S
+
+
+def test_what_is_to_begin_is_over_after_the_departure_of_whom_it_may_evict_and_after_every_try() -> None:
+    ask = endpoint("ask", [0])
+    run = settled(ask)
+    draft = Draft.of(run.situation())
+    begin, way = NOW.wall + 500.0, departure_s(draft, "ask")
+    work = overlay("work", [0], duration=600.0, grace=60.0, on_overrun="stop", retries=2)
+    turn = 600.0 + 60.0 + Stop().grace_s + KILL_S + MEMORY_RETURN_S
+    assert way > 0.0
+    assert hard_end(draft, work, begin) == begin + way + 3 * turn
+    assert hard_end(draft, replace(work, allow_baseline_eviction=False), begin) == begin + 3 * turn
+    held = overlay("held", [0], duration=600.0, workload=False)
+    assert hard_end(draft, held, begin) == begin + way + 600.0 + MEMORY_RETURN_S
+    assert hard_end(draft, replace(work, requires=("ask",)), begin) == inf, "nobody knows when it has its provider"
+    needy = bounded(replace(work, requires=("ask",)), begin + 99.0)
+    assert hard_end(draft, needy, begin) == begin + 99.0 + Stop().grace_s + KILL_S + MEMORY_RETURN_S
+
+
+def test_what_was_admitted_is_over_a_departure_and_every_try_after_its_leases_its_start_or_now() -> None:
+    ask = endpoint("ask", [0])
+    run = settled(ask)
+    draft = Draft.of(run.situation())
+    now, way = draft.now.wall, departure_s(draft, "ask")
+    work = overlay("work", [0], duration=600.0, grace=60.0, on_overrun="stop", retries=1)
+    record = replace(open_record(work, draft.now.plus(-5.0)), state="evicting", evicted=("ask",))
+    every = 2 * (600.0 + 60.0 + Stop().grace_s + KILL_S + MEMORY_RETURN_S)
+
+    def begins(admitted_s: float | None, item: OverlaySpec = work, **fields: Any) -> float:
+        """Seconds from now at which it is counted as begun; `admitted_s`: that is when it was given a lease."""
+        lease = Lease(
+            "work", Subject("workload", "work"), uuid(0), 1, exclusive=True, since=draft.now.plus(admitted_s or 0)
+        )
+        other = replace(lease, overlay="other", since=draft.now.plus(-9000.0))
+        draft.leases = [other] if admitted_s is None else [other, lease]
+        return surely_over(draft, OverlayStep(replace(record, **fields), item, None, None)) - every - now
+
+    assert begins(-1.0) == way - 1.0
+    assert begins(None) == way - 5.0, "no lease: when it entered its state"
+    assert begins(-1000.0) == 0.0, "they should be gone already"
+    assert begins(-1.0, window_start=now + 300.0) == 300.0
+    assert begins(-1.0, evicted=()) == 0.0
+    assert begins(-1.0, replace(work, requires=("ask",))) == inf
 
 
 @st.composite
