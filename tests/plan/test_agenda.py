@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import NOW, endpoint, overlay, spec
+from builders import NOW, endpoint, foreign, overlay, spec
 from hypothesis import given
 from plant import Plant, Run, overlay_state
 from worlds import World, examples, worlds
@@ -109,6 +109,45 @@ def test_one_that_gives_way_is_expected_back_its_way_and_slack_after_the_end_for
     assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + 300.0 + 60.0 + way),)
     decided = run.settle(until=overlay_state("render", "completing"))
     assert decided.ledger.agenda == (entry(decided.ledger.overlays["render"].since.wall + way),)
+
+
+def test_one_that_a_stranger_keeps_from_coming_back_has_the_time_of_its_way_from_when_the_work_was_over() -> None:
+    run = settled()
+    run.spec = spec(ASK, RENDER)
+    run.settle(until=overlay_state("render", "active"))
+    run.plant.foreign = {0: [foreign(99, 70 << 30)]}
+    decided = run.settle(until=overlay_state("render", "restoring", "done"))
+    while decided.ledger.agenda and "stopped" in decided.ledger.agenda[0].expected_states:
+        decided, _ = run.step()
+        run.plant.advance(0.5)
+    times = decided_timings(run)
+    (entry,) = decided.ledger.agenda
+    way = SLACK_FACTOR * (times.drain_s + times.stop_s + times.load_s) + SLACK_S
+    assert entry.expected_states == ("pending", *RETURNING_STATES)
+    assert entry.until == decided.now.wall + way
+    run.plant.advance(20.0)
+    assert run.decide().ledger.agenda == (entry,), "it stays, overdue or not"
+    run.plant.advance(way)
+    assert run.decide().ledger.agenda == (entry,)
+
+
+def test_those_that_load_one_after_the_other_on_one_gpu_have_each_the_time_of_its_turn() -> None:
+    several = [endpoint(name, [0], memory=15, priority=40) for name in ("a", "b", "c")]
+    run = Run(spec(*several), Plant(totals=[80 << 30]))
+    run.settle()
+    run.plant.advance(600.0)
+    run.settle()
+    run.spec = spec(*several, RENDER)
+    run.settle(until=overlay_state("render", "active"))
+    decided = run.settle(until=lambda p: any(a.op == "start" and a.ready for a in p.actions))
+    last = {a.subject.name: a.expected[1] for a in decided.actions if a.op == "start"}
+    turns = {e.endpoint: (e.until - SLACK_S - decided.now.wall) / SLACK_FACTOR for e in decided.ledger.agenda}
+    assert sorted(last) == sorted(turns) == ["a", "b", "c"]
+    assert max(turns.values()) > min(turns.values())
+    for name, at in last.items():
+        times = run.situation().timings(next(e for e in several if e.name == name))
+        way = times.drain_s + times.stop_s + times.load_s
+        assert turns[name] == pytest.approx(max(way, at - decided.now.wall))
 
 
 def test_an_endpoint_that_an_overlay_alone_wants_has_its_entry_on_the_account_of_that_one() -> None:

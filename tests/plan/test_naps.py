@@ -63,6 +63,20 @@ def test_an_endpoint_gives_way_by_sleeping_and_returns_by_waking_with_the_same_p
     assert run.ledger.overlays["render"].state == "done"
 
 
+def test_those_that_sleep_are_foreseen_to_wake_once_all_that_keeps_their_places_is_over() -> None:
+    run = warm(sleeper("a", (0,)), sleeper("b", (1,)), endpoint("c", [2], priority=10))
+    add(run, render(gpus=[0, 1, 2]))
+    run.settle(until=overlay_state("render", "active"))
+    decided = run.decide()
+    assert [decided.endpoints[n].state for n in "ab"] == ["sleeping", "sleeping"]
+    begins = [a for a in decided.actions if a.op in ("wake", "start")]
+    assert sorted((a.op, a.subject.name, a.gpus) for a in begins) == [
+        ("start", "c", (uuid(2),)), ("wake", "a", (uuid(0),)), ("wake", "b", (uuid(1),)),
+    ]  # fmt: skip
+    (over,) = [a for a in decided.actions if a.op == "wait_memory" and a.subject.name == "render"]
+    assert all(over.id in a.needs and a.cause.overlay == "render" for a in begins)
+
+
 def test_the_work_begins_only_after_the_engine_sleeps_and_nvml_shows_its_memory_free() -> None:
     run = warm(sleeper())
     run.plant.residue = 30 * GIB  # it says that it sleeps, and keeps far more than a residue
