@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'reconciler[solver]'"
 WORK = 0.5
-"""Of CP-SAT's deterministic units, each about a second, for one choice; a quarter for one part of a proposal."""
+"""Of CP-SAT's deterministic units, each about a second, for one choice."""
+EFFORTS = ((2, 1 / 2), (1, 1 / 4))
+"""How strong the linear relaxations are that one part of a proposal is sought by, and how much of `WORK` that may take.
+The strong ones prove the answer on many crowded boxes, where the weak ones prove none; where they do not, a search with
+the weak ones goes on from what they found, and finds better answers in the same time."""
 MOST_CUTS = 50
 """So many sets of leavers that a floor forbids are ruled out for one proposal."""
 PLACES = 20_000
@@ -405,24 +409,42 @@ class _Model:
                 weight *= part.widest
             expression = sum(p.expression(w) for p, w in zip(chunk, reversed(weights), strict=True))
             model.minimize(expression)
-            solver = _solver(self._work)
-            if not _has_answer(solver, model, self._work):
+            found = self._least(model)
+            if found is None:
                 return None
-            last = solver
-            least = round(solver.best_objective_bound)
+            last, least = found
             bounds += _values(chunk, list(reversed(weights)), least if proved else None)
-            proved = proved and least == round(solver.objective_value)
-            model.add(expression <= round(solver.objective_value))
-            model.clear_hints()  # type: ignore[no-untyped-call]
-            for variable in self._names.values():
-                model.add_hint(variable, solver.value(variable))
+            proved = proved and least == round(last.objective_value)
+            model.add(expression <= round(last.objective_value))
+            self._go_on_from(last, model)
         # of equal ones the one on the first GPUs, so that the answer is one and does not hang on the solver's ways
         order = {gpu: 1 + i + 1000 * self._board.contested.get(gpu, 0) for i, gpu in enumerate(self._board.capacity)}
         model.minimize(sum(order[g] * x for new in self._new.values() for g, x in new.items()))
-        solver = _solver(self._work)
-        if _has_answer(solver, model, self._work):
-            last = solver
+        found = self._least(model)
+        if found is not None:
+            last, _ = found
         return None if last is None else (last, tuple(bounds))
+
+    def _least(self, model: cp_model.CpModel) -> tuple[cp_model.CpSolver, int] | None:
+        """The least answer that one effort after the other finds, until it is proved, and what none costs less than."""
+        best: cp_model.CpSolver | None = None
+        bounds: list[int] = []
+        for relaxation, share in EFFORTS:
+            solver = _solver(relaxation, min(WORK * share, self._work.left))
+            if not _has_answer(solver, model, self._work):
+                continue
+            bounds.append(round(solver.best_objective_bound))
+            if best is None or solver.objective_value < best.objective_value:
+                best = solver
+            if max(bounds) >= round(best.objective_value):
+                break
+            self._go_on_from(best, model)
+        return None if best is None else (best, max(bounds))
+
+    def _go_on_from(self, solver: cp_model.CpSolver, model: cp_model.CpModel) -> None:
+        model.clear_hints()  # type: ignore[no-untyped-call]
+        for variable in self._names.values():
+            model.add_hint(variable, solver.value(variable))
 
     def _chunks(self) -> Iterable[list[_Sum]]:
         """The parts that are compared, each with those after it as long as their common range is not too wide."""
@@ -471,13 +493,14 @@ class _Model:
         return Proposal(places, by, (*bounds[:due], bounds[due] << shift, *bounds[due + 1 :]))
 
 
-def _solver(work: Work) -> cp_model.CpSolver:
+def _solver(relaxation: int, work: float) -> cp_model.CpSolver:
     from ortools.sat.python import cp_model
 
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = min(WORK / 4, work.left)
+    solver.parameters.linearization_level = relaxation
+    solver.parameters.max_deterministic_time = work
     return solver
 
 
