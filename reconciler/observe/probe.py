@@ -7,18 +7,20 @@ notifiers, costs as much again for each question, and for each endpoint a TLS co
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from reconciler.clock import Clock, Instant
+from reconciler.clock import Clock
 from reconciler.spec.profiles import SleepCheck
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
+    from socket import socket
 
 HEALTH_LIMIT_BYTES = 64 << 10
 PAGE_LIMIT_BYTES = 16 << 20
@@ -94,6 +96,8 @@ class Connection:
         self._clock = clock
         self._failures = (HTTPException, OSError)
         self._connection = HTTPConnection(target.host, target.port)  # none is made before the first question
+        self._connection.response_class = self._answer  # type: ignore[assignment] # called like the class that it makes
+        self._deadline = clock.now()
         self._progress_due = clock.now()
 
     def ask(self, target: ProbeTarget, owns: OwnsListener | None = None) -> Answer:
@@ -161,22 +165,33 @@ class Connection:
     def _get(self, target: ProbeTarget, path: str, limit_bytes: int) -> tuple[int, bytes]:
         """Status and body; a body above the limit or past the deadline counts as a timeout.
 
-        The timeout is that of each wait, and of the whole where the body comes in pieces. A connection on which
-        anything went wrong is not used again.
+        The timeout is that of the whole answer, in however many pieces it comes. A connection on which anything went
+        wrong is not used again.
         """
-        deadline = self._clock.now().plus(target.timeout_s)
+        self._deadline = self._clock.now().plus(target.timeout_s)
         try:
             with self._request(target, quote(path, safe=_SAFE)) as response:
-                return response.status, self._body(response, limit_bytes, deadline)
+                return response.status, self._body(response, limit_bytes)
         except BaseException:
             self._connection.close()
             raise
 
-    def _body(self, response: HTTPResponse, limit_bytes: int, deadline: Instant) -> bytes:
+    def _answer(self, sock: socket, **options: Any) -> HTTPResponse:
+        """One of which the head, too, has to come in time: a server may send a byte of it now and then for ever."""
+        from http.client import HTTPResponse
+
+        response = HTTPResponse(sock, **options)
+        response.fp = io.BufferedReader(_InTime(response.fp.detach(), sock, self._left_s))
+        return response
+
+    def _left_s(self) -> float:
+        return -self._clock.now().since(self._deadline)
+
+    def _body(self, response: HTTPResponse, limit_bytes: int) -> bytes:
         body = bytearray()
         while part := response.read1():
             body += part
-            if len(body) > limit_bytes or self._clock.now().mono > deadline.mono:
+            if len(body) > limit_bytes:
                 raise TimeoutError("the answer does not end")
         if response.length:
             raise ConnectionResetError(f"the connection ended {response.length} bytes before the answer")
@@ -201,6 +216,27 @@ class Connection:
         connection.close()
         connection.request("GET", path)
         return connection.getresponse()
+
+
+class _InTime(io.RawIOBase):
+    """What comes from a socket, as long as there is time left."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket, left_s: Callable[[], float]) -> None:
+        self._raw, self._sock, self._left_s = raw, sock, left_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s = self._left_s()
+        if left_s <= 0:
+            raise TimeoutError("the answer does not end")
+        self._sock.settimeout(left_s)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def sum_metrics(page: bytes, names: tuple[str, ...]) -> int | None:

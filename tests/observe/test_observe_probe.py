@@ -97,6 +97,20 @@ def test_an_answer_that_never_ends_is_cut_off(box, clock):
     assert "did not answer within" in answer.detail
 
 
+@pytest.mark.parametrize("part", [b"y", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["a header", "asks for patience"])
+def test_the_head_of_an_answer_that_never_ends_is_cut_off(box, clock, part):
+    def drip(handler):
+        handler.wfile.write(b"" if part.startswith(b"HTTP") else b"HTTP/1.1 200 OK\r\nX: ")
+        while not box.released.wait(0.05):
+            handler.wfile.write(part)
+            handler.wfile.flush()
+
+    box.answers["/health"] = drip
+    answer = ask(target(box.port, timeout_s=0.5), clock)
+    assert answer.ready is False
+    assert "did not answer within" in answer.detail
+
+
 def test_an_answer_that_ends_too_early_is_not_ready(box, clock):
     def stop_short(handler):
         handler.send_response(200)
