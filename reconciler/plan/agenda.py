@@ -55,15 +55,16 @@ def keep_agenda(draft: Draft, actions: Iterable[Action]) -> tuple[AgendaEntry, .
 
 
 def _displaced(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry | None:
+    """The entry of an endpoint that overlays displaced or set otherwise: on the account of the one that ends last."""
     holders = sorted({*draft.evicted_from(name), *([draft.owners[name]] if name in draft.owners else [])})
     if not holders:
         return None
-    step = draft.steps[holders[0]]
-    if step.spec is None or not (name in draft.wanted or name in draft.situation.spec.endpoints):
-        return old
-    overlay = step.record.name
-    reason = f"gives way to {overlay}" if name in step.record.evicted else f"as overlay {overlay} sets it"
-    return _while_it_lasts(draft, name, step.record, step.spec, reason, old)
+    entries = []
+    for overlay, step in ((n, draft.steps[n]) for n in holders):
+        if step.spec is not None and (name in draft.wanted or name in draft.situation.spec.endpoints):
+            reason = f"gives way to {overlay}" if name in step.record.evicted else f"as overlay {overlay} sets it"
+            entries.append(_while_it_lasts(draft, name, step.record, step.spec, reason, old))
+    return max(entries, key=lambda entry: entry.until, default=old)
 
 
 def _kept_off(draft: Draft, name: str, old: AgendaEntry | None) -> AgendaEntry | None:
@@ -107,21 +108,26 @@ def _way_s(draft: Draft, name: str) -> float:
 
 
 def _on_its_way_back(draft: Draft, name: str, action: Action | None, entry: AgendaEntry | None) -> AgendaEntry | None:
-    """The entry that was in force, once what it was kept away by is over and it has left: the time of its way back.
+    """The entry that was in force; once it has left and comes back, without what is behind it.
 
-    Twice what this decision predicts, its turn among others on its GPU included; of one that cannot start, for a
-    stranger has its place, that of the way alone: who keeps it then is nobody's plan.
+    What it was kept away for by an overlay is over then, and the entry has the time of the way back: twice what this
+    decision predicts, its turn among others on its GPU included; of one that cannot start, for a stranger has its
+    place, that of the way alone: who keeps it then is nobody's plan.
     """
-    if entry is None or entry.overlay is None or "stopped" not in entry.expected_states or name not in draft.wanted:
+    if entry is None or "stopped" not in entry.expected_states or name not in draft.wanted:
         return entry
     current = draft.standings[name].current
-    if current is not None and current.id in draft.leaving:
+    begins = action is not None and action.op in ("start", "wake")
+    if (current is not None and current.id in draft.leaving) or (entry.overlay is None and not begins):
         return entry
+    ahead = ("sleeping",) * (name in draft.naps) + ("pending", *RETURNING_STATES)
+    back = replace(entry, expected_states=tuple(s for s in entry.expected_states if s in ahead))
+    if entry.overlay is None:
+        return back if action is not None and action.ready else entry
     way = _way_s(draft, name)
-    if action is not None and action.op in ("start", "wake"):
+    if action is not None and begins:
         way = max(way, action.expected[1] - draft.now.wall)
-    until = draft.now.wall + SLACK_FACTOR * way + SLACK_S
-    return replace(_advanced(entry, "wake" if name in draft.naps else "start"), until=until)
+    return replace(back, until=draft.now.wall + SLACK_FACTOR * way + SLACK_S)
 
 
 def _in_window(draft: Draft, window: Window, name: str) -> AgendaEntry:
@@ -151,8 +157,7 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
     if old is not None and old.reason == action.reason and old.overlay == action.cause.overlay and not again:
         return old
     if old is not None and begins and old.until > draft.now.wall:
-        # the second half of a move that is on the agenda already
-        return _advanced(old, action.op) if action.ready else old
+        return old  # the second half of a move that is on the agenda already
     way = _way_s(draft, name) or SLACK_S
     states = LEAVING_STATES
     if not begins and name in draft.wanted:
@@ -161,12 +166,6 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
         states = ("sleeping" if action.op == "wake" else "pending", *RETURNING_STATES)
     until = action.expected[0] + SLACK_FACTOR * way + SLACK_S
     return AgendaEntry(name, states, draft.now.wall, until, action.reason, action.cause.overlay)
-
-
-def _advanced(entry: AgendaEntry, op: str) -> AgendaEntry:
-    """The entry from where an endpoint comes back on: what it has behind it is expected no more."""
-    ahead = ("sleeping", "pending", *RETURNING_STATES) if op == "wake" else ("pending", *RETURNING_STATES)
-    return replace(entry, expected_states=tuple(s for s in entry.expected_states if s in ahead))
 
 
 def _settled(draft: Draft, name: str) -> bool:

@@ -262,13 +262,13 @@ class Consents:
         """Why `seek` found nothing: the first single rule whose absence would help, else what the box lacks.
 
         In order:
-            1. one rule alone stands in the way: that rule, and the endpoints it protects
+            1. one rule alone stands in the way: that rule, and the endpoints it protects; first a cool-down: it passes
             2. several do: the first of them, and all of them in the message
             3. nothing of ours could make room: foreign memory, unusable GPUs, or simply too little of it
         """
         there = {tenant.key: tenant for need in needs for gpu in need.candidates for tenant in board.on(gpu)}
         alone = {rule for tenant in there.values() if len(by := self.broken_by(tenant)) == 1 for rule in by}
-        for rule in RULES:  # 1
+        for rule in sorted(RULES, key=lambda rule: rule != "CoolDown"):  # 1
             if rule not in alone and rule != "FloorWouldBreak":
                 continue  # without it nobody more could give way than did not do
             placement = self.seek(needs, board, waive=frozenset({rule}))
@@ -283,10 +283,8 @@ class Consents:
         return lacking(self.situation, needs)  # 3
 
     def _protected(self, rules: tuple[str, ...], placement: Placement, board: Board) -> Refusal:
-        chosen = [
-            self._told(rule, self._protected_by(rule, [board.tenants[k] for k in sorted(placement.victims)]))
-            for rule in rules
-        ]
+        tenants = [board.tenants[key] for key in sorted(placement.victims)]
+        chosen = [self._told(rule, self._protected_by(rule, tenants), tenants) for rule in rules]
         return Refusal(
             reason=rules[0],
             message="; and ".join(message for message, _ in chosen),
@@ -304,7 +302,7 @@ class Consents:
             return ", ".join(sorted({*victims, *self.vacated}))
         return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
 
-    def _told(self, rule: str, names: str) -> tuple[str, str]:
+    def _told(self, rule: str, names: str, tenants: Sequence[Tenant]) -> tuple[str, str]:
         """What stands in the way, and what would help."""
         place = f"it would need the place of {names}"
         match rule:
@@ -314,9 +312,12 @@ class Consents:
                 than = self.overlay.priority
                 return f"{place}, whose priority is not lower than {than}", f"give it a priority above that of {names}"
             case "NotPreemptible":
-                return f"{place}, which may not be displaced", f"wait for {names} to end, or make it preemptible"
+                return f"{place}, which may not be displaced", self._to_be_preemptible(tenants)
             case "FloorWouldBreak":
                 least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f)
+                if not least:
+                    required = {*self.overlay.requires, *(c for window in self.windows for c in window.requires)}
+                    return f"without {names} nothing would offer {', '.join(sorted(required))}", "add a provider"
                 message = f"without {names} fewer providers would be ready than have to be ({least})"
                 return message, "lower min_available, or add a provider"
             case "NoEvictionLeft":
@@ -326,6 +327,28 @@ class Consents:
                 return f"{names} was evicted too often or too lately", f"wait, or `reconciler reset {names}`"
             case _:
                 return f"the GPUs of {names} cannot be read at the moment", "see `reconciler status`"
+
+    def _to_be_preemptible(self, tenants: Sequence[Tenant]) -> str:
+        """What would have those of them give way that may not be displaced; of a reservation nothing but its end."""
+        firm: list[str] = []
+        ending: list[str] = []
+        work: list[str] = []
+        for tenant in tenants:
+            kind, _, name = tenant.key.partition("/")
+            if "NotPreemptible" not in self.broken_by(tenant):
+                continue
+            if kind == "endpoint":
+                firm.append(name)
+                continue
+            ending.append(name)
+            other = self.overlays.get(name)
+            if other is not None and other.workload is not None and not other.workload.preemptible:
+                work.append(name)
+        hints = [f"set preemptible: true on {', '.join(firm)}"] if firm else []
+        if ending:
+            instead = f", or make the work of {', '.join(work)} preemptible" if work == ending else ""
+            hints.append(f"wait for {', '.join(ending)} to end{instead}")
+        return ", and ".join(hints)
 
 
 def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:

@@ -74,9 +74,9 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
         if firm is not None:
             draft.block(firm)  # 3
             continue
-        off = keeping_off(ahead_of(draft, overlay, start))
         refusal: Refusal | None = None
         for surely in (True, False):  # a place that nobody holds by then whatever happens, else one that is foreseen
+            off = keeping_off(ahead_of(draft, overlay, start, away=surely))
             board = _board_at(draft, start, surely=surely)
             answer = seek(overlay, start, board, off)
             if isinstance(answer, tuple):

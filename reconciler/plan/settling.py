@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from math import inf
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
-from reconciler.plan.draft import Arriving, Draft
+from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.observed import Subject
@@ -271,12 +272,17 @@ def _holders(draft: Draft, need: Need) -> str:
 
 def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> tuple[str | None, float | None]:
     """The overlay with whose end so many of these are over that there is a place, and that predicted end, epoch s."""
-    ends = {
-        s.record.name: predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in holders if s.spec is not None
-    }
+    ends = {s.record.name: _over_at(draft, s) for s in holders}
     board = draft.board
     for name in sorted(ends, key=lambda n: (ends[n], n)):
         board = board.without(frozenset({f"overlay/{name}"}))
         if place([need], board) is not None:
-            return name, ends[name]
+            return name, ends[name] if ends[name] < inf else None
     return None, None
+
+
+def _over_at(draft: Draft, step: OverlayStep) -> float:
+    """Epoch seconds at which a live overlay is predicted to be over; infinite: its file cannot be read."""
+    if step.spec is not None:
+        return predicted_end(step.record, step.spec.makespan, draft.now.wall)
+    return inf if step.record.state in OVERRIDING else draft.now.wall

@@ -99,13 +99,14 @@ def not_to_hinder(draft: Draft, overlay: OverlaySpec) -> list[Window]:
     return [w for w in draft.windows[:own] if w.priority >= overlay.priority]
 
 
-def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:
+def ahead_of(draft: Draft, overlay: OverlaySpec, begin: float, *, away: bool = False) -> list[Window]:
     """The windows whose place this overlay may not take, were it to begin at `begin`.
 
     Those that it may not delay, and that are not over by then, unless its hard end comes before they open. The return
     of an endpoint that it might not displace is one: nobody prolongs an absence that he could not have brought about.
+    With `away`, endpoints that are predicted to be back by then may not be.
     """
-    windows = [*not_to_hinder(draft, overlay), *_returning(draft, overlay, begin)]
+    windows = [*not_to_hinder(draft, overlay), *_returning(draft, overlay, begin, away=away)]
     if not windows:
         return []
     last = hard_end(draft, overlay, begin)
@@ -175,12 +176,12 @@ def still_owed(draft: Draft, name: str, gpu: str, size: int) -> int:
     return max(0, size - tenant.holds[gpu].memory_bytes) if gpu in tenant.holds else 0
 
 
-def _returning(draft: Draft, overlay: OverlaySpec, begin: float) -> list[Window]:
+def _returning(draft: Draft, overlay: OverlaySpec, begin: float, *, away: bool) -> list[Window]:
     """The returns that an overlay may not put off, as windows without an end; later than that they have their place."""
     owed = [r for r in draft.returns if not may_prolong(overlay, r.endpoint)]
     found = []
     for back in owed:
-        if begin > draft.now.wall and begin >= back.at:
+        if begin > draft.now.wall and begin >= back.at and not away:
             continue
         beside: dict[str, int] = {}
         for gpu in back.memory_bytes:
@@ -219,14 +220,16 @@ def opening_soon(draft: Draft, endpoint: EndpointSpec) -> list[Window]:
     """The windows that would have an endpoint's place again before it was worth the load, were it brought back to it.
 
     Only those count that may displace it, and that open within twice its load time; or, if it was displaced lately,
-    before it has been ready for so long that it may be displaced again: they would have to wait for that.
+    before it has been ready for so long that it may be displaced again: they would have to wait for that. One whose
+    time has come and that did not begin waits for something else: nobody knows how long.
     """
     load_s = draft.situation.timings(endpoint).load_s
     worth_s = WORTH_LOADS * load_s
     if draft.records[endpoint.name].evictions:
         worth_s = max(worth_s, load_s + draft.situation.spec.policy.min_ready_s)
     until, way_s = draft.now.wall + worth_s, _way_out_s(draft, endpoint)
-    return [w for w in draft.windows if min(w.opens, w.start - way_s) < until and _may_displace(draft, w, endpoint)]
+    to_come = [w for w in draft.windows if draft.now.wall < w.start]
+    return [w for w in to_come if min(w.opens, w.start - way_s) < until and _may_displace(draft, w, endpoint)]
 
 
 def _may_displace(draft: Draft, window: Window, endpoint: EndpointSpec) -> bool:

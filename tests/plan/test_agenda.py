@@ -222,3 +222,19 @@ def test_what_is_over_or_to_come_schedules_nothing() -> None:
         assert not tracker.is_endpoint_in_scheduled_transition("ask")
         assert tracker.get_scheduled_endpoint_state("ask") is None
     assert NOW.wall < entry.until
+
+
+def test_while_several_overlays_keep_one_away_the_entry_is_on_the_account_of_the_one_that_ends_last() -> None:
+    run = settled()
+    mend = overlay("tidy", None, priority=50, duration=3000.0, workload=False, sets=[replace(ASK, state="stopped")])
+    run.spec = spec(ASK, RENDER)
+    run.settle(until=overlay_state("render", "active"))
+    run.spec = spec(ASK, RENDER, mend)
+    run.settle(until=overlay_state("tidy", "active"))
+    (entry,) = run.ledger.agenda
+    assert entry.overlay == "tidy"
+    assert entry.until > run.plant.now.wall + 3000
+    run.spec = spec(ASK, RENDER)
+    run.settle(until=overlay_state("tidy", "cancelled"))
+    (entry,) = run.ledger.agenda
+    assert entry.overlay == "render"

@@ -256,3 +256,18 @@ def test_beside_whom_it_comes_back_counts_who_will_be_there_then(lasts: float, b
     run.settle(until=lambda p: {r.state for r in p.ledger.overlays.values()} == {"active"})
     run.spec = spec(ask, short, other, overlay("long", [0], memory=15, priority=10, evict=False, duration=3000.0))
     assert (run.decide().ledger.overlays["long"].state != "pending") == begins
+
+
+def test_nor_does_the_removal_of_the_file_that_keeps_it_away_cost_it_its_place() -> None:
+    gang = endpoint("gang", [0, 1], priority=40)
+    run = settled(gang, gpus=2)
+    second = overlay("second", [0], memory=20, priority=600, duration=900.0)
+    low = overlay("low", [1], priority=5, duration=60.0)
+    away(run, gang)
+    run.spec = spec(gang, SHORT, second)
+    run.settle(until=overlay_state("short", "done"))
+    run.spec = spec(gang, second, low)
+    run.settle(until=lambda p: why(p, "low").reason == "WindowTaken")
+    run.spec = spec(gang, low)
+    run.settle(until=lambda p: run.plant.is_ready("gang"))
+    assert "low" not in run.starts()

@@ -166,3 +166,25 @@ def test_forty_overlays_that_wait_at_once_are_decided_on_in_bounded_work_and_law
     assert sum(r.state != "pending" for r in decided.ledger.overlays.values()) >= 8
     assert decided.verdicts
     assert sum(v.steps for v in decided.verdicts) <= 2.2 * LIMIT, "the choice, and the one for the next best"
+
+
+def test_it_is_advised_to_wait_for_the_end_of_a_reservation_and_not_to_make_it_preemptible() -> None:
+    run = settled(gpus=2)
+    hold = overlay("hold", [0], workload=False, priority=100)
+    work = overlay("work", [1], priority=100)
+    run.spec = spec(hold, work)
+    run.settle(until=lambda p: {r.state for r in p.ledger.overlays.values()} == {"active"})
+    for gpu, hint in ((0, "wait for hold to end"), (1, "wait for work to end, or make the work of work preemptible")):
+        run.spec = spec(hold, work, overlay("more", [gpu], priority=600))
+        (said,) = run.decide().blocked
+        assert said.reason == "NotPreemptible"
+        assert said.alternatives == (hint,)
+
+
+def test_work_that_would_have_to_displace_the_only_provider_of_what_it_requires_is_told_so() -> None:
+    ask = endpoint("ask", [0], priority=30, capabilities=("ask",))
+    run = settled(ask, gpus=1)
+    run.spec = spec(ask, overlay("more", [0], priority=600, requires=("ask",)))
+    (said,) = run.decide().blocked
+    assert (said.reason, said.message) == ("FloorWouldBreak", "without ask nothing would offer ask")
+    assert said.alternatives == ("add a provider",)

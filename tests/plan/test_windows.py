@@ -587,3 +587,47 @@ def test_no_slot_is_promised_past_its_own_deadline() -> None:
     said = blocked(run.decide(), "brief")
     assert said is not None
     assert said.earliest_start is None
+
+
+def test_nor_is_it_held_back_for_a_window_that_something_else_keeps_after_its_time() -> None:
+    ask = endpoint("ask", [0], priority=40)
+    run = settled(ask)
+    short = overlay("short", [0], duration=300)
+    run.spec = spec(ask, short)
+    run.settle(until=overlay_state("short", "active"))
+    extra, start = endpoint("extra", [0], port=9000), run.plant.now.wall + 320
+    night = overlay("night", None, workload=False, sets=[extra], priority=600, start=start)
+    run.plant.ports = {9000: PortHolder(9000, 77, "squatter")}
+    run.spec = spec(ask, short, night)
+    run.settle(until=lambda decided: blocked(decided, "ask") is not None and blocked(decided, "ask").reason == "Held")  # type: ignore[union-attr]
+    assert run.plant.now.wall < start
+    run.settle(until=lambda decided: run.plant.is_ready("ask"))
+    assert run.plant.is_ready("ask")
+
+
+def test_a_window_does_not_count_on_the_place_of_one_that_is_still_away_and_may_be_back_by_then() -> None:
+    gang = endpoint("gang", [0, 1], priority=40)
+    run = settled(gang, gpus=2)
+    short = overlay("short", [1], duration=600)
+    run.spec = spec(gang, short)
+    run.settle(until=overlay_state("short", "active"))
+    run.spec = spec(gang, short, overlay("night", [0], evict=False, start=run.plant.now.wall + HOUR))
+    said = blocked(run.decide(), "night")
+    assert said is not None
+    assert said.reason == "NoConsent"
+
+
+def test_a_cool_down_that_lets_it_begin_soon_is_told_before_a_priority_that_keeps_it_from_another_place() -> None:
+    ask, code = endpoint("ask", [0], priority=40), endpoint("code", [1], priority=900)
+    run = settled(ask, code, gpus=2)
+    run.spec = spec(ask, code, overlay("one", [0], duration=60))
+    run.settle(until=overlay_state("one", "done"))
+    run.spec = spec(ask, code, overlay("two", 1, duration=60))
+    decided = run.decide()
+    said, ready_since = blocked(decided, "two"), decided.ledger.endpoints["ask"].ready_since
+    assert said is not None
+    assert said.reason == "CoolDown"
+    assert ready_since is not None
+    assert said.earliest_start == ready_since.wall + 120
+    run.settle(until=overlay_state("two", "active"))
+    assert run.plant.now.wall <= ready_since.wall + 150
