@@ -33,6 +33,7 @@ from reconciler.loop.history import Learner, record_durations
 from reconciler.loop.launching import launch_of
 from reconciler.loop.leftovers import Leftovers
 from reconciler.loop.notifying import Notifying
+from reconciler.loop.requested import Requested, forgiving
 from reconciler.loop.specs import SpecInForce, SpecKeeper
 from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
@@ -42,7 +43,7 @@ from reconciler.plan.departures import kept_for, stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
 from reconciler.plan.observed import Incarnation, Observed
-from reconciler.plan.requests import clean_start, reset, unknown
+from reconciler.plan.requests import clean_start
 from reconciler.plan.status import DaemonInfo, status_data
 from reconciler.spec.spec import Notifier, Spec, Stop
 
@@ -58,9 +59,6 @@ NEVER_CALM_S = 1.0
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
-
-Change = Callable[[Ledger, Instant], tuple[Ledger, tuple[Event, ...]]]
-"""What somebody requested of the ledger, with the events that tell of it."""
 
 
 class Eyes(Protocol):
@@ -150,9 +148,7 @@ class Daemon:
         self._began = parts.clock.now()
         self._control = ControlServer(parts.state.control_socket, self._answer)
         self._learner = Learner()
-        self._requested: list[Change] = []
-        self._uncommitted: list[asyncio.Future[None]] = []
-        """Whoever waits until what they requested is durable."""
+        self._requested = Requested(parts.clock, self._wakers.wake)
         self._problems: tuple[str, ...] = ()
         self._executor = Executor(
             parts.actor,
@@ -210,7 +206,7 @@ class Daemon:
     def request_clean_start(self, endpoints: Collection[str]) -> None:
         """Have these endpoints ended and started afresh with the next tick."""
         names = tuple(endpoints)
-        self._requested.append(lambda ledger, now: clean_start(ledger, names, now))
+        self._requested.note(lambda ledger, now: clean_start(ledger, names, now))
         self._wakers.wake()
 
     # ------------------------------------------------------------ one tick
@@ -223,17 +219,14 @@ class Daemon:
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
         # after the look, and nothing is waited for from here to the walk: a call that ended during the look is not made
         # a second time by a plan that does not know of it
-        ledger, asked = self._take_requests()
-        uncommitted = tuple(self._uncommitted)
+        ledger, asked = self._requested.take(parts.journal.ledger())
         now = parts.clock.now()
         ledger = self._learner.learn(ledger, parts.journal.timings(), in_force.spec)
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
         made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
         parts.journal.commit(plan.ledger, (*asked, *plan.events), now, made)  # the record first, then the act
-        for request in uncommitted:
-            if not request.done():
-                request.set_result(None)
+        self._requested.committed()
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
         known = self._last.incidents if self._last else tuple(parts.journal.incidents())
         self._last = Tick(in_force, observed, plan, known, idle=False)  # what the starts are launched with
@@ -309,15 +302,6 @@ class Daemon:
         self._problems = problems
         return in_force
 
-    def _take_requests(self) -> tuple[Ledger, tuple[Event, ...]]:
-        ledger = self._parts.journal.ledger()
-        events: list[Event] = []
-        requested, self._requested = self._requested, []
-        for change in requested:
-            ledger, said = change(ledger, self._parts.clock.now())
-            events.extend(said)
-        return ledger, tuple(events)
-
     def _look_options(self, ledger: Ledger) -> ObserveOptions:
         last = self._last.plan if self._last else None
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
@@ -388,7 +372,7 @@ class Daemon:
 
     def _called(self, action: Action, problem: str | None) -> None:
         at = self._parts.clock.now()  # not when it is noted: the answer that is asked for now must not seem older
-        self._requested.append(lambda ledger, _: called(ledger, action, problem, at))
+        self._requested.note(lambda ledger, _: called(ledger, action, problem, at))
         self._eyes.probe_now([action.incarnation or ""])
 
     async def _deliver(self, notifier: Notifier, notices: Sequence[Notice]) -> None:
@@ -425,12 +409,12 @@ class Daemon:
                     "setpoints": str(self._parts.specs.path),
                 }
             case "reset":
-                change, said = self._forgiving(str(request["name"]), tick.observed)
-                await self._durably(change)
+                change, said = forgiving(self._parts.journal.ledger(), str(request["name"]), tick.observed)
+                await self._requested.durably(change)
                 return {"message": said}
             case "clean_start":
                 names = [str(n) for n in request["endpoints"]]
-                await self._durably(lambda ledger, now: clean_start(ledger, names, now))
+                await self._requested.durably(lambda ledger, now: clean_start(ledger, names, now))
                 return {"message": "begun"}
             case _:
                 raise StateError(f"the daemon does not know the request {op!r}")
@@ -444,31 +428,8 @@ class Daemon:
             generation=self._parts.journal.generation(),
         )
 
-    async def _durably(self, change: Change) -> None:
-        """Have the next tick make this change; returns once it is committed: what was answered is not forgotten."""
-        committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._requested.append(change)
-        self._uncommitted.append(committed)
-        self._wakers.wake()
-        try:
-            await committed
-        finally:
-            self._uncommitted.remove(committed)
-
-    def _forgiving(self, name: str, observed: Observed) -> tuple[Change, str]:
-        """What to change so that `name` is tried again, and that in words."""
-        known = {str(g.index): g.uuid for g in observed.gpus} | {g.uuid: g.uuid for g in observed.gpus}
-        found = reset(self._parts.journal.ledger(), name, known)
-        if found is None:
-            raise unknown(self._parts.journal.ledger(), name, known)
-        said = f"{name} is reset" if found[1] else f"{name} had nothing to reset"
-        return lambda ledger, _: reset(ledger, name, known) or (ledger, ()), said
-
     async def _close(self) -> None:
-        for request in self._uncommitted:
-            if request.done():
-                continue
-            request.set_exception(StateError("the daemon ended before it did that", hint="ask again"))
+        self._requested.abandon()
         await self._control.close()
         await self._wakers.close()
         for face in self._parts.faces:

@@ -33,6 +33,7 @@ from reconciler.journal.layout import StateDir
 from reconciler.loop import daemon as daemon_module
 from reconciler.loop import launching, specs
 from reconciler.loop.daemon import Daemon, Parts, Tick
+from reconciler.loop.requested import forgiving
 from reconciler.loop.specs import SpecKeeper
 from reconciler.observe.snapshot import CLOCK_JUMP_S, ObserveOptions
 from reconciler.plan.actions import Event
@@ -387,7 +388,8 @@ class Box:
         if self.daemon is not None and not self.dead and self.daemon._last is not None:
             ledger = self.daemon._parts.journal.ledger()
             for name in [n for n, r in ledger.endpoints.items() if r.failed] + list(ledger.quarantines):
-                self.daemon._requested.append(self.daemon._forgiving(name, self.daemon._last.observed)[0])
+                ledger, seen = self.daemon._parts.journal.ledger(), self.daemon._last.observed
+                self.daemon._requested.note(forgiving(ledger, name, seen)[0])
             self.wake(files=True)
 
     def _well(self) -> list[Incarnation]:
