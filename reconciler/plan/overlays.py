@@ -127,11 +127,13 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     now = situation.now
     runs = situation.incarnations(Subject("workload", name))
     workload = runs[-1] if runs else None
+    withdrawn = name in situation.spec.withdrawn
+    was_over = record is not None and (record.state in TERMINAL or record.outcome is not None)
     if record is None:
         if spec is None:
             return None
         record = open_record(spec, now) if workload is None else _adopted(spec, workload, now)
-    elif spec is None and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
+    elif spec is None and not withdrawn and record.state in TERMINAL and now.since(record.since) > RECORD_KEPT_S:
         return None
     elif spec is not None and record.state in TERMINAL and _asks_again(record, spec, now):
         seen = record.seen if spec.makespan.schedule is not None else None
@@ -142,8 +144,8 @@ def advance(situation: Situation, name: str) -> OverlayStep | None:
     if spec is not None:
         record = replace(record, priority=spec.priority, source=spec.source)
     if spec is not None or name not in situation.rejected:
-        record = _withdrawn(record, spec, now)
-    if spec is None and name not in situation.rejected:
+        record = _withdrawn(record, spec, now, "everything is to be stopped" if withdrawn else "its file was removed")
+    if spec is None and name not in situation.rejected and not (withdrawn and was_over):
         record = replace(record, placement_hash="")  # a file that comes again under this name asks for a new run
     if spec is not None:
         record = _timed(record, spec, now, jumped=situation.observed.clock_jumped)
@@ -176,14 +178,14 @@ def _asks_again(record: OverlayRecord, spec: OverlaySpec, now: Instant) -> bool:
     return spec.placement_hash != record.placement_hash or moved
 
 
-def _withdrawn(record: OverlayRecord, spec: OverlaySpec | None, now: Instant) -> OverlayRecord:
-    """The file is gone, or was replaced by other work."""
+def _withdrawn(record: OverlayRecord, spec: OverlaySpec | None, now: Instant, why: str) -> OverlayRecord:
+    """The file is gone (or counts as that, which `why` says), or was replaced by other work."""
     if record.state in TERMINAL or record.state in ("completing", "restoring"):
         return record
     if spec is None:
         if record.state == "pending":
-            return enter(record, "cancelled", now, "its file was removed before it began")
-        return finish(record, "cancelled", now, "its file was removed")
+            return enter(record, "cancelled", now, f"{why} before it began")
+        return finish(record, "cancelled", now, why)
     if record.placement_hash == spec.placement_hash:
         return record
     if record.state == "pending":

@@ -56,6 +56,6 @@ def clean_start(ledger: Ledger, names: Collection[str], now: Instant) -> tuple[L
 def stopped(spec: Spec, names: Collection[str]) -> Spec:
     """The spec with these endpoints' set points stopped; with every endpoint, overlays are withdrawn as well."""
     endpoints = {n: replace(e, state="stopped") if n in names else e for n, e in spec.endpoints.items()}
+    rest = replace(spec, endpoints=endpoints, floors={}, digest=spec.digest + "-stopped")
     everything = set(names) >= set(spec.endpoints)
-    overlays = {} if everything else spec.overlays
-    return replace(spec, endpoints=endpoints, overlays=overlays, floors={}, digest=spec.digest + "-stopped")
+    return replace(rest, overlays={}, withdrawn=tuple(spec.overlays)) if everything else rest

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from reconciler.spec.profiles import EngineProfile
 from reconciler.spec.spec import EndpointSpec, Spec
 
-_NO_MEANING = frozenset({"source", "problems", "digest", "change_pending"})
+_NO_MEANING = frozenset({"source", "problems", "digest", "change_pending", "withdrawn"})
 
 
 def digest(value: object) -> str:

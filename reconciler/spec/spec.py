@@ -301,3 +301,5 @@ class Spec:
     notify: Mapping[str, Notifier] = field(default_factory=dict)
     metrics_port: int | None = None
     """Loopback port of the Prometheus page; None: there is none."""
+    withdrawn: tuple[str, ...] = ()
+    """Overlays that are not here though their files are: everything is to be stopped."""

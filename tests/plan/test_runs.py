@@ -11,7 +11,7 @@ from plant import Behaviour, Plant, Run, overlay_state
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Subject
-from reconciler.plan.requests import clean_start, reset
+from reconciler.plan.requests import clean_start, reset, stopped
 from reconciler.spec.spec import Restart, Stop
 from reconciler.units import GIB
 
@@ -486,3 +486,44 @@ def test_a_job_that_follows_another_takes_its_place_rather_than_a_more_important
     assert "mid" not in run.stops()
     assert run.plant.is_ready("low")
     assert run.plant.is_ready("mid")
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_down_ends_what_lives_and_afterwards_runs_again_but_for_what_was_over_before(days):
+    live = overlay("live", [0], duration=30 * 86400.0)
+    run = settled(endpoint("ask", [1]), overlay("over", [2], duration=600.0))
+    with_overlays(run, overlay("over", [2], duration=600.0))
+    run.settle()
+    whole = spec(*run.spec.endpoints.values(), overlay("over", [2], duration=600.0), live, overlay("waits", 9))
+    run.plant.behaviour = Behaviour(run_s={"live": 30 * 86400.0})
+    run.plant.advance(days * 86400.0)
+    run.spec = whole
+    run.settle(until=overlay_state("live", "active"))
+    begun = len(run.plant.begun)
+    run.spec = stopped(whole, ("ask",))
+    run.settle()
+    records = run.ledger.overlays
+    assert {n: r.state for n, r in records.items()} == {"over": "done", "live": "cancelled", "waits": "cancelled"}
+    assert records["live"].reason == "everything is to be stopped"
+    assert not [i for i in run.plant.incarnations if i.alive]
+    run.spec = whole
+    run.settle(until=overlay_state("live", "active"))
+    assert {n: r.state for n, r in run.ledger.overlays.items()} == {
+        "over": "done",
+        "live": "active",
+        "waits": "pending",
+    }
+    assert len(run.plant.begun) == begun + 1
+
+
+def test_down_in_the_moment_when_a_job_ends_does_not_have_it_run_again():
+    run = settled(endpoint("ask", [1]))
+    with_overlays(run, overlay("job", [0]))
+    whole = run.spec
+    run.settle(until=overlay_state("job", "completing"))
+    run.spec = stopped(whole, ("ask",))
+    run.settle()
+    run.spec = whole
+    run.settle()
+    assert run.ledger.overlays["job"].state == "done"
+    assert len(run.plant.begun) == 1
