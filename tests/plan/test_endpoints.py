@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec
+from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec, uuid
 
-from reconciler.plan.endpoints import Standing, cool_again, cooling_down, describe_exit, stand
-from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap
+from reconciler.plan.board import Hold, Tenant
+from reconciler.plan.endpoints import Standing, as_tenant, cool_again, cooling_down, describe_exit, holds_of, stand
+from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap, Timings
 from reconciler.plan.observed import Incarnation, Probe
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Health, Restart
+from reconciler.units import GIB
 
 END = Exit("i", NOW, 1, planned=False)
 HOUR = 3600.0
@@ -130,3 +132,30 @@ def test_ends_of_the_past_are_forgiven_once_it_was_ready_for_as_long_as_its_file
     situation = Situation(spec(brief), seen, Ledger("boot", endpoints={"ask": record}), NOW)
     assert stand(situation, "ask", brief).record.streak == streak
     assert stand(situation, "ask", None).record.streak == 4, "nobody says how long any more"
+
+
+# ---------------------------------------------------------------- what it holds and what it costs that it leaves
+
+TAKES = Ledger("boot", timings={"ask": Timings(load_s=40.0, drain_s=5.0, stop_s=2.0, memory_s=3.0)})
+
+
+@pytest.mark.parametrize(("offers", "ready", "lost_ms"), [
+    ((), True, 47_000), (("a",), True, 47_000), (("a", "b"), True, 94_000), (("a", "b"), False, 0),
+])  # fmt: skip
+def test_who_is_ready_loses_its_way_out_and_back_for_each_that_it_offers(
+    offers: tuple[str, ...], ready: bool, lost_ms: int
+) -> None:
+    item = replace(ASK, capabilities=offers, priority=70)
+    situation = Situation(spec(item), observed(gpu(0), incarnations=[RUNS]), TAKES, NOW)
+    found = as_tenant(situation, RUNS, item, ready=ready)
+    assert found == Tenant("endpoint/ask", 70, holds_of(RUNS), lost_ms, 10_000, offers, 0, None)
+    for preemptible in (True, False):
+        calm = replace(item, preemptible=preemptible)
+        assert as_tenant(situation, RUNS, calm, ready=ready, calm=True) == replace(found, preemptible=preemptible)
+
+
+def test_what_one_holds_is_known_for_each_of_its_gpus_or_not_at_all() -> None:
+    two = incarnation(endpoint("two", [0, 1], memory=30), [0, 1])
+    assert holds_of(two) == {uuid(0): Hold(30 * GIB, exclusive=False), uuid(1): Hold(30 * GIB, exclusive=False)}
+    with pytest.raises(ValueError, match="shorter"):
+        holds_of(replace(two, memory_bytes=(30 * GIB,)))

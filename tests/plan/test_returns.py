@@ -10,7 +10,10 @@ from builders import endpoint, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan
+from reconciler.plan.board import Board, Hold, Tenant
+from reconciler.plan.draft import Draft
 from reconciler.plan.observed import Subject
+from reconciler.plan.windows import place_owed, still_owed
 from reconciler.spec.spec import EndpointSpec, Evict, MemoryBytes, OverlaySpec, Stop
 from reconciler.units import GIB
 
@@ -271,3 +274,26 @@ def test_nor_does_the_removal_of_the_file_that_keeps_it_away_cost_it_its_place()
     run.spec = spec(gang, low)
     run.settle(until=lambda p: run.plant.is_ready("gang"))
     assert "low" not in run.starts()
+
+
+# ---------------------------------------------------------------- what is owed to it
+
+
+def test_the_place_that_is_owed_is_the_pinned_one_or_that_in_which_it_ran() -> None:
+    pinned, free = endpoint("pinned", [1], memory=20), endpoint("free", 1, memory=30)
+    run = settled(pinned, free, gpus=2)
+    draft = Draft.of(run.situation())
+    (ran,) = run.ledger.endpoints["free"].last_gpus
+    assert place_owed(draft, "pinned") == {uuid(1): 20 * GIB}
+    assert place_owed(draft, "free") == {ran: 30 * GIB}
+    assert place_owed(draft, "nobody") == {}
+
+
+def test_of_a_place_that_is_owed_only_what_its_endpoint_does_not_have_already_is_left() -> None:
+    draft = Draft.of(settled(ASK).situation())
+    draft.board = Board({uuid(0): 80 * GIB, uuid(1): 80 * GIB}, {})
+    assert still_owed(draft, "ask", uuid(0), 30 * GIB) == 30 * GIB, "it is not there"
+    for held, left in ((10, 20), (30, 0), (40, 0)):
+        draft.board.add(Tenant("endpoint/ask", 40, {uuid(0): Hold(held * GIB, exclusive=False)}))
+        assert still_owed(draft, "ask", uuid(0), 30 * GIB) == left * GIB
+    assert still_owed(draft, "ask", uuid(1), 30 * GIB) == 0, "it has another place"
