@@ -145,18 +145,16 @@ class Journal(JournalReader):
         self._deeds = None if made is None else deeds(made.plan)
         if made is not None and number is not None:
             self._unkept.append((number, made))
-            if len(self._unkept) >= UNKEPT:
-                self.keep()
 
-    def keep(self) -> None:
-        """Write what went into the last decisions, unless that was done: a killed writer loses it, and nothing else.
+    def keep(self, least: int = 1) -> None:
+        """Write what went into the last decisions, if there are so many: a killed writer loses it, and nothing else.
 
         Raises:
             StateError: it could not be written; it is not tried again.
         """
-        unkept, self._unkept = self._unkept, []
-        if not unkept:
+        if len(self._unkept) < max(1, least):
             return
+        unkept, self._unkept = self._unkept, []
         before = self._spec
         try:
             with database.transaction(self._connection, self.path):

@@ -24,7 +24,7 @@ from reconciler.health.notices import Notice
 from reconciler.journal.codec import encode
 from reconciler.journal.decisions import Inputs, Made
 from reconciler.journal.incarnations import archive
-from reconciler.journal.journal import Journal
+from reconciler.journal.journal import UNKEPT, Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop.control import ControlServer
 from reconciler.loop.deciding import decide
@@ -50,8 +50,9 @@ from reconciler.spec.spec import Notifier, Spec, Stop
 MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
 """NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second. What is
 not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
-CALM_S = 0.05
-"""Nothing happened for so long: who was started is through with its first steps, and nobody is in the way of others."""
+CALM_S = 0.25
+"""Nothing happened for so long: what is under way is through with its first steps, and what mostly follows an event has
+followed. On a large box what comes then takes some hundredths of a second, in which nobody is served."""
 FIRST_STEPS_S = 0.03
 """An interpreter has begun, and is through with most of what it reads of the disk: half of a restart is that."""
 NEVER_CALM_S = 1.0
@@ -247,6 +248,7 @@ class Daemon:
         record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
         self._unmoved = {i.id for i in ended if not self._put_away(in_force.spec, i)}
         self._gone |= fresh
+        parts.journal.keep(UNKEPT)
         self._looked.set()
         untold = dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
@@ -267,15 +269,12 @@ class Daemon:
     async def _rest(self, tick: Tick) -> None:
         """Wait for something to happen. What nobody waits for at all is done once nothing did for a moment."""
         patience_s = self._patience(tick)
-        if patience_s > CALM_S:
-            woken = await self._wakers.wait(CALM_S)
-            if not woken or self._parts.clock.now().since(self._tidied) >= NEVER_CALM_S:
-                self._parts.journal.keep()
-                await self._tidy(tick)
-            if woken:
-                return
-            patience_s -= CALM_S
-        await self._wakers.wait(patience_s)
+        woken = await self._wakers.wait(min(CALM_S, patience_s))
+        if (not woken and patience_s > CALM_S) or self._parts.clock.now().since(self._tidied) >= NEVER_CALM_S:
+            self._parts.journal.keep()
+            await self._tidy(tick)
+        if not woken and patience_s > CALM_S:
+            await self._wakers.wait(patience_s - CALM_S)
 
     async def _tidy(self, tick: Tick) -> None:
         """See what lives in shared memory, and remove what ended ones left there."""
