@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -45,7 +47,11 @@ def run(ctx: typer.Context) -> int:
         face.note(f"reconciler: pid {os.getpid()}, set points {path}, state {state}")
         face.warn_of_root()
 
-    return wiring.run_daemon(options, begun=say)
+    code = wiring.run_daemon(options, begun=say)
+    if sys.stderr.isatty():  # a person ended it, and may think that all has ended
+        with suppress(OSError):
+            face.note("\nreconciler: ended; what it started goes on running, and `reconciler down` ends it")
+    return code
 
 
 @app.command()

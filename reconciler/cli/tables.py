@@ -89,11 +89,14 @@ def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Rows:
 
 def why(endpoint: Mapping[str, Any]) -> str:
     """Why an endpoint is as it is, and until when, in a few words."""
-    words = [endpoint["reason"] or (endpoint["desired"] if endpoint["desired"] != "running" else "")]
+    reason = endpoint["reason"] or (endpoint["desired"] if endpoint["desired"] != "running" else "")
     scheduled = endpoint["scheduled"]
-    if scheduled is not None:
-        words.append(f"planned until {clock(scheduled['until'])}: {scheduled['reason']}")
-    return "; ".join(filter(None, words))
+    if scheduled is None:
+        return reason
+    planned = f"planned until {clock(scheduled['until'])}"
+    if scheduled["reason"] != reason:  # not the same twice
+        planned = f"{planned}: {scheduled['reason']}"
+    return f"{reason}; {planned}" if reason else planned
 
 
 def gpus_table(gpus: Sequence[Mapping[str, Any]]) -> Table:

@@ -158,6 +158,11 @@ def test_small_words_of_the_tables():
     assert bar(50, 100).plain.count("█") == 8
     assert bar(150, 100).plain.count("█") == 16
     assert why({"reason": "", "desired": "standby", "scheduled": None}) == "standby"
+    planned = {"until": "2020-01-01T00:00:00Z", "reason": "gives way"}
+    until = f"planned until {clock(planned['until'])}"
+    assert why({"reason": "gives way", "desired": "running", "scheduled": planned}) == f"gives way; {until}"
+    assert why({"reason": "it ends", "desired": "running", "scheduled": planned}) == f"it ends; {until}: gives way"
+    assert why({"reason": "", "desired": "running", "scheduled": planned}) == f"{until}: gives way"
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is():
