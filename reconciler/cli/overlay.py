@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -109,6 +110,10 @@ def submit(
     text = overlay_text(job)
     path = write_overlay(texts, chosen, text)
     try:
+        if shutil.which(command[0]) is None:  # the daemon may look elsewhere, so it is no error
+            face.note(
+                f"warning: no program {command[0]!r} is found from here: if the daemon finds none either, it fails"
+            )
         for caution in cautions(SourceText(str(path), text)):
             face.note(f"warning: {caution.message}\n  hint: {caution.hint}")
         waits = _outlook(face, chosen)

@@ -103,6 +103,14 @@ def test_without_a_daemon_the_submission_says_that_nothing_starts_yet(desk, caps
     assert "no daemon runs" in capsys.readouterr().err
 
 
+def test_a_program_that_is_not_found_is_warned_of(desk, capsys):
+    """Somebody may give way to it, and in vain."""
+    assert submit(desk, "--", "nosuchprogram", "x") == 0
+    assert "warning: no program 'nosuchprogram' is found from here" in capsys.readouterr().err
+    assert submit(desk, "--", "true") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_to_wait_without_a_daemon_is_refused_before_anything_is_written(desk, capsys):
     assert submit(desk, "--wait", "--", "true") == 1
     assert written(desk) == {}
