@@ -29,6 +29,8 @@ EFFORTS = ((2, 1 / 2), (1, 1 / 4))
 """How strong the linear relaxations are that one part of a proposal is sought by, and how much of `WORK` that may take.
 The strong ones prove the answer on many crowded boxes, where the weak ones prove none; where they do not, a search with
 the weak ones goes on from what they found, and finds better answers in the same time."""
+TOO_LITTLE = WORK / 4
+"""With less left no proposal is begun: it came to nothing after one that took so much."""
 MOST_CUTS = 50
 """So many sets of leavers that a floor forbids are ruled out for one proposal."""
 PLACES = 20_000
@@ -119,6 +121,8 @@ def propose(problem: Problem, hint: Choice, tried: Sequence[Places], work: Work)
         tried: places that the core's search has carried out already
         work: what may still be spent, and is spent here
     """
+    if work.left < TOO_LITTLE:
+        return None
     model = _Model(problem, tried, work)
     model.hint(hint)
     return model.solve()
