@@ -94,6 +94,36 @@ def test_one_that_is_edited_again_while_it_comes_back_is_expected_to_stop_again(
     assert expected == (*LEAVING_STATES, *RETURNING_STATES)
 
 
+STAGES = {
+    "edit": (spec(replace(ASK, process_hash="edited")), (*LEAVING_STATES, *RETURNING_STATES)),
+    "maintenance": (spec(replace(ASK, state="stopped")), LEAVING_STATES),
+    "removal": (spec(), LEAVING_STATES),
+}
+
+
+@pytest.mark.parametrize("change", STAGES)
+def test_what_is_done_for_a_file_has_twice_its_way_and_a_minute(change: str) -> None:
+    run = settled()
+    times = decided_timings(run)
+    way = times.drain_s + times.stop_s + times.load_s if change != "removal" else SLACK_S
+    run.spec, states = STAGES[change]
+    decided = run.decide()
+    first = decided.actions[0]
+    until = first.expected[0] + SLACK_FACTOR * way + SLACK_S
+    assert decided.ledger.agenda == (AgendaEntry("ask", states, decided.now.wall, until, first.reason, None),)
+
+
+def test_a_first_start_and_the_second_half_of_an_edit_are_expected_to_come_up_and_nothing_else() -> None:
+    run = Run(spec(ASK), Plant(totals=[80 << 30]))
+    (first,) = run.decide().ledger.agenda
+    assert (first.expected_states, first.start) == (("pending", *RETURNING_STATES), NOW.wall)
+    run = settled()
+    run.spec = STAGES["edit"][0]
+    (before,) = run.decide().ledger.agenda
+    decided = run.settle(until=lambda p: any(a.op == "start" and a.ready for a in p.actions))
+    assert decided.ledger.agenda == (replace(before, expected_states=("pending", *RETURNING_STATES)),)
+
+
 def test_one_that_gives_way_is_expected_back_its_way_and_slack_after_the_end_foreseen_then_after_the_true_one() -> None:
     run = settled()
     run.spec = spec(ASK, RENDER)

@@ -10,7 +10,7 @@ from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec, uui
 from reconciler.plan.board import Hold, Tenant
 from reconciler.plan.endpoints import Standing, as_tenant, cool_again, cooling_down, describe_exit, holds_of, stand
 from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap, Timings
-from reconciler.plan.observed import Incarnation, Probe
+from reconciler.plan.observed import Incarnation, Probe, StopProgress
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Health, Restart
 from reconciler.units import GIB
@@ -159,3 +159,57 @@ def test_what_one_holds_is_known_for_each_of_its_gpus_or_not_at_all() -> None:
     assert holds_of(two) == {uuid(0): Hold(30 * GIB, exclusive=False), uuid(1): Hold(30 * GIB, exclusive=False)}
     with pytest.raises(ValueError, match="shorter"):
         holds_of(replace(two, memory_bytes=(30 * GIB,)))
+
+
+# ---------------------------------------------------------------- how its ends are counted
+
+ENDED = replace(RUNS, phase="exited", exit_code=3, exited=NOW.plus(-1), failure="out of memory")
+ASKED = StopProgress(NOW.plus(-9), drained=True, signalled=NOW.plus(-8))
+LASTED = replace(WAS_READY, ready_since=NOW.plus(-1 - Restart().reset_after_s), streak=4)
+COUNTED = {
+    "by itself": (replace(WAS_READY, streak=4), ENDED, False, 5),
+    "by itself, after it had been ready for long enough": (LASTED, ENDED, False, 1),
+    "by itself, a moment too soon for that": (
+        replace(LASTED, ready_since=NOW.plus(-Restart().reset_after_s)), ENDED, False, 5,
+    ),
+    "by itself, and was never ready": (replace(LASTED, ready_incarnation=None), ENDED, False, 5),
+    "as it was asked to": (replace(WAS_READY, streak=4), replace(ENDED, stop=ASKED), True, 4),
+    "as it was asked to, because it was unwell": (
+        replace(WAS_READY, streak=4, unhealthy_since=NOW.plus(-70), ending="it hung"), replace(ENDED, stop=ASKED),
+        False, 5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", COUNTED)
+def test_it_ended(how: str) -> None:
+    record, ended, planned, streak = COUNTED[how]
+    after = stands(record, None, ended).record
+    why = record.ending if ended.stop else None
+    failure = None if planned else "out of memory"
+    assert after.exits == (Exit(RUNS.id, NOW.plus(-1), 3, planned, failure, why),)
+    assert after.streak == streak
+    assert (after.ready_since, after.unhealthy_since, after.ending) == (None, None, None)
+    assert stands(after, None, ended).record == after, "each end is counted once"
+
+
+@pytest.mark.parametrize(("before", "failed"), [(4, False), (5, True)])
+def test_one_that_ends_by_itself_too_often_within_its_window_is_given_up_until_its_file_is_another(
+    before: int, failed: bool
+) -> None:
+    past = tuple(Exit(f"old-{i}", NOW.plus(-10 - i), 1, planned=False) for i in range(before))
+    asked = Exit("asked", NOW.plus(-5), 0, planned=True)
+    long_ago = Exit("ancient", NOW.plus(-2 - Restart().window_s), 1, planned=False)
+    record = replace(WAS_READY, exits=(long_ago, *past, asked))
+    after = stands(record, None, ENDED).record
+    words = "6 ends within 600 s; the last with exit code 3 (out of memory)" if failed else None
+    assert (after.failed, after.failed_hash) == (words, ASK.process_hash if failed else None)
+    if failed:
+        edited = replace(after, failed_hash="another")
+        assert stands(edited, None, ENDED).record.failed is None
+        assert all(e.planned for e in stands(edited, None, ENDED).record.exits), "and none is counted again"
+
+
+def test_evictions_of_more_than_an_hour_ago_are_forgotten() -> None:
+    times = (NOW.wall - 3600.0, NOW.wall - 3599.0, NOW.wall - 1.0)
+    assert stands(replace(WAS_READY, evictions=times), ANSWERS).record.evictions == times[1:]

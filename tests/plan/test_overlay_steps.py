@@ -244,3 +244,48 @@ def test_the_time_alone_changes_it_next(when: str) -> None:
     step = look(record, item, work() if item.workload and record.active_since else None)
     assert step is not None
     assert step.wake == (None if after_s is None else NOW.plus(after_s))
+
+
+# ---------------------------------------------------------------- what it says
+
+PAST = timed(deadline=NOW.wall)
+OTHER = replace(ITEM, placement_hash="other")
+SAYS = {
+    "its file was removed before it began": (FRESH, None, "cancelled"),
+    "its file was removed": (RUNS, None, "completing"),
+    "its file was replaced by other work (on_edit: replace)": (RUNS, OTHER, "completing"),
+    "its deadline passed before it could begin": (FRESH, PAST, "expired"),
+    "its deadline passed": (RUNS, PAST, "completing"),
+    "could not begin within 1200 s of its window": (replace(FRESH, window_start=NOW.wall - 1201), HOURLY, "expired"),
+    "past its duration and grace; the work that began completes": (
+        replace(RUNS, active_since=NOW.plus(-999)), ITEM, "overrun",
+    ),
+    "it overran its makespan (on_overrun: stop)": (
+        replace(RUNS, active_since=NOW.plus(-999)), timed(on_overrun="stop"), "completing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SAYS)
+def test_it_says_why_it_is_where_it_is_and_since_when(words: str) -> None:
+    record, item, state = SAYS[words]
+    after = record_after(record, item, work() if record.active_since else None)
+    assert (after.state, after.reason, after.since) == (state, words, NOW)
+
+
+def test_it_says_nothing_where_nothing_went_wrong() -> None:
+    held = replace(ITEM, workload=None)
+    for item, started in ((replace(PAST, workload=None), -100), (held, -600)):
+        after = record_after(replace(RUNS, active_since=NOW.plus(started), reason="before"), item)
+        assert (after.state, after.outcome, after.reason, after.since) == ("completing", "done", "", NOW)
+    assert record_after(STARTS, ITEM, work()).reason == ""
+
+
+def test_a_start_that_was_cut_short_is_told() -> None:
+    after = record_after(replace(RUNS, since=NOW.plus(-50)), ITEM, work("vanished", pid=None))
+    assert after.reason == "its start was cut short before anything ran; it is made again"
+    assert (after.since, after.active_since) == (NOW, None)
+
+
+def test_the_start_of_its_file_is_that_of_its_window_also_after_an_edit() -> None:
+    assert record_after(FRESH, timed(start=NOW.wall + 70)).window_start == NOW.wall + 70
