@@ -66,6 +66,8 @@ class Launch:
     """None: the daemon's own user."""
     log_bytes: int = Logs().max_bytes
     """Kept of its output, a quarter more at times."""
+    stop: Stop | None = None
+    """How its file has it stopped; None: not said."""
 
 
 class ProcessActor:
@@ -196,6 +198,7 @@ class ProcessActor:
             started=self._clock.now(),
             boot_id=self._boot_id,
             group=group,
+            stop_settings=launch.stop,
         )
 
     def _spawn_shim(self, lock: int, order: bytes) -> int:

@@ -38,6 +38,7 @@ from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject, SubjectKind
+from reconciler.spec.spec import Stop
 from reconciler.units import counted
 
 __all__ = [
@@ -82,6 +83,8 @@ class Intent:
     group: str | None = None
     """Absolute path of its control group, which is made after this record and joined before its program runs; None:
     none could be had. That it is there says nothing, nor that it is not."""
+    stop_settings: Stop | None = None
+    """How its file had it stopped, for when that is gone; None: not recorded."""
 
     @property
     def subject(self) -> Subject:

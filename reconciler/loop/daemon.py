@@ -349,7 +349,8 @@ class Daemon:
         return self._last.observed
 
     def _stop_of(self, action: Action) -> Stop:
-        return stop_for(self._parts.specs.in_force.spec, action.subject)
+        started = next((i for i in self._observed_now().incarnations if i.id == action.incarnation), None)
+        return stop_for(self._parts.specs.in_force.spec, action.subject, started)
 
     async def _call_engine(self, action: Action) -> None:
         observed, spec = self._observed_now(), self._parts.specs.in_force.spec

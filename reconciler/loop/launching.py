@@ -38,7 +38,7 @@ def launch_of(
         endpoint = endpoint_for(action, spec)
         command = launch(endpoint, gpu_indices=indices, gpu_total_bytes=totals, port=endpoint.port)
         argv, own, port = command.argv, dict(command.env), endpoint.port
-        env_file, cwd, user, logs = endpoint.env_file, endpoint.cwd, endpoint.user, endpoint.logs
+        env_file, cwd, user, logs, stop = endpoint.env_file, endpoint.cwd, endpoint.user, endpoint.logs, endpoint.stop
     else:
         overlay = spec.overlays.get(action.subject.name)
         if overlay is None or overlay.workload is None:
@@ -47,7 +47,7 @@ def launch_of(
         own = {**overlay.workload.env, **gpu_environment(indices), **_capability_urls(overlay, spec, observed)}
         own["RECONCILER_GPUS"] = ",".join(map(str, indices))
         work = overlay.workload
-        env_file, cwd, user, logs = work.env_file, work.cwd, work.user, work.logs
+        env_file, cwd, user, logs, stop = work.env_file, work.cwd, work.user, work.logs, work.stop
     secrets = read_env_file(env_file) if env_file is not None else {}
     account = find_account(user) if user is not None else None
     marks = {**simulated, "RECONCILER_SUBJECT": action.subject.name}
@@ -65,6 +65,7 @@ def launch_of(
         cwd=cwd,
         account=account,
         log_bytes=logs.max_bytes,
+        stop=stop,
     )
 
 

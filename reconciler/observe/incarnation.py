@@ -220,6 +220,7 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         failure=ended.error if isinstance(ended, Exit) else None,
         stop=StopProgress(stop.requested, stop.drained, stop.signalled) if isinstance(stop, StopRecord) else None,
         attempt=intent.attempt,
+        stop_settings=intent.stop_settings,
         undying_since=records.undying.since if records.undying is not None else None,
     )
 

@@ -8,10 +8,12 @@ from reconciler.plan.observed import Incarnation, Subject
 from reconciler.spec.spec import EndpointSpec, Logs, Spec, Stop, Workload
 
 
-def stop_for(spec: Spec, subject: Subject) -> Stop:
-    """How a subject wants to be stopped, as its file says now; the defaults when its file is gone."""
+def stop_for(spec: Spec, subject: Subject, incarnation: Incarnation | None) -> Stop:
+    """How a subject wants to be stopped, as its file says now; when that is gone, as it said when this was started."""
     found = _described(spec, subject)
-    return found.stop if found is not None else Stop()
+    if found is not None:
+        return found.stop
+    return (incarnation.stop_settings if incarnation is not None else None) or Stop()
 
 
 def kept_for(spec: Spec, subject: Subject) -> int:

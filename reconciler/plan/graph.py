@@ -278,7 +278,7 @@ class Graph:
 
     def _ending(self, incarnation: Incarnation, leaving: Leaving, needs: list[int]) -> int:
         subject, draft = incarnation.subject, self.draft
-        stop = stop_for(draft.situation.spec, subject)
+        stop = stop_for(draft.situation.spec, subject, incarnation)
         if incarnation.phase in ("exited", "vanished"):
             return self._add(
                 "kill", subject, incarnation.gpus, needs, reason=leaving.reason, cause=leaving.cause,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from reconciler.clock import Instant
+from reconciler.spec.spec import Stop
 
 SubjectKind = Literal["endpoint", "workload"]
 
@@ -115,6 +116,8 @@ class Incarnation:
     of the log tells; None: neither is known."""
     undying_since: Instant | None = None
     """When SIGKILL was sent that did not end it; None: it was not, or it ended at once."""
+    stop_settings: Stop | None = None
+    """How its file had it stopped when it was started, which counts once the file is gone; None: not recorded."""
 
     @property
     def alive(self) -> bool:

@@ -170,7 +170,7 @@ class PredictedBox:
             return
         stop = target.stop or StopProgress(self.now, drained=False, signalled=None)
         if target.stop is None:
-            drain = min(self._times(target.subject.name)[1], stop_for(self._spec, target.subject).drain_s)
+            drain = min(self._times(target.subject.name)[1], stop_for(self._spec, target.subject, target).drain_s)
             self._drained_at[target.id] = self.now.mono + drain
         if signal and stop.signalled is None:
             self._ends_at[target.id] = (self.now.mono + self._stop_s(target), -15)

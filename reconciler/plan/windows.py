@@ -9,7 +9,7 @@ from math import inf
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Draft, Return, Window
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, memory_return_s, predicted_end
 from reconciler.spec.spec import EndpointSpec, GpuPins, OverlaySpec, Stop, WholeGpu
 
@@ -61,7 +61,7 @@ def surely_over(draft: Draft, step: OverlayStep) -> float:
     """Epoch seconds at which a live overlay has given its place back, whatever it does; infinite: nothing bounds it."""
     record, overlay = step.record, step.spec
     if record.state not in OVERRIDING:  # it is being ended
-        return record.since.wall + _after_s(overlay)
+        return record.since.wall + _after_s(overlay, step.workload)
     if overlay is None:  # its file cannot be read
         return inf
     attempts = 1 + (overlay.workload.retries - record.attempt if overlay.workload is not None else 0)
@@ -82,12 +82,14 @@ def _bound(overlay: OverlaySpec, begun: float, attempts: int) -> float:
     return min(ends)
 
 
-def _after_s(overlay: OverlaySpec | None) -> float:
+def _after_s(overlay: OverlaySpec | None, running: Incarnation | None = None) -> float:
     """Seconds from the moment at which an overlay is ended to that at which its memory is back, whatever it does."""
     if overlay is not None and overlay.workload is None:
         return MEMORY_RETURN_S
-    grace_s = overlay.workload.stop.grace_s if overlay is not None and overlay.workload is not None else Stop().grace_s
-    return grace_s + KILL_S + MEMORY_RETURN_S
+    asked = running.stop_settings if running is not None else None
+    if overlay is not None and overlay.workload is not None:
+        asked = overlay.workload.stop
+    return (asked or Stop()).grace_s + KILL_S + MEMORY_RETURN_S
 
 
 def not_to_hinder(draft: Draft, overlay: OverlaySpec) -> list[Window]:

@@ -86,7 +86,9 @@ class Box:
     def write(self) -> None:
         put(self.setpoints, yaml.safe_dump(self.spec, sort_keys=False))
 
-    def overlay(self, name: str, *, gib: float = 60, exit_code: int = 0, **fields: Any) -> Path:
+    def overlay(
+        self, name: str, *, gib: float = 60, exit_code: int = 0, stop: dict[str, str] | None = None, **fields: Any
+    ) -> Path:
         """Drop an overlay whose job goes on until `finish(name)`."""
         folder = self.root / f"job-{name}"
         folder.mkdir(exist_ok=True)
@@ -105,7 +107,8 @@ class Box:
                     str(gib),
                     "--exit-code",
                     str(exit_code),
-                ]
+                ],
+                "stop": stop or {},
             },
             **fields,
         }

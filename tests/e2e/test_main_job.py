@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -75,12 +76,16 @@ def test_a_capability_floor_keeps_its_last_provider(box: Box) -> None:
 
 
 def test_deleting_the_file_of_a_running_overlay_ends_it_and_restores_the_baseline(full_box: Box) -> None:
-    path = full_box.overlay("render")
+    """By the signal that the file named, which the default is not."""
+    path = full_box.overlay("render", stop={"signal": "SIGUSR1"})
     pid = full_box.wait_overlay("render", "active")["pid"]
+    wait_for(lambda: full_box.starts("render") == [pid], "its work begins")
     path.unlink()
     full_box.wait_healthy()
     assert full_box.overlay_view("render")["state"] == "cancelled"
     assert is_gone(pid)
+    intents = [p for p in full_box.state.glob("*/*/intent.json") if json.loads(p.read_text())["name"] == "render"]
+    assert [json.loads(p.with_name("exit.json").read_text())["exit_code"] for p in intents] == [-signal.SIGUSR1]
 
 
 def test_killing_the_daemon_leaves_everything_running_and_the_next_one_adopts_it(full_box: Box) -> None:

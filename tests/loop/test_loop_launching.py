@@ -13,9 +13,10 @@ from reconciler.errors import ActError
 from reconciler.loop.launching import launch_of
 from reconciler.loop.specs import SpecKeeper
 from reconciler.plan.actions import Action, Cause
+from reconciler.plan.departures import stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Gpu, Incarnation, Observed, Probe, Subject
-from reconciler.spec.spec import Spec
+from reconciler.spec.spec import Spec, Stop
 
 NOW = Instant(1000.0, 1000.0)
 SETPOINTS = """\
@@ -84,6 +85,19 @@ def test_work_is_told_where_what_it_requires_answers_and_which_gpus_it_has(spec:
 )
 def test_who_does_not_provide_it_at_this_moment_is_not_named(spec: Spec, observed: Observed) -> None:
     assert URL not in launched(WORK, spec, observed).env
+
+
+def test_how_it_is_stopped_is_known_from_its_start_on_and_the_file_has_the_last_word(spec: Spec) -> None:
+    job = spec.overlays["job"]
+    assert job.workload is not None
+    asked = Stop("SIGUSR1", drain_s=0.0, grace_s=600.0)
+    told = replace(spec, overlays={"job": replace(job, workload=replace(job.workload, stop=asked))})
+    assert launched(WORK, told, running("chat")).stop == asked
+    (ends,) = running("job", kind="workload").incarnations
+    started = replace(ends, stop_settings=asked)
+    assert stop_for(replace(spec, overlays={}), started.subject, started) == asked
+    assert stop_for(spec, started.subject, started) == job.workload.stop
+    assert stop_for(replace(spec, overlays={}), ends.subject, ends) == Stop()
 
 
 def test_work_that_was_withdrawn_since_it_was_planned_is_not_started(spec: Spec) -> None:

@@ -22,7 +22,7 @@ from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import SLACK_FACTOR, SLACK_S
 from reconciler.plan.draft import Draft
 from reconciler.plan.ledger import Lease, Ledger, OverlayState, Timings
-from reconciler.plan.observed import PortHolder, Subject
+from reconciler.plan.observed import Incarnation, PortHolder, Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, WORKLOAD_STOP_S, OverlayStep, open_record
 from reconciler.plan.planner import plan
 from reconciler.plan.reservations import moment
@@ -354,11 +354,14 @@ def test_those_that_leave_side_by_side_are_asked_as_early_as_the_slowest_of_them
     assert lead_s(draft, [], ["other"]) == work
 
 
-def end_of(state: OverlayState, overlay_: OverlaySpec | None, **fields: Any) -> float:
+def end_of(
+    state: OverlayState, overlay_: OverlaySpec | None, running: Incarnation | None = None, **fields: Any
+) -> float:
     """Seconds after NOW at which a live overlay that entered this state at NOW is surely over."""
     known = overlay_ or overlay("work", 1)
     record = replace(open_record(known, NOW), state=state, **fields)
-    return surely_over(Draft.of(Run(spec(), Plant()).situation()), OverlayStep(record, overlay_, None, None)) - NOW.wall
+    step = OverlayStep(record, overlay_, running, None)
+    return surely_over(Draft.of(Run(spec(), Plant()).situation()), step) - NOW.wall
 
 
 def test_what_is_being_ended_is_over_after_its_grace_a_kill_and_the_return_of_its_memory() -> None:
@@ -368,6 +371,8 @@ def test_what_is_being_ended_is_over_after_its_grace_a_kill_and_the_return_of_it
     for state in ("completing", "restoring"):
         assert end_of(state, patient) == 100.0 + KILL_S + MEMORY_RETURN_S  # type: ignore[arg-type]
         assert end_of(state, None) == Stop().grace_s + KILL_S + MEMORY_RETURN_S  # type: ignore[arg-type]
+        begun = incarnation(work, [0], stop_settings=replace(Stop(), grace_s=100.0))
+        assert end_of(state, None, begun) == 100.0 + KILL_S + MEMORY_RETURN_S  # type: ignore[arg-type]
 
 
 def test_what_runs_is_over_after_every_try_that_is_left_if_it_is_stopped_then_and_else_nobody_knows() -> None:
