@@ -186,10 +186,9 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
     if spec is None:
         yield "Its file is gone."
     else:
-        consent = (
-            "may displace endpoints of lower priority" if spec.allow_baseline_eviction else "displaces no endpoint"
-        )
-        yield f"It was asked for in [{spec.source}]; priority {spec.priority}; it {consent}."
+        own = "no endpoint but those under its `set`" if spec.endpoints else "no endpoint"
+        whom = "endpoints of lower priority" if spec.allow_baseline_eviction else own
+        yield f"It was asked for in [{spec.source}]; priority {spec.priority}; it may displace {whom}."
     if item["gpus"]:
         yield (
             f"It holds GPU {', '.join(map(str, item['gpus']))}."

@@ -52,6 +52,8 @@ class Case:
     """An overlay that displaced it is over, and it was not ready since."""
     undying_s: float = 0.0
     """Seconds since SIGKILL was sent to one that lives on and holds no GPU: else the GPU's own incident tells of it."""
+    unasked: bool = False
+    """It runs, and this daemon has not asked it anything yet: that it is not ready is no more than unknown."""
 
     @property
     def lasts_s(self) -> float:
@@ -147,6 +149,7 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
         "warning",
         lambda c: f"{_name(c)} is {c.view.state}, expected {_expected(c)} ({_entry(c).reason}){_because(c)}",
     ),
+    _explained(lambda c: c.unasked),  # what was to be done while no daemon looked may be done
     _Rule(lambda c: c.overdue_s > ESCALATE_AFTER_S, "Overdue", "critical", _overdue),
     _Rule(lambda c: c.entry is not None, "Overdue", "warning", _overdue),
     _explained(lambda c: c.view.desired == "displaced"),  # an overlay in force holds its place
@@ -207,7 +210,15 @@ def find(facts: Facts, now: float) -> tuple[Finding, ...]:
     records = facts.ledger.endpoints
     undying = _undying(facts, now)
     cases = {
-        name: Case(view, record, entries.get(name), now, _is_returning(facts.ledger, record), undying.get(name, 0.0))
+        name: Case(
+            view,
+            record,
+            entries.get(name),
+            now,
+            returning=_is_returning(facts.ledger, record),
+            undying_s=undying.get(name, 0.0),
+            unasked=view.state == "starting" and view.incarnation not in (None, *facts.observed.probes),
+        )
         for name, view in sorted(facts.endpoints.items())
         for record in (records.get(name) or EndpointRecord(name),)
     }

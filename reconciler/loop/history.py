@@ -119,7 +119,7 @@ def record_durations(
         ready = record.ready_incarnation
         if ready is not None and record.ready_since is not None and (old is None or old.ready_incarnation != ready):
             started = incarnations[ready].started if ready in incarnations else None
-            if started is not None:
+            if started is not None and started.mono >= since.mono:
                 journal.record_timing(name, "load", record.ready_since.since(started))
         for what, seconds in _nap_times(old, record, since):
             journal.record_timing(name, what, seconds)

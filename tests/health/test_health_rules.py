@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from reconciler.errors import Problem
 from reconciler.health.assess import assess
-from reconciler.health.rules import ESCALATE_AFTER_S, LASTING_S
+from reconciler.health.rules import ESCALATE_AFTER_S, LASTING_S, find
 from reconciler.plan.actions import Blocked
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Quarantine
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import Probe, Subject
 
 STATES = ("pending", "starting", "healthy", "unhealthy", "failed", "stopping", "stopped", "sleeping", "unknown")
 A = "thinking"
@@ -270,6 +270,16 @@ def test_an_endpoint_that_an_overlay_brings_counts_for_a_floor_while_its_overlay
     facts = replace(facts, spec=replace(facts.spec, endpoints=baseline, overlays={"render": render}))
     found, _ = assess(facts, (), T0)
     assert (("FloorBroken", "ask") in {(i.kind, i.subject) for i in found}) is not counts
+
+
+def test_who_was_not_asked_yet_is_not_late_and_who_answered_that_it_is_not_ready_is() -> None:
+    """A daemon that comes after the end of what was planned knows nothing yet of what was done meanwhile."""
+    starting = replace(view(A, "starting"), incarnation="i-1")
+    facts = Box((starting,), agenda=(LONG_PAST,)).facts()
+    assert not find(facts, T0.wall)
+    refused = Probe("i-1", T0, ready=False, misses=1, failing_since=T0, ready_since=None)
+    (late,) = find(replace(facts, observed=replace(facts.observed, probes={"i-1": refused})), T0.wall)
+    assert (late.kind, late.severity) == ("Overdue", "critical")
 
 
 # ---------------------------------------------------------------- overlays, GPUs, files

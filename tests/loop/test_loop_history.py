@@ -121,6 +121,20 @@ def test_the_return_of_memory_is_measured_where_it_was_waited_for_and_predicted_
     assert found["ask"].memory_s == 4.0
 
 
+def test_a_load_that_nobody_followed_from_its_start_teaches_nothing() -> None:
+    """It may have been ready long before a daemon came and saw it."""
+    started = Incarnation(
+        id="ask-1", subject=Subject("endpoint", "ask"), process_hash="x", gpus=(), memory_bytes=(), exclusive=False,
+        port=8001, started=at(10), phase="running", pid=7, strays=(), exit_code=None, exited=None,
+    )  # fmt: skip
+    ready = Ledger(endpoints={"ask": EndpointRecord("ask", ready_incarnation="ask-1", ready_since=at(600))})
+    seen = replace(OBSERVED, at=at(600), incarnations=(started,))
+    for since, measured in ((9.0, [("ask", "load", 590.0)]), (599.0, [])):
+        journal = Recorder()
+        record_durations(journal, Ledger(), ready, seen, at(since))  # type: ignore[arg-type]
+        assert journal.measured == measured
+
+
 def test_an_endpoint_that_an_overlay_alone_knows_is_learnt_of_as_well() -> None:
     text = """\
 version: 1
