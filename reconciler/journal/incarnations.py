@@ -23,17 +23,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
-from reconciler import cgroup
 from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
 from reconciler.journal.layout import StateDir, is_locked
@@ -43,8 +40,9 @@ from reconciler.units import counted
 
 __all__ = [
     "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
-    "archive", "is_locked", "is_over", "is_recorded", "list_ended", "list_ids", "lock_path", "log_path", "new_id",
-    "read", "read_shared", "remove_drafts", "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
+    "is_locked", "is_over", "is_recorded", "list_ended", "list_ids", "lock_path", "log_path", "new_id",
+    "read", "read_intent", "read_shared", "remove_drafts",
+    "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -366,7 +364,7 @@ def read(path: Path) -> Records:
     return Records(
         id=path.name,
         path=path,
-        intent=_read_intent(path),
+        intent=read_intent(path),
         run=_read_run(path),
         exit=_read(path / "exit.json", Exit),
         stop=_read(path / "stop.json", StopRecord),
@@ -387,7 +385,7 @@ def _read_run(folder: Path) -> Run | Unreadable | None:
     return run
 
 
-def _read_intent(folder: Path) -> Intent | Unreadable | None:
+def read_intent(folder: Path) -> Intent | Unreadable | None:
     """The intent, if it is this folder's own."""
     intent = _read(folder / "intent.json", Intent)
     if isinstance(intent, Intent):
@@ -424,56 +422,3 @@ def read_shared(folder: Path) -> tuple[SharedFile, ...]:
     """What is recorded of an incarnation's files in /dev/shm; empty also where it cannot be read."""
     found = _read(folder / "shared.json", SharedFiles)
     return found.files if isinstance(found, SharedFiles) else ()
-
-
-# ---------------------------------------------------------------- putting away
-
-
-def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
-    """Move an ended incarnation's records to `ended/`; of its subject's past ones, only the last `keep` stay.
-
-    The logs of those that go, go with them. Doing it twice does no harm. One whose control group still has a member
-    stays where it is: somebody lives there that nobody has seen yet.
-
-    Raises:
-        OSError: it could not be moved.
-    """
-    ending = _read_intent(state.run / incarnation)
-    if isinstance(ending, Intent) and ending.group is not None and not cgroup.remove(ending.group, incarnation):
-        return
-    if (state.run / incarnation).exists():
-        (state.run / incarnation).rename(state.ended / incarnation)
-    past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])
-    for _, name, log in past[: max(0, len(past) - keep)]:
-        if log is not None and Path(log).parent == state.logs:
-            Path(log).unlink(missing_ok=True)  # first: once its records are gone nobody knows of it any more
-        with suppress(OSError):
-            (state.ended / name).rename(state.ended / f".{name}")
-    for forgotten in state.ended.glob(".*"):  # and what a daemon that died here left of others
-        shutil.rmtree(forgotten, ignore_errors=True)
-
-
-def _past(state: StateDir, incarnation: str) -> Iterator[tuple[float, str, str | None]]:
-    """When it began, id and log of every incarnation in `ended/` of the subject of this one.
-
-    Those whose intent cannot be read are one subject: nobody's.
-    """
-    of_whom = _ending(str(state.ended / incarnation))
-    for name in list_ended(state):
-        ending = _ending(str(state.ended / name))
-        if of_whom is not None and ending is not None and ending[0] == of_whom[0]:
-            yield ending[1], name, ending[2]
-        elif of_whom is None and ending is None:
-            with suppress(OSError):
-                log = next((str(p) for p in state.logs.iterdir() if p.name.endswith(f".{name}.log")), None)
-                yield (state.ended / name).stat().st_mtime, name, log
-
-
-@lru_cache(maxsize=1 << 12)
-def _ending(folder: str) -> tuple[Subject, float, str] | None:
-    """Of whom it was, when it began, and its log; None: its intent cannot be read.
-
-    Remembered: nothing is written there any more, and with each end all of them would be read again.
-    """
-    intent = _read_intent(Path(folder))
-    return (intent.subject, intent.started.wall, intent.log) if isinstance(intent, Intent) else None

@@ -21,9 +21,9 @@ from reconciler.errors import StateError
 from reconciler.health.assess import Facts, assess
 from reconciler.health.incident import Incident
 from reconciler.health.notices import Notice
+from reconciler.journal.archive import archive
 from reconciler.journal.codec import encode
 from reconciler.journal.decisions import Inputs, Made
-from reconciler.journal.incarnations import archive
 from reconciler.journal.journal import UNKEPT, Journal
 from reconciler.journal.layout import StateDir
 from reconciler.loop.control import ControlServer

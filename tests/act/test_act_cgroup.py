@@ -21,7 +21,8 @@ from reconciler.act import shim
 from reconciler.act.account import find_account
 from reconciler.clock import SystemClock
 from reconciler.identity import read_marker
-from reconciler.journal.incarnations import Intent, archive, write_intent
+from reconciler.journal.archive import archive
+from reconciler.journal.incarnations import Intent, write_intent
 from reconciler.observe.process import ProcessReader
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")

@@ -20,7 +20,8 @@ from reconciler.act.ports import prove_free
 from reconciler.act.process import Launch
 from reconciler.errors import ActError, NotOurs
 from reconciler.journal import incarnations
-from reconciler.journal.incarnations import Exit, archive, lock_path
+from reconciler.journal.archive import archive
+from reconciler.journal.incarnations import Exit, lock_path
 from reconciler.journal.layout import take_lock
 
 

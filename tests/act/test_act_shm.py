@@ -16,7 +16,8 @@ from nursery import Argv, Nursery, program, until
 
 from reconciler.act import shm
 from reconciler.act.shm import born, left_behind, note, sweep
-from reconciler.journal.incarnations import SharedFile, archive, read_shared
+from reconciler.journal.archive import archive
+from reconciler.journal.incarnations import SharedFile, read_shared
 
 SHM = Path("/dev/shm")
 

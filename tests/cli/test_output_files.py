@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from reconciler.cli.output_files import Tail, last_lines, names_with_output, outputs_of
 from reconciler.clock import Instant
-from reconciler.journal.incarnations import Intent, archive, log_path, write_intent
+from reconciler.journal.archive import archive
+from reconciler.journal.incarnations import Intent, log_path, write_intent
 from reconciler.journal.layout import StateDir
 
 

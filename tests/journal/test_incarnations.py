@@ -18,6 +18,7 @@ import pytest
 from reconciler.clock import Instant
 from reconciler.errors import DaemonRunning, StateError
 from reconciler.journal import incarnations
+from reconciler.journal.archive import archive
 from reconciler.journal.codec import encode
 from reconciler.journal.incarnations import (
     Exit,
@@ -25,7 +26,6 @@ from reconciler.journal.incarnations import (
     Run,
     StopRecord,
     Unreadable,
-    archive,
     is_recorded,
     list_ended,
     list_ids,

@@ -18,8 +18,9 @@ from ports import free_port
 from reconciler.clock import Instant
 from reconciler.errors import StateError
 from reconciler.identity import descendants, is_alive, read_stat
+from reconciler.journal.archive import archive
 from reconciler.journal.incarnations import Exit as ExitRecord
-from reconciler.journal.incarnations import StopRecord, archive, is_over, lock_path, new_id, write_exit, write_stop
+from reconciler.journal.incarnations import StopRecord, is_over, lock_path, new_id, write_exit, write_stop
 from reconciler.journal.layout import StateDir, take_lock
 from reconciler.observe import incarnation as incarnation_module
 from reconciler.observe.process import ProcessReader
