@@ -1,0 +1,126 @@
+"""Why an overlay does not get the place of others: each rule by itself and together, in words, with what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from accounting import settled
+from builders import endpoint, overlay, spec
+from plant import Run, overlay_state
+
+from reconciler.plan.actions import Blocked
+from reconciler.spec.spec import EndpointSpec, OverlaySpec
+
+ASK = endpoint("ask", [0], priority=100, capabilities=("ask",))
+SMALL = replace(endpoint("ask", [0], memory=30, priority=100), preemptible=False)
+LOW = overlay("low", [0], memory=30, priority=50, duration=9000.0)
+HOLDS = overlay("holds", [0], memory=15, priority=40, duration=9000.0, workload=False)
+PLACE = "it would need the place of"
+
+
+def work(**fields: Any) -> OverlaySpec:
+    return overlay("work", [0], **fields)
+
+
+def blocked(run: Run, *items: EndpointSpec | OverlaySpec, floors: Mapping[str, int] | None = None) -> Blocked | None:
+    """What is said of the work beside these."""
+    run.spec = spec(*items, floors=floors)
+    return next((b for b in run.decide().blocked if b.subject.name == "work"), None)
+
+
+ONE_RULE = {
+    "NoConsent": (ASK, work(evict=False), {}, f"{PLACE} ask, and may not evict", "set allow_baseline_eviction: true"),
+    "PriorityTooLow": (
+        replace(ASK, priority=600), work(priority=600), {},
+        f"{PLACE} ask, whose priority is not lower than 600", "give it a priority above that of ask",
+    ),
+    "NotPreemptible": (
+        replace(ASK, preemptible=False), work(), {},
+        f"{PLACE} ask, which may not be displaced", "set preemptible: true on ask",
+    ),
+    "FloorWouldBreak": (
+        ASK, work(), {"ask": 1},
+        "without ask fewer providers would be ready than have to be (ask: 1)", "lower min_available, or add a provider",
+    ),
+    "FloorWouldBreak, for what it requires itself": (
+        ASK, work(requires=("ask",)), {}, "without ask nothing would offer ask", "add a provider",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ONE_RULE)
+def test_one_rule_alone_is_named_with_whom_it_protects_and_what_would_help(rule: str) -> None:
+    item, asks, floors, message, hint = ONE_RULE[rule]
+    said = blocked(settled(ASK, floors=floors), item, asks, floors=floors)
+    assert said is not None
+    assert (said.reason, said.message, said.alternatives) == (rule.partition(",")[0], message, (hint,))
+    assert said.transient == (rule == "NotPreemptible"), "that passes without an edit once it ends"
+
+
+def test_a_cool_down_is_named_first_for_it_passes() -> None:
+    run = settled(ASK)
+    now = run.plant.now.wall
+    tired = replace(run.ledger.endpoints["ask"], evictions=tuple(now - s for s in (50, 40, 30, 20, 10, 5)))
+    run.ledger = replace(run.ledger, endpoints={"ask": tired})
+    said = blocked(run, ASK, work())
+    assert said is not None
+    assert (said.reason, said.message) == ("CoolDown", "ask was evicted too often or too lately")
+    assert (said.alternatives, said.transient) == (("wait, or `reconciler reset ask`",), True)
+
+
+def test_of_several_rules_all_are_named_with_a_hint_for_each() -> None:
+    said = blocked(settled(ASK), replace(ASK, preemptible=False), work(evict=False))
+    assert said is not None
+    assert said.reason == "NoConsent"
+    assert said.message == f"{PLACE} ask, and may not evict; and {PLACE} ask, which may not be displaced"
+    assert said.alternatives == ("set allow_baseline_eviction: true", "set preemptible: true on ask")
+    assert not said.transient
+
+
+FIRM = {
+    "wait for low to end, or make the work of low preemptible": (LOW,),
+    "wait for holds to end": (HOLDS,),
+    "wait for holds, low to end": (LOW, HOLDS),
+    "set preemptible: true on ask, and wait for low to end, or make the work of low preemptible": (SMALL, LOW),
+    "set preemptible: true on ask, and wait for holds, low to end": (SMALL, LOW, HOLDS),
+}
+
+
+@pytest.mark.parametrize("hint", FIRM)
+def test_of_those_that_may_not_be_displaced_each_has_its_own_way_out(hint: str) -> None:
+    items = FIRM[hint]
+    run = settled(*(i for i in items if isinstance(i, EndpointSpec)))
+    for count in range(1, len(items) + 1):
+        run.spec = spec(*items[:count])
+        run.settle(until=lambda p: all(r.state == "active" for r in p.ledger.overlays.values()))
+    said = blocked(run, *items, work())
+    assert said is not None
+    names = ", ".join(sorted(item.name for item in items))
+    assert (said.message, said.alternatives) == (f"{PLACE} {names}, which may not be displaced", (hint,))
+
+
+def test_work_that_may_be_displaced_gives_way_if_it_is_less_important_and_those_behind_it_may_as_well() -> None:
+    polite = overlay("low", [0], priority=50, duration=9000.0, preemptible=True)
+    run = settled()
+    run.spec = spec(polite)
+    run.settle(until=overlay_state("low", "active"))
+    assert blocked(run, polite, work()) is None
+    equal = blocked(run, replace(polite, priority=600), work(priority=600))
+    assert equal is not None
+    assert equal.reason == "PriorityTooLow"
+    behind = replace(ASK, priority=40)
+    run = settled(behind)
+    run.spec = spec(behind, polite)
+    run.settle(until=overlay_state("low", "active"))
+    for item, asks, reason in (
+        (behind, work(evict=False), "NoConsent"),
+        (replace(behind, priority=600), work(priority=600), "PriorityTooLow"),
+        (replace(behind, preemptible=False), work(), "NotPreemptible"),
+    ):
+        said = blocked(run, item, polite, asks)
+        assert said is not None
+        assert said.reason == reason
+    assert blocked(run, behind, polite, work()) is None
