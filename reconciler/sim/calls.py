@@ -135,8 +135,8 @@ class _Box:
     def _gpu(self, handle: Any) -> tuple[int, SimGpu, faults.GpuFaults]:
         address = ctypes.c_void_p.from_address(ctypes.addressof(handle)).value or 0
         index = address - _FIRST_HANDLE
-        self.awake()
         if not 0 <= index < len(self.node.gpus):
+            self.awake()
             raise Refused(INVALID_ARGUMENT)
         return index, self.node.gpus[index], self._check(index)
 

@@ -55,7 +55,8 @@ KINDS = tuple(f.name for f in fields(GpuFaults))
 def read(sim_dir: Path) -> Faults:
     """The faults now in force."""
     try:
-        document = json.loads((sim_dir / "faults.json").read_text("utf-8"))
+        with open(f"{sim_dir}/faults.json", "rb") as file:  # noqa: PTH123 - read with every call to the driver
+            document = json.loads(file.read())
         gpus = {int(index): _gpu(entry) for index, entry in document.get("gpus", {}).items()}
         return Faults(bool(document.get("no_driver", False)), gpus)
     except (OSError, ValueError, AttributeError):
