@@ -46,12 +46,16 @@ def test_a_picture_that_cannot_be_written_is_an_error_that_names_the_file(desk: 
 
 def test_a_job_that_a_window_keeps_waiting_is_told_so_as_it_is_submitted_with_the_next_free_slot(desk: Desk) -> None:
     nightly_in_an_hour(desk)
-    told = desk.run("overlay", "submit", "--gpus", "1", "--for", "3h", "--name", "long", "--", "sleep", "1")
+    job = ["overlay", "submit", "--gpus", "1", "--for", "3h"]
+    told = desk.run(*job, "--deadline", "+9h", "--name", "long", "--", "sleep", "1")
     assert told.returncode == 0
     assert told.stdout == "long\n"
     assert "long waits: WindowTaken" in told.stderr
     assert "nightly" in told.stderr
     assert "next free slot" in told.stderr
+    told = desk.run(*job, "--name", "endless", "--", "sleep", "1")  # without a hard end it has none, night after night
+    assert "endless waits: WindowTaken" in told.stderr
+    assert "hint: bound it by a deadline" in told.stderr
     asked = desk.run("overlay", "submit", "--gpus", "9", "--name", "nine", "--format", "json", "--", "sleep", "1")
     data = json.loads(asked.stdout)["data"]
     assert data["waits"]["reason"] not in ("", "NotYet")
