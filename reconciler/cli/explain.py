@@ -256,6 +256,10 @@ def _tell_incident(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             yield f"It was resolved at {clock(item['resolved_at'])}."
         case "recovering":
             yield f"Its subject is well again; it is resolved once that has lasted for {well}."
+        case _ if item["kind"] in ("WorkloadFailed", "OverlayFailed"):
+            name = item["subject"]
+            way = f"the overlay has run well, its file is removed, or `reconciler reset {name}` has it run again"
+            yield f"It is open. It is resolved {well} after {way}."
         case _:
             yield f"It is open. It is resolved once its subject has been well for {well}."
 

@@ -182,6 +182,8 @@ ENDPOINT_RULES: tuple[_Rule[Case], ...] = (
 
 
 def _failed(overlay: OverlayRecord) -> bool:
+    if not overlay.placement_hash:  # its file is gone: somebody has seen to it
+        return False
     return overlay.state == "failed" or (overlay.outcome == "failed" and overlay.state in ("completing", "restoring"))
 
 

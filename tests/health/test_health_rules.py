@@ -311,6 +311,12 @@ def test_the_incident_of_an_overlay_names_the_overlay() -> None:
     assert [i.overlay for i in found] == ["render"]
 
 
+def test_a_failed_overlay_is_no_trouble_any_more_once_its_file_is_gone() -> None:
+    failed = overlay_record("render", state="failed", outcome="failed", exit_code=1)
+    assert Box(overlays=(failed,)).wrong() == ["WorkloadFailed/render:warning"]
+    assert Box(overlays=(replace(failed, placement_hash=""),)).wrong() == []
+
+
 def test_a_failed_workload_is_never_suppressed_by_the_agenda() -> None:
     failed = overlay_record("render", state="restoring", outcome="failed", exit_code=1)
     assert Box(overlays=(failed,), agenda=(entry("render"), COVER)).wrong() == ["WorkloadFailed/render:warning"]
