@@ -12,6 +12,7 @@ from functools import lru_cache
 MAX_BYTES = 1 << 20
 """Of any file that people write: set points of a thousand endpoints are a third of this."""
 _MOST_LINKS = 8
+_PAGE_BYTES = 4096
 
 
 class UntrustedError(PermissionError):
@@ -45,10 +46,20 @@ def read_trusted(path: str) -> bytes:
             raise OSError(errno.EINVAL, "is not a regular file")
         if problem := _whose(info) or writers(info, fd):  # 3
             raise UntrustedError(problem, f"it decides what is run here: {_cure(problem, path)}")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(MAX_BYTES + 1)
+        return _content(fd, info.st_size)
     finally:
         os.close(fd)
+
+
+def _content(fd: int, expected: int) -> bytes:
+    """What a file holds. A file object would make room for `MAX_BYTES` each time, and this is asked at every look."""
+    content = bytearray()
+    while left := MAX_BYTES + 1 - len(content):
+        part = os.read(fd, min(left, expected + _PAGE_BYTES))
+        if not part:
+            break
+        content += part
+    return bytes(content)
 
 
 def check_folder(path: str) -> None:
