@@ -52,7 +52,8 @@ def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = Fa
             continue
         base = draft.situation.spec.endpoints.values()
         taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
-        standby = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
+        able = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
+        standby = [e for e in able if draft.records[e.name].failed is None]
         needs = [own_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
         options.append([n for n in needs if n is not None])
     for choice in product(*options):
@@ -72,9 +73,11 @@ def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) 
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
+    to_start = [x for x in draft.leases if x.subject.kind == "endpoint" and not draft.situation.incarnations(x.subject)]
+    unstarted = {n: frozenset(x.subject.name for x in to_start if x.overlay == n) for n in live}
     return Consents(
         draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving,
-        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows,
+        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows, unstarted,
     )  # fmt: skip
 
 
@@ -132,7 +135,10 @@ def no_provider(draft: Draft, overlay: OverlaySpec, slot: float | None = None) -
     def offers(endpoint: EndpointSpec | None) -> bool:
         return endpoint is not None and not set(overlay.requires).isdisjoint(endpoint.capabilities)
 
-    for name in sorted(n for n, e in draft.wanted.items() if offers(e)):
+    spare = {
+        n: e for n, e in draft.situation.spec.endpoints.items() if e.state == "standby" and draft.records[n].failed
+    }
+    for name in sorted(n for n, e in {**spare, **draft.wanted}.items() if offers(e)):
         blocked = draft.blocked.get(Subject("endpoint", name))
         if draft.records[name].failed is not None:
             why.append(f"{name} (failed)")

@@ -138,7 +138,12 @@ def _hold(memory_bytes: int, exclusive: bool) -> Hold:  # noqa: FBT001 - the fie
 def _absorb_answer(
     situation: Situation, record: EndpointRecord, current: Incarnation, restart: Restart
 ) -> EndpointRecord:
-    """Remember the first readiness of this incarnation, and forgive the past once it lasted."""
+    """Remember the first readiness of this incarnation, and forgive the past once it lasted.
+
+    Where an overlay's version of it runs is not its place: that is where it ran as the baseline describes it.
+    """
+    base = situation.spec.endpoints.get(record.name)
+    as_described = base is None or base.process_hash == current.process_hash or not record.last_gpus
     probe = situation.probe(current)
     portless = current.port is None and current.phase == "running"
     if record.ready_incarnation != current.id and (portless or (probe is not None and probe.ready)):
@@ -146,7 +151,7 @@ def _absorb_answer(
             record,
             ready_incarnation=current.id,
             ready_since=situation.now,
-            last_gpus=current.gpus,
+            last_gpus=current.gpus if as_described else record.last_gpus,
         )
     calm = record.ready_incarnation == current.id and record.ready_since is not None and record.unhealthy_since is None
     if record.streak and calm and situation.now.since(record.ready_since or situation.now) >= restart.reset_after_s:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from typing import Protocol
@@ -83,6 +83,8 @@ class Consents:
     """Epoch seconds at which it has given its place back, whatever it does."""
     windows: tuple[Window, ...] = ()
     """Windows to come that it may not delay."""
+    unstarted: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Live overlay → the providers that are still to be started for it, and that nobody inherits."""
 
     @cached_property
     def placed(self) -> frozenset[str]:
@@ -193,7 +195,16 @@ class Consents:
             return False
         if not all(self.floor_holds(capability, floor, gone) for capability, floor in self.floors.items()):
             return False
-        for capability in self.overlay.requires:
+        return self.keeps_providers(self.overlay.requires, victims, gone)
+
+    def keeps_providers(self, required: Iterable[str], victims: Victims, gone: frozenset[str]) -> bool:
+        """Whether of what is required one provider stays that has a place, ready or not.
+
+        One that is still to be started for an overlay among the victims does not: nobody inherits it.
+        """
+        overlays = (key.partition("/")[2] for key in victims if key.startswith("overlay/"))
+        gone = gone.union(*(self.unstarted.get(name, frozenset()) for name in overlays))
+        for capability in required:
             providers = {n for n in self.placed if capability in self.endpoints[n].capabilities}
             if providers and not providers - gone:
                 return False

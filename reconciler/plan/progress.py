@@ -193,12 +193,19 @@ def _has_room(draft: Draft, lease: Lease) -> bool:
 
 
 def _starting(draft: Draft, step: OverlayStep) -> None:
-    """Begin once what it requires is ready; without a workload that is all there is to begin."""
+    """Begin once what it requires is ready; without a workload that is all there is to begin.
+
+    Where all that would provide that has failed, it gives back its place, and is looked at anew.
+    """
     name, overlay = step.record.name, step.spec
     if overlay is None:
         return
     missing = [c for c in overlay.requires if not _ready(draft, c)]
-    if missing:
+    lost = [c for c in missing if _failed(draft, c)]
+    if lost:
+        why = f"what offers {', '.join(lost)} has failed"
+        draft.move(name, finish(step.record, "failed" if step.record.failures else None, draft.now, why))
+    elif missing:
         message = f"waits for a ready provider of {', '.join(missing)}"
         draft.block(Blocked(Subject("workload", name), "WaitingForCapability", message, transient=True))
     elif overlay.workload is None:
@@ -212,6 +219,12 @@ def _ready(draft: Draft, capability: str) -> bool:
         capability in e.capabilities and draft.standings[n].state == "healthy" and n not in _leaving(draft)
         for n, e in draft.wanted.items()
     )
+
+
+def _failed(draft: Draft, capability: str) -> bool:
+    """Whether something wanted offers it, and all that does has been given up."""
+    offering = [draft.records[n] for n, e in draft.wanted.items() if capability in e.capabilities]
+    return bool(offering) and all(record.failed is not None for record in offering)
 
 
 def _leaving(draft: Draft) -> set[str]:

@@ -115,7 +115,8 @@ def window_taken(
 
 def _touching(draft: Draft, overlay: OverlaySpec, windows: Iterable[Window]) -> list[Window]:
     """Those of these windows that keep an overlay from a GPU that it might have."""
-    needs = own_needs(draft, overlay) or []
+    windows = list(windows)
+    needs = (own_needs(draft, overlay) or []) if windows else []
     return [w for w in windows if any(keeping_off([w])(need).candidates != need.candidates for need in needs)]
 
 

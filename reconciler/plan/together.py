@@ -284,11 +284,7 @@ def lawful(askers: Sequence[Asker], victims: Victims, seated: frozenset[str]) ->
     floors = {**rules.floors, **{c: max(1, rules.floors.get(c, 0)) for c in required}}
     if not all(rules.floor_holds(capability, floor, gone) for capability, floor in floors.items()):
         return False
-    for capability in required:
-        providers = {n for n in rules.placed if capability in rules.endpoints[n].capabilities}
-        if providers and not providers - gone:
-            return False
-    return True
+    return rules.keeps_providers(required, victims, gone)
 
 
 def _seat(asker: Asker, answer: Answer) -> Seat:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import NOW, endpoint, overlay, spec
+from builders import NOW, endpoint, overlay, spec, uuid
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan
-from reconciler.spec.spec import EndpointSpec, MemoryBytes, OverlaySpec
+from reconciler.spec.spec import EndpointSpec, GpuPins, MemoryBytes, OverlaySpec, Restart
 
 ASK = endpoint("ask", [0], priority=40, capabilities=("ask",))
 LONG = overlay("long", [0], memory=20, priority=5, duration=3000.0)
@@ -152,3 +152,38 @@ def test_a_window_is_told_at_once_that_what_it_sets_aside_is_not_preemptible_or_
     assert why(run.decide(), "mend").reason == "FloorWouldBreak"
     run.spec = spec(ASK, mend)
     assert why(run.decide(), "mend").reason == "NotYet"
+
+
+def test_where_another_version_of_an_endpoint_ran_is_not_its_place_afterwards() -> None:
+    gang, roam = endpoint("gang", [0, 1], priority=20), endpoint("roam", 1, priority=40)
+    run = settled(gang, roam, gpus=3)
+    assert run.plant.current("roam").gpus == (uuid(2),)  # type: ignore[union-attr]
+    other = replace(roam, process_hash="other", gpus=GpuPins((1,)))
+    run.spec = spec(gang, roam, overlay("swap", None, priority=30, duration=300.0, workload=False, sets=[other]))
+    run.settle(until=overlay_state("swap", "active"))
+    assert run.plant.current("roam").gpus == (uuid(1),)  # type: ignore[union-attr]
+    run.spec = spec(gang, roam)
+    run.settle()
+    assert run.plant.is_ready("gang")
+    assert run.plant.current("roam").gpus == (uuid(2),)  # type: ignore[union-attr]
+
+
+def test_work_whose_provider_has_failed_gives_back_its_place_and_waits() -> None:
+    helper = endpoint("helper", [1], state="standby", capabilities=("draw",), restart=Restart(max_restarts=1))
+    run = settled(ASK, helper, gpus=2)
+    run.plant.behaviour.crashes = frozenset({"helper"})
+    run.spec = spec(ASK, helper, overlay("paint", [0], requires=("draw",)))
+    run.settle(until=overlay_state("paint", "starting"))
+    run.settle(until=lambda decided: run.plant.is_ready("ask") and not decided.ledger.leases)
+    assert run.plant.is_ready("ask")
+    assert why(run.decide(), "paint").message.endswith("has no place: helper (failed)")
+
+
+def test_nobody_displaces_work_that_has_yet_to_start_the_provider_which_both_require() -> None:
+    helper = endpoint("helper", [1], state="standby", capabilities=("draw",))
+    run = settled(helper, gpus=2)
+    sketch = overlay("sketch", [0], priority=100, requires=("draw",), preemptible=True)
+    paint = overlay("paint", [0, 1], memory=20, priority=600, requires=("draw",))
+    run.spec = spec(helper, sketch, paint)
+    run.settle(until=overlay_state("sketch", "done"))
+    assert run.starts().count("sketch") == 1
