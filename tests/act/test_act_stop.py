@@ -30,13 +30,13 @@ from reconciler.act import target
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import ActError, NotOurs
 from reconciler.identity import boot_id, read_stat
+from reconciler.journal.archive import archive
 from reconciler.journal.codec import encode
 from reconciler.journal.incarnations import (
     Intent,
     Run,
     StopRecord,
     Unreadable,
-    archive,
     lock_path,
     log_path,
     write_intent,

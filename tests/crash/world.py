@@ -26,10 +26,10 @@ from reconciler.cgroup import find_home, kill, path_in, remove
 from reconciler.clock import Instant
 from reconciler.errors import ReconcilerError
 from reconciler.identity import ProcStat, descendants, is_alive, read_stat
+from reconciler.journal.archive import archive
 from reconciler.journal.incarnations import (
     Intent,
     Run,
-    archive,
     list_ended,
     list_ids,
     lock_path,
