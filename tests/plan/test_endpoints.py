@@ -8,7 +8,18 @@ import pytest
 from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec, uuid
 
 from reconciler.plan.board import Hold, Tenant
-from reconciler.plan.endpoints import Standing, as_tenant, cool_again, cooling_down, describe_exit, holds_of, stand
+from reconciler.plan.endpoints import (
+    JITTER,
+    Standing,
+    as_tenant,
+    cool_again,
+    cooling_down,
+    describe_exit,
+    earliest_restart,
+    forgiven,
+    holds_of,
+    stand,
+)
 from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap, Timings
 from reconciler.plan.observed import Incarnation, Probe, StopProgress
 from reconciler.plan.situation import Situation
@@ -213,3 +224,76 @@ def test_one_that_ends_by_itself_too_often_within_its_window_is_given_up_until_i
 def test_evictions_of_more_than_an_hour_ago_are_forgotten() -> None:
     times = (NOW.wall - 3600.0, NOW.wall - 3599.0, NOW.wall - 1.0)
     assert stands(replace(WAS_READY, evictions=times), ANSWERS).record.evictions == times[1:]
+
+
+# ---------------------------------------------------------------- where it cannot be asked
+
+ELSEWHERE = {
+    "its process could not be verified": (replace(RUNS, phase="unknown"), "unknown"),
+    "it was killed and does not end: the kernel waits for something": (replace(RUNS, undying_since=NOW), "stopping"),
+    "its leader is gone; processes it left behind still run": (replace(ENDED, strays=(4711,)), "stopping"),
+    "": (replace(RUNS, stop=ASKED), "stopping"),
+}
+
+
+@pytest.mark.parametrize("words", ELSEWHERE)
+def test_what_its_process_does_comes_before_what_it_answers(words: str) -> None:
+    runs, state = ELSEWHERE[words]
+    found = stands(WAS_READY, ANSWERS, runs)
+    assert (found.state, found.reason, found.must_restart, found.wake) == (state, words, None, None)
+
+
+def test_one_whose_strays_cannot_be_told_or_that_vanished_with_some_left_is_not_there_for_anybody() -> None:
+    assert stands(WAS_READY, ANSWERS, replace(RUNS, strays=None)).state == "unknown"
+    assert stands(WAS_READY, ANSWERS, replace(ENDED, phase="vanished", strays=(4711,))).state == "stopping"
+
+
+def test_where_nothing_runs_it_is_stopped_or_failed_with_what_it_failed_by() -> None:
+    quiet = replace(WAS_READY, exits=(Exit(RUNS.id, NOW.plus(-1), 3, planned=False),))
+    assert (stands(quiet, None, ENDED).state, stands(quiet, None, ENDED).reason) == ("stopped", "")
+    failed = replace(quiet, failed="6 ends", failed_hash=ASK.process_hash)
+    assert (stands(failed, None, ENDED).state, stands(failed, None, ENDED).reason) == ("failed", "6 ends")
+
+
+def test_one_without_a_port_is_ready_as_soon_as_it_runs() -> None:
+    portless = replace(RUNS, port=None)
+    record = stands(EndpointRecord("ask"), None, portless).record
+    assert (record.ready_incarnation, record.ready_since, record.last_gpus) == (RUNS.id, NOW, RUNS.gpus)
+    assert stands(EndpointRecord("ask"), None).record.ready_incarnation is None, "one with a port is asked"
+    leaves = replace(ENDED, port=None, strays=(4711,))
+    assert stands(replace(EndpointRecord("ask"), exits=(END,)), None, leaves).record.ready_incarnation is None
+
+
+def test_who_is_forgiven_has_no_failures_and_no_streak_and_none_of_its_ends_counts() -> None:
+    ends = (replace(END, ended_for="it hung"), END)
+    record = replace(WAS_READY, failed="6 ends", failed_hash="h", streak=5, exits=ends)
+    planned = replace(END, planned=True)
+    assert forgiven(record) == replace(WAS_READY, exits=(planned, planned))
+
+
+def test_a_cool_down_is_told_in_words() -> None:
+    def words(record: EndpointRecord, after_s: float = 0.0) -> str | None:
+        return cooling_down(record, NOW.plus(after_s), max_evictions_per_hour=3, min_ready_s=120.0)
+
+    assert words(replace(READY, evictions=TIMES)) == "evicted 3 times within the hour (limit 3)"
+    back = replace(READY, evictions=TIMES[:1])
+    assert words(back, 50.0) == "ready for 50 s since its last eviction (at least 120 s)"
+    assert words(back, -1.0) == "ready for 0 s since its last eviction (at least 120 s)"
+    assert words(replace(back, ready_since=None)) == "ready for 0 s since its last eviction (at least 120 s)"
+    assert words(READY) is None, "it was never evicted"
+
+
+def test_restarts_wait_longer_with_each_failure_by_a_spread_of_the_ended_one_alone() -> None:
+    restart = Restart(initial_s=2.0, max_s=20.0)
+    ends = (replace(END, at=NOW.plus(-100)), END, replace(END, planned=True, at=NOW.plus(9)))
+    waits = []
+    for streak in (1, 2, 3, 4, 5, 6, 7):
+        again = earliest_restart(replace(READY, exits=ends, streak=streak), restart)
+        waits.append(None if again is None else again.since(NOW))
+    assert waits[0] is None, "the first is immediate"
+    spread = waits[1] / 2.0  # type: ignore[operator]
+    assert 1.0 - JITTER <= spread <= 1.0 + JITTER
+    assert waits[1:] == pytest.approx([spread * s for s in (2.0, 4.0, 8.0, 16.0, 20.0, 20.0)])
+    assert earliest_restart(replace(READY, exits=ends[2:], streak=5), restart) is None, "only planned ends are known"
+    other = tuple(replace(end, incarnation="another") for end in ends)
+    assert earliest_restart(replace(READY, exits=other, streak=2), restart) != NOW.plus(waits[1] or 0.0)

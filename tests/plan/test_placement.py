@@ -10,7 +10,7 @@ from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.observed import Subject
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.search import solve
-from reconciler.plan.wishes import Wish
+from reconciler.plan.wishes import Proof, Wish
 
 SUBJECT = Subject("workload", "render")
 
@@ -119,3 +119,15 @@ def test_a_place_beside_everybody_is_the_one_that_the_search_comes_to() -> None:
             found += 1
             assert (quick.gpus, quick.cost) == (searched.gpus, searched.cost), f"case {number}"
     assert 50 < found < 350
+
+
+def test_the_one_place_of_one_gpu_is_proved_to_be_the_best_by_having_looked_at_all() -> None:
+    board = Board(dict.fromkeys(("g0", "g1", "g2"), 80 << 20), dict.fromkeys(("g0", "g1", "g2")))
+    board.islands = dict.fromkeys(board.capacity)
+    board.add(Tenant("endpoint/other", 10, {"g0": Hold(70 << 20, exclusive=False)}))
+    board.add(Tenant("endpoint/small", 10, {"g2": Hold(20 << 20, exclusive=False)}))
+    need = Need(SUBJECT, ("g0", "g1", "g2"), 1, dict.fromkeys(board.capacity, 60 << 20), exclusive=False, prefer=())
+    found = place([need], board)
+    assert found is not None
+    assert (found.gpus, found.victims) == ({SUBJECT: ("g2",)}, frozenset()), "where the least is left"
+    assert found.proof == Proof(optimal=True, bound=found.cost, steps=3)
