@@ -71,6 +71,7 @@ def main() -> int:
     os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
+    set_process(_PR_SET_PDEATHSIG, _signal.SIGCONT)  # stopped, it would keep what it was handed for ever, locks as well
     name_process(b"reconciler-fork")
     gc.disable()
     gc.freeze()  # a collection would write to every object, and end the sharing of its page

@@ -554,6 +554,28 @@ def test_the_fork_server_ends_with_its_daemon_and_nothing_else_does(nursery: Nur
     until(lambda: parent() != "reconciler-fork", "the fork server to be gone")
 
 
+DAEMON_WITH_A_FORK_SERVER = """
+import signal
+from reconciler.act.forkserver import ForkServer
+server = ForkServer()
+server.open()
+print(server.pid, flush=True)
+signal.pause()
+"""
+
+
+def test_a_stopped_fork_server_ends_with_its_daemon_too() -> None:
+    """It may have been handed an order, with the lock of a subject that nobody could start any more."""
+    with subprocess.Popen([sys.executable, "-c", DAEMON_WITH_A_FORK_SERVER], stdout=subprocess.PIPE) as daemon:
+        assert daemon.stdout is not None
+        server = int(daemon.stdout.readline())
+        until(lambda: Path(f"/proc/{server}/comm").read_text() == "reconciler-fork\n", "it to be ready")
+        os.kill(server, signal.SIGSTOP)
+        until(lambda: (stat := read_stat(server)) is not None and stat.state == "T", "it to be stopped")
+        daemon.kill()
+    until(lambda: not is_running(server), "its end")
+
+
 def test_a_shim_holds_no_lock_but_its_own(nursery: Nursery) -> None:
     actor = nursery.actor()
     one, two = nursery.launch(OBEDIENT, name="one"), nursery.launch(OBEDIENT, name="two")
