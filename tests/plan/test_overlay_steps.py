@@ -289,3 +289,18 @@ def test_a_start_that_was_cut_short_is_told() -> None:
 
 def test_the_start_of_its_file_is_that_of_its_window_also_after_an_edit() -> None:
     assert record_after(FRESH, timed(start=NOW.wall + 70)).window_start == NOW.wall + 70
+
+
+@pytest.mark.parametrize("state", ["completing", "restoring"])
+def test_one_that_ends_already_has_the_outcome_that_it_had_whatever_becomes_of_its_file(state: Any) -> None:
+    ends = replace(RUNS, state=state, outcome="done", reason="")
+    for item in (ITEM, OTHER, PAST, None):
+        after = record_after(ends, item, work("exited", exit_code=0))
+        assert (after.state, after.outcome, after.since) == (state, "done", ends.since)
+
+
+def test_one_that_overruns_is_active_again_from_when_its_file_allows_more_and_then_looked_at_by_that() -> None:
+    late = replace(RUNS, state="overrun", since=NOW.plus(-5), active_since=NOW.plus(-999))
+    step = look(late, timed(duration_s=2000.0), work())
+    assert step is not None
+    assert (step.record.state, step.record.since, step.wake) == ("active", NOW, NOW.plus(2060.0 - 999.0))
