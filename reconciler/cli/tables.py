@@ -82,7 +82,7 @@ def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> Rows:
             _or_dash(e["priority"]),
             "-" if e["uptime_seconds"] is None else format_duration(e["uptime_seconds"]) + restarts,
             "-" if e["pid"] is None else memory(e["memory_mib"]),
-            words=Text(why(e), "dim"),
+            words=Text(local(why(e)), "dim"),
         )
     return rows
 
@@ -149,7 +149,7 @@ def overlays_table(overlays: Sequence[Mapping[str, Any]]) -> Rows:
             ran(o["makespan"]),
             ", ".join(o["evicted"]) or "-",
             _or_dash(o["exit_code"]),
-            words=Text(o["reason"], "dim"),
+            words=Text(local(o["reason"]), "dim"),
         )
     return rows
 
@@ -204,6 +204,17 @@ def agenda_table(entries: Sequence[Mapping[str, Any]]) -> Rows:
             words=Text(entry["reason"], "dim"),
         )
     return rows
+
+
+def local(text: str) -> str:
+    """A text with the moments in it in local time, as those beside it are."""
+    if "Z" not in text:
+        return text
+    from reconciler.plan.render import in_zone  # few texts have one, and `status` is to be quick
+
+    zone = datetime.now().astimezone().tzinfo
+    assert zone is not None  # noqa: S101 - astimezone() gives one
+    return in_zone(text, zone)
 
 
 def clock(moment: str | None) -> str:

@@ -320,12 +320,14 @@ class _View:
         }
 
     def _end(self, record: OverlayRecord, spec: OverlaySpec | None) -> float | None:
-        """When it ended, or is expected to."""
+        """When it ended, or is expected to; None: nobody knows, as of one that waits and is told no beginning."""
         if record.state in TERMINAL:
             return record.since.wall
         usual, begin = self.plan.ledger.runs.get(record.name), self.plan.now.wall
         blocked = self.blocked.get(Subject("workload", record.name))
-        if record.state == "pending" and blocked is not None and blocked.earliest_start is not None:
+        if record.state == "pending" and blocked is not None:
+            if blocked.earliest_start is None:
+                return None
             begin = max(begin, blocked.earliest_start)
         return predicted_end(record, spec.makespan, begin, usual) if spec else None
 

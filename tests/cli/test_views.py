@@ -8,13 +8,14 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from desk import PROGRAM, Desk
 from rich.console import Console
 
 from reconciler.cli.main import run
-from reconciler.cli.tables import bar, clock, gpu_list, memory, why
+from reconciler.cli.tables import bar, clock, gpu_list, local, memory, why
 
 
 def test_status_in_json_has_the_parts_that_jq_is_pointed_at(desk: Desk):
@@ -207,3 +208,13 @@ def test_what_is_wrong_with_the_files_is_told_in_one_block(desk: Desk):
         "a.yaml: unknown key",
         "The last good version of these files, where there is one, stays in force.",
     ]
+
+
+def test_moments_in_a_reason_are_in_local_time_as_those_in_the_columns_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as abroad:
+        abroad.setenv("TZ", "Etc/GMT-2")
+        time.tzset()
+        said = local("kept for ask (which is to be back from 2026-11-27 23:06:23Z on)")
+        assert clock("2020-01-01T00:00:00Z") == "2020-01-01 02:00:00"
+    time.tzset()
+    assert said == "kept for ask (which is to be back from 2026-11-28 01:06:23 on)"

@@ -212,3 +212,11 @@ def test_an_overlay_that_waits_for_a_slot_ends_so_long_after_the_slot():
     assert slot > NOW.wall + 1200
     assert shown["job"]["end"] == iso(slot + 300)
     assert shown["later"]["end"] == iso(NOW.wall + 1200)
+
+
+def test_an_overlay_that_waits_and_is_told_no_beginning_has_no_end():
+    thinking, seen = healthy_box()
+    polite = overlay("polite", list(range(4)), evict=False)
+    (shown,) = told(spec(thinking, polite), seen)["overlays"]
+    assert shown["state"] == "pending"
+    assert shown["end"] is None
