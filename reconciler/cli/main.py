@@ -165,7 +165,8 @@ def run(argv: Sequence[str]) -> int:
     except ReconcilerError as error:
         return _tell(error, as_json=as_json)  # 2
     except typer.TyperException as error:
-        return _tell(UsageError(error.format_message(), hint=_usage_hint(error)), as_json=as_json)  # 3
+        said = error.format_message().replace("Value error, ", "")  # how typer begins what it says of a choice
+        return _tell(UsageError(said, hint=_usage_hint(error)), as_json=as_json)  # 3
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED  # 4
     except BrokenPipeError:

@@ -150,3 +150,8 @@ def test_no_escape_sequence_reaches_what_is_no_terminal(desk: Desk, words):
     done = desk.run(*words)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_choice_that_there_is_not_is_told_with_those_that_there_are(capsys):
+    assert run(["--format", "yaml", "status"]) == 64
+    assert "Invalid value for '--format': 'yaml' is not one of 'text', 'json'" in capsys.readouterr().err
