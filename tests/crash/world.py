@@ -27,16 +27,7 @@ from reconciler.clock import Instant
 from reconciler.errors import ReconcilerError
 from reconciler.identity import ProcStat, descendants, is_alive, read_stat
 from reconciler.journal.archive import archive
-from reconciler.journal.incarnations import (
-    Intent,
-    Run,
-    list_ended,
-    list_ids,
-    lock_path,
-    log_path,
-    read,
-    write_intent,
-)
+from reconciler.journal.incarnations import Intent, Run, list_ended, list_ids, lock_path, log_path, read, write_intent
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.journal.reader import JournalReader
 from reconciler.loop.control import ask

@@ -20,6 +20,8 @@ from reconciler.cli.main import run
 pytestmark = pytest.mark.e2e
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 NOBODY = "nobody"
+TREE_OF = f"of-nobody-{os.getpid()}"
+"""Its processes are looked for on the whole box, where other tests run beside this one."""
 TREE = 'echo "$$ $(id -un) $HOME ${TMPDIR-none} $(umask)" >> began; (trap "" TERM; setsid sleep 600) & sleep 600 & wait'
 
 
@@ -47,7 +49,7 @@ def processes_of(pid: int) -> set[int]:
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if int(fields[3]) == pid or b"RECONCILER_SUBJECT=other\0" in environment:
+            if int(fields[3]) == pid or f"RECONCILER_SUBJECT={TREE_OF}\0".encode() in environment:
                 found.add(int(entry.name))
     return {p for p in found if not is_gone(p)}
 
@@ -58,21 +60,21 @@ def test_a_tree_of_another_user_is_adopted_by_the_next_daemon_and_cleared_to_its
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/tmp/of-root")
     account = pwd.getpwnam(NOBODY)
-    box.spec["endpoints"]["other"] = {
+    box.spec["endpoints"][TREE_OF] = {
         "engine": "custom", "gpus": 0, "user": NOBODY, "cwd": str(public), "command": ["sh", "-c", TREE],
         "stop": {"drain": "0s", "grace": "500ms"},
     }  # fmt: skip
     box.write()
     box.start()
     wait_for(lambda: len(lines(public)) == 1, "it is started")
-    pid = wait_for(lambda: box.pids()["other"], "it is seen")
+    pid = wait_for(lambda: box.pids()[TREE_OF], "it is seen")
     assert lines(public) == [[str(pid), NOBODY, account.pw_dir, "none", lines(public)[0][4]]]
     tree = wait_for(lambda: len(found := processes_of(pid)) >= 3 and found, "its whole tree is there")
     assert {Path(f"/proc/{p}").stat().st_uid for p in tree} == {account.pw_uid}
 
     box.kill()
     box.start()
-    assert box.pids()["other"] == pid, "adopted, not started again"
+    assert box.pids()[TREE_OF] == pid, "adopted, not started again"
     assert len(lines(public)) == 1
 
     box.kill()
@@ -83,7 +85,7 @@ def test_a_tree_of_another_user_is_adopted_by_the_next_daemon_and_cleared_to_its
     wait_for(lambda: len(lines(public)) == 2, "it is started afresh")
     assert not [p for p in tree if not is_gone(p)], "after the rest of the old one was ended"
 
-    second = wait_for(lambda: box.pids()["other"], "it is seen")
+    second = wait_for(lambda: box.pids()[TREE_OF], "it is seen")
     assert box.terminate() == 0
     assert box.run("down").returncode == 0
     assert not processes_of(second)
