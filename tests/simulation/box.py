@@ -72,8 +72,9 @@ class KillableJournal(Journal):
         self.previous = self.ledger()
         self._write("commit", lambda: super(KillableJournal, self).commit(ledger, events, now, made))
 
-    def keep(self) -> None:
-        self._write("keep", super().keep)
+    def keep(self, least: int = 1) -> None:
+        if len(self._unkept) >= least:
+            self._write("keep", lambda: super(KillableJournal, self).keep(least))
 
     def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
         if events:
