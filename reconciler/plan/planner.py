@@ -320,14 +320,14 @@ def _records(draft: Draft) -> dict[str, EndpointRecord]:
             and standing.current is not None
             and standing.current.started.mono >= record.renew_before.mono
         )
-        subject = Subject(
-            "endpoint", name
-        )  # nothing of it is left, and it is not its turn to start: displaced, blocked
+        subject = Subject("endpoint", name)
+        # nothing of it is left, and it is not its turn to start: displaced, blocked
         fulfilled = fulfilled or not (subject in draft.arriving or draft.situation.incarnations(subject))
+        broken = record.nap if record.nap is not None and record.nap.failed is not None else None
         kept[name] = replace(
             record,
             renew_before=None if fulfilled else record.renew_before,
-            nap=draft.naps.get(name),
+            nap=draft.naps.get(name, broken),  # until who broke is gone: his last answer may still be that he sleeps
             move=remembered(draft, name),
         )
     return kept

@@ -194,7 +194,7 @@ def _ending(record: EndpointRecord, standing: Standing, leaving: Leaving) -> str
     if standing.must_restart is not None:
         return (record.ending or f"it was {standing.must_restart}") if leaving.cause.kind == "drift" else None
     if record.nap is not None and record.nap.failed is not None and leaving.cause.kind in ("drift", "evict"):
-        return record.nap.failed  # the nap itself is forgotten with this decision
+        return record.nap.failed
     return record.ending
 
 

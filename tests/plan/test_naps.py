@@ -107,6 +107,22 @@ def test_a_failed_wake_becomes_a_restart() -> None:
     assert run.ledger.overlays["render"].state == "done"
 
 
+def test_one_that_failed_to_wake_is_stopped_and_not_woken_again_before_its_stop_is_on_record() -> None:
+    run = warm(sleeper(), plant=Plant(behaviour=Behaviour(failing=frozenset({"wake"}))))
+    looked: list[tuple[str, ...]] = []
+
+    def look_once_more(run: Run, decided: Plan) -> None:
+        if any(a.op == "stop" and a.ready and a.subject.name == "ask" for a in decided.actions):
+            again = plan(run.spec, run.plant.observe(), decided.ledger, run.plant.now)
+            looked.append(tuple(a.op for a in again.actions if a.ready and a.subject.name == "ask"))
+
+    run.watch = look_once_more
+    add(run, render())
+    run.settle()
+    assert looked
+    assert set(looked) == {("stop",)}
+
+
 @pytest.mark.parametrize("call", ["sleep", "wake"])
 def test_what_failed_is_named_wherever_somebody_looks_until_it_is_over(call: str) -> None:
     """In its state while it is stopped, in the incident, and of its last end."""
