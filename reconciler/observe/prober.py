@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -20,8 +21,9 @@ from reconciler.plan.observed import Probe
 LOG = logging.getLogger(__name__)
 
 MAX_WORKERS, IDLE_WORKERS = 16, 2
-"""Threads exist only while that many questions are out at once: one or two on a healthy box. More than two that have
-nothing to do are not kept: endpoints that hang, or start together, take all of them for a while."""
+"""Two do on a healthy box, even where all endpoints are due at once. More exist while some hang, or many start."""
+PATIENCE_S = 0.02
+"""A question that has waited so long has one more worker begun: those that there are may all ask somebody who hangs."""
 FIRST_PACE_S = 0.05
 """Pace at the beginning of a start: engines that load nothing are ready in 0.2 s."""
 SLOWEST_START_PACE_S = 1.0
@@ -162,21 +164,28 @@ class Prober:
     def _run_schedule(self) -> None:
         with self._lock:
             while not self._closed:
-                wait_s = self._heap[0][0] - self._clock.now().mono if self._heap else None
-                if wait_s is None or wait_s > 0:
-                    self._lock.wait(wait_s)
+                wait_s = self._heap[0][0] - self._clock.now().mono if self._heap else math.inf
+                if wait_s > 0:
+                    crowded = self._idle < 0 and self._workers < MAX_WORKERS
+                    patience_s = min(wait_s, PATIENCE_S) if crowded else wait_s
+                    notified = self._lock.wait(patience_s if patience_s < math.inf else None)
+                    if crowded and not notified and self._idle < 0:
+                        self._begin_worker()
                     continue
                 _, ticket, incarnation = heapq.heappop(self._heap)
                 watch = self._watches.get(incarnation)
                 if watch is None or watch.ticket != ticket or watch.asking:
                     continue  # an older entry of one that was scheduled anew, or forgotten
                 watch.asking = True
-                if self._idle <= 0 and self._workers < MAX_WORKERS:
-                    self._workers += 1
-                    threading.Thread(target=self._run_worker, name="probe", daemon=True).start()
-                else:
-                    self._idle -= 1
+                self._idle -= 1
+                if self._idle < 0 and self._workers < IDLE_WORKERS:
+                    self._begin_worker()
                 self._work.put(watch)
+
+    def _begin_worker(self) -> None:
+        self._workers += 1
+        self._idle += 1
+        threading.Thread(target=self._run_worker, name="probe", daemon=True).start()
 
     def _run_worker(self) -> None:
         while (watch := self._work.get()) is not None:
