@@ -185,6 +185,17 @@ def test_closing_ends_the_threads(box, clock, changes, wait_until):
     assert threading.active_count() <= before + 5  # those of the server's connections, which end by themselves
 
 
+def test_two_threads_ask_all_that_are_due_at_once_where_nobody_hangs(box, clock, changes, wait_until, monkeypatch):
+    monkeypatch.setattr("reconciler.observe.prober.PATIENCE_S", 3600.0)  # on a busy box an answer takes its time
+    begun, begin = [], Prober._begin_worker
+    monkeypatch.setattr(Prober, "_begin_worker", lambda prober: (begun.append(prober), begin(prober)))
+    prober = Prober(clock, changes)
+    prober.watch({f"{i}": target(box.port, incarnation=f"{i}", interval_s=3600.0) for i in range(20)})
+    wait_until(lambda: len(prober.results()) == 20, "all asked")
+    assert len(begun) == IDLE_WORKERS
+    prober.close()
+
+
 def test_threads_that_were_needed_once_are_not_kept(box, prober, wait_until):
     box.answers["/slow"] = box.hang
     slow = {f"{i}": target(box.port, incarnation=f"{i}", health_path="/slow", interval_s=3600.0) for i in range(8)}
