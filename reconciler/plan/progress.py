@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
-from reconciler.plan.draft import Arriving, Draft
+from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.ledger import TERMINAL, Lease, Quarantine
 from reconciler.plan.naps import restless
 from reconciler.plan.observed import Incarnation, Subject
@@ -171,10 +171,12 @@ def _staying(draft: Draft, leases: Collection[Lease]) -> list[str]:
     Nobody displaced them, so they have the older right. Strangers and GPUs that cannot be read are another matter.
     """
     found: set[str] = set()
+    ending = {f"overlay/{n}" for n, s in draft.steps.items() if s.record.state not in OVERRIDING}
     for gpu in {x.gpu for x in leases} & draft.board.capacity.keys():
-        held, tenants = draft.board.held(gpu), draft.board.on(gpu)
+        tenants = [t for t in draft.board.on(gpu) if t.key not in ending]
+        held = [t.holds[gpu] for t in tenants]
         limit = draft.situation.gpus[gpu].total_bytes - draft.situation.spec.node.reserve_bytes
-        if held is None or (held.memory_bytes <= limit and not (held.exclusive and len(tenants) > 1)):
+        if sum(h.memory_bytes for h in held) <= limit and not (len(held) > 1 and any(h.exclusive for h in held)):
             continue
         for tenant in tenants:
             kind, _, name = tenant.key.partition("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accounting import lawful
 from builders import endpoint, foreign, overlay, spec
 from plant import Behaviour, Plant, Run, overlay_state
 
@@ -61,3 +62,17 @@ def test_the_last_provider_keeps_its_place_while_it_restarts() -> None:
     assert run.ledger.overlays["work"].state == "pending"
     assert plant.is_ready("chat")
     assert run.starts() == ["chat", "chat"]
+
+
+def test_an_endpoint_beside_which_it_fits_is_no_reason_to_give_up_a_place_that_other_work_still_leaves() -> None:
+    chat = endpoint("chat", [0], memory=20, preemptible=False, port=8000)
+    run = Run(spec(chat), Plant(totals=[80 * GIB]), watch=lawful)
+    run.settle()
+    rough = overlay("rough", [0], memory=40, priority=100, preemptible=True)
+    run.spec = spec(chat, rough)
+    run.settle(until=overlay_state("rough", "active"))
+    run.spec = spec(chat, rough, overlay("final", [0], memory=50, priority=600))
+    decided, _ = run.step()
+    assert {n: r.state for n, r in decided.ledger.overlays.items()} == {"final": "evicting", "rough": "completing"}
+    run.settle(until=overlay_state("rough", "done"))
+    assert run.starts() == ["chat", "rough", "final", "rough"]
