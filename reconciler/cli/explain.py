@@ -163,8 +163,9 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
     if item["pid"] is not None:
         gpus = ", ".join(map(str, item["gpus"])) or "none"
         yield f"It runs as pid {item['pid']} on GPU {gpus}, port {item['port'] or '-'}."
-    for condition in item["conditions"]:
-        yield f"  {condition['type']}: {condition['reason']}"
+    for told in (f"{condition['type']}: {condition['reason']}" for condition in item["conditions"]):
+        if told != item["reason"]:
+            yield f"  {told}"
     if item["scheduled"] is not None:
         plan = item["scheduled"]
         states = ", ".join(plan["expected_states"])

@@ -79,8 +79,8 @@ def submit(
     It runs in this folder, with the few variables that every child gets. Prints the overlay's name, and what it waits
     for if it cannot begin now: a window that has the place, with the next free slot, consent, GPUs.
 
-    Example: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg
-    Example: reconciler overlay submit --gpus 2 --start 22:00 --deadline 06:00 --evict -- python train.py
+    Examples: reconciler overlay submit --gpus 1 --for 20m --priority 600 --evict --wait -- luxcoreconsole scene.cfg;
+    reconciler overlay submit --gpus 2 --start 22:00 --deadline 06:00 --evict -- python train.py
     """
     for option, moment in (("--start", start), ("--deadline", deadline)):
         if moment is not None and moment.wall < time.time():

@@ -195,7 +195,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         return
     if rivalling:  # what stands in the way beside the windows is told, not how little they leave
         answer = _seek(draft, overlay, draft.board, lambda need: need)
-        if isinstance(answer, tuple):
+        if isinstance(answer, tuple) or (_cooling(answer) and _once_cooled(draft, overlay, rivalling) is None):
             slot = next_slot(draft, overlay, draft.now.wall, fits)
             draft.block(window_taken(draft, overlay, draft.now.wall, rivalling, slot))  # 8
             return
@@ -203,7 +203,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         draft.block(no_provider(draft, overlay, next_slot(draft, overlay, draft.now.wall, fits)))  # 4
         return
     earliest = next_slot(draft, overlay, draft.now.wall, fits)
-    cool = _cool(draft, overlay, rivalling) if answer.reason == "CoolDown" else None
+    cool = _cool(draft, overlay, rivalling) if _cooling(answer) else None
     if cool is not None:
         cool_wall = draft.now.wall + cool.since(draft.now)
         earliest = cool_wall if earliest is None else min(earliest, cool_wall)
@@ -226,11 +226,21 @@ def _cool(draft: Draft, overlay: OverlaySpec, rivalling: Sequence[Window]) -> In
         if end is not None:
             ends[name] = end
     draft.wakes.extend(ends.values())
-    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling), waive=frozenset({"CoolDown"}), why=False)
-    if not isinstance(answer, tuple):
+    cooled = _once_cooled(draft, overlay, rivalling)
+    if cooled is None:
         return None
-    names = [key.partition("/")[2] for key in sorted(answer[0].victims) if key.startswith("endpoint/")]
+    names = [key.partition("/")[2] for key in sorted(cooled.victims) if key.startswith("endpoint/")]
     return max((ends[n] for n in names if n in ends), key=lambda end: end.mono, default=None)
+
+
+def _cooling(answer: _Answer) -> bool:
+    return isinstance(answer, Refusal) and answer.reason == "CoolDown"
+
+
+def _once_cooled(draft: Draft, overlay: OverlaySpec, rivalling: Sequence[Window]) -> Placement | None:
+    """The place that it would have beside the windows if no cool-down stood in the way."""
+    answer = _seek(draft, overlay, draft.board, keeping_off(rivalling), waive=frozenset({"CoolDown"}), why=False)
+    return answer[0] if isinstance(answer, tuple) else None
 
 
 def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:

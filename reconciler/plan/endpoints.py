@@ -15,7 +15,7 @@ from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.overlays import memory_return_s
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, Health, Restart
-from reconciler.units import counted
+from reconciler.units import counted, format_duration
 
 KEPT_EXITS = 20
 EVICTION_WINDOW_S = 3600.0
@@ -220,14 +220,14 @@ def earliest_restart(record: EndpointRecord, restart: Restart) -> Instant | None
 def cooling_down(
     record: EndpointRecord, now: Instant, *, max_evictions_per_hour: int, min_ready_s: float
 ) -> str | None:
-    """Why this endpoint must not be evicted right now, if it was evicted too often or too lately."""
+    """What is true of this endpoint that must not be evicted right now: it was too often, or too lately; else None."""
     recent = sum(now.wall - moment < EVICTION_WINDOW_S for moment in record.evictions)
     if recent >= max_evictions_per_hour:
-        return f"evicted {counted(recent, 'time')} within the hour (limit {max_evictions_per_hour})"
+        return f"was evicted {counted(recent, 'time')} within the hour (at most {max_evictions_per_hour})"
     if record.evictions and record.evicted_by is None:
         ready_for = now.since(record.ready_since) if record.ready_since else 0.0
         if ready_for < min_ready_s:
-            return f"ready for {max(0.0, ready_for):.0f} s since its last eviction (at least {min_ready_s:g} s)"
+            return f"has been ready for less than {format_duration(min_ready_s)} since it was last evicted"
     return None
 
 

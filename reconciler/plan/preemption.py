@@ -123,27 +123,33 @@ class Consents:
                 "NotPreemptible": not preemptible or not all(e.preemptible for e in behind),
             }
             return frozenset(rule for rule, holds in rules.items() if holds)
-        endpoint, policy = self.endpoints.get(name), self.situation.spec.policy
+        endpoint = self.endpoints.get(name)
         if endpoint is None and self.begin is not None and self.begin.wall > self.situation.now.wall:
             endpoint = self.situation.running.get(name)  # set aside by an overlay that is over by then
         standing = self.standings[name]
         if endpoint is None:  # it runs though nobody wants it, and cannot be read well enough to be stopped
             return frozenset({"GpuUnknown"})
-        tired = standing.current and cooling_down(
-            standing.record,
-            self.begin or self.situation.now,
-            max_evictions_per_hour=policy.max_evictions_per_hour,
-            min_ready_s=policy.min_ready_s,
-        )
         rules = {
             "NoConsent": not self.overlay.allow_baseline_eviction,
             "PriorityTooLow": tenant.priority >= self.overlay.priority,
             "NotPreemptible": not endpoint.preemptible,
             "NoEvictionLeft": self._promised_to(name) is not None,
-            "CoolDown": bool(tired),
+            "CoolDown": self._tired(name) is not None,
             "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tenant.holds),
         }
         return frozenset(rule for rule, holds in rules.items() if holds)
+
+    def _tired(self, name: str) -> str | None:
+        """Why an endpoint that runs may not be evicted again yet."""
+        standing, policy = self.standings[name], self.situation.spec.policy
+        if standing.current is None:
+            return None
+        return cooling_down(
+            standing.record,
+            self.begin or self.situation.now,
+            max_evictions_per_hour=policy.max_evictions_per_hour,
+            min_ready_s=policy.min_ready_s,
+        )
 
     def _promised_to(self, name: str) -> str | None:
         """The window that could not have an endpoint's place any more, within the hour, if this overlay took it now."""
@@ -335,7 +341,8 @@ class Consents:
                 windows = ", ".join(sorted({w for n in names.split(", ") if (w := self._promised_to(n)) is not None}))
                 return f"{names} could then not give way to {windows} within the hour", "wait, or end before it"
             case "CoolDown":
-                return f"{names} was evicted too often or too lately", f"wait, or `reconciler reset {names}`"
+                told = "; ".join(f"{name} {self._tired(name)}" for name in names.split(", "))
+                return told, f"wait, or `reconciler reset {names}`"
             case _:
                 return f"the GPUs of {names} cannot be read at the moment", "see `reconciler status`"
 

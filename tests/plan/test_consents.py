@@ -67,7 +67,7 @@ def test_a_cool_down_is_named_first_for_it_passes() -> None:
     run.ledger = replace(run.ledger, endpoints={"ask": tired})
     said = blocked(run, ASK, work())
     assert said is not None
-    assert (said.reason, said.message) == ("CoolDown", "ask was evicted too often or too lately")
+    assert (said.reason, said.message) == ("CoolDown", "ask was evicted 6 times within the hour (at most 3)")
     assert (said.alternatives, said.transient) == (("wait, or `reconciler reset ask`",), True)
 
 

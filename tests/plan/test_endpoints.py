@@ -275,11 +275,11 @@ def test_a_cool_down_is_told_in_words() -> None:
     def words(record: EndpointRecord, after_s: float = 0.0) -> str | None:
         return cooling_down(record, NOW.plus(after_s), max_evictions_per_hour=3, min_ready_s=120.0)
 
-    assert words(replace(READY, evictions=TIMES)) == "evicted 3 times within the hour (limit 3)"
+    assert words(replace(READY, evictions=TIMES)) == "was evicted 3 times within the hour (at most 3)"
     back = replace(READY, evictions=TIMES[:1])
-    assert words(back, 50.0) == "ready for 50 s since its last eviction (at least 120 s)"
-    assert words(back, -1.0) == "ready for 0 s since its last eviction (at least 120 s)"
-    assert words(replace(back, ready_since=None)) == "ready for 0 s since its last eviction (at least 120 s)"
+    assert words(back, 50.0) == "has been ready for less than 2m since it was last evicted"
+    assert words(back, -1.0) == "has been ready for less than 2m since it was last evicted"
+    assert words(replace(back, ready_since=None)) == "has been ready for less than 2m since it was last evicted"
     assert words(READY) is None, "it was never evicted"
 
 

@@ -174,6 +174,24 @@ def test_work_that_has_no_place_even_without_the_windows_is_told_what_it_lacks_b
         assert said.reason == "NoConsent"
 
 
+def test_a_window_that_outlasts_a_cool_down_is_what_is_told() -> None:
+    ask = endpoint("ask", 1, priority=40)
+    run = settled(ask)
+    run.spec = spec(ask, overlay("one", 1, duration=60))
+    run.settle(until=overlay_state("one", "done"))
+    night = overlay("night", 1, priority=600, start=run.plant.now.wall + HOUR)
+    endless, brief = overlay("endless", 1, duration=60), bounded(overlay("brief", 1, duration=60), NOW.wall + 900)
+    run.spec = spec(ask, night, endless)
+    waits, told = blocked(run.decide(), "endless"), "to wait for the cool-down would not help"
+    assert waits is not None
+    assert waits.reason == "WindowTaken", told
+    run.spec = spec(ask, night, brief)
+    waits = blocked(run.decide(), "brief")
+    assert waits is not None
+    assert waits.reason == "CoolDown"
+    assert waits.message == "ask has been ready for less than 2m since it was last evicted"
+
+
 def bounded(item: OverlaySpec, deadline: float) -> OverlaySpec:
     """The same overlay with a hard end."""
     return replace(item, makespan=replace(item.makespan, deadline=deadline))
