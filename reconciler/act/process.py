@@ -338,8 +338,8 @@ def _signal_number(name: str) -> signal.Signals:
 
 
 def _identity(account: Account | None) -> str:
-    """As the shim reads it: user, group, then every further group; empty: as the daemon."""
-    if account is None:
+    """As the shim reads it: user, group, then every further group; empty: as the daemon, which may be that user."""
+    if account is None or account.uid == os.geteuid() != 0:
         return ""
     return " ".join(str(number) for number in (account.uid, account.gid, *account.groups))
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from reconciler.act.account import Account, find_account
-from reconciler.act.environment import child_environment, read_env_file
+from reconciler.act.programs import Program, obstacles, program_of
 from reconciler.act.shm import Left, told
 from reconciler.checkup.check import Check, or_ok
-from reconciler.errors import ActError, Problem
+from reconciler.errors import Problem
 from reconciler.observe.snapshot import all_endpoints
-from reconciler.plan.observed import Observed
-from reconciler.spec.engines import launch
+from reconciler.plan.observed import Observed, Obstacle
 from reconciler.spec.spec import Spec
 from reconciler.units import counted
 
@@ -35,77 +32,36 @@ def _where_and_what(problem: Problem) -> str:
     return str(replace(problem, hint=None))
 
 
-@dataclass(frozen=True, slots=True)
-class _Program:
-    """One thing that may be started."""
-
-    who: str
-    program: str
-    cwd: str
-    user: str | None
-    env_file: str | None
-    env: Mapping[str, str]
-
-
 def check_programs(spec: Spec, environment: Mapping[str, str]) -> tuple[Check, ...]:
     """Whether everything that may be started can be: its program, folder, user and env_file.
 
     `environment`: what a daemon with the same surroundings as this process would hand down.
     """
     programs = tuple(_programs(spec))
-    concerned: dict[tuple[str, str | None], list[str]] = {}
-    for program in programs:
-        for problem in _missing(program, environment):
-            concerned.setdefault(problem, []).append(program.who)
-    found = [Check("programs", "error", f"{', '.join(who)}: {what}", hint) for (what, hint), who in concerned.items()]
-    for path in sorted({p.env_file for p in programs if p.env_file is not None}):
+    concerned: dict[Obstacle, list[str]] = {}
+    for name, program in programs:
+        for obstacle in obstacles(program, environment):
+            concerned.setdefault(obstacle, []).append(name)
+    found = [Check("programs", "error", f"{', '.join(who)}: {o.message}", o.hint) for o, who in concerned.items()]
+    for path in sorted({p.env_file for _, p in programs if p.env_file is not None}):
         with suppress(OSError):  # told above
             if Path(path).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
                 message = f"{path} is for secrets, and others may read it"
                 found.append(Check("programs", "warning", message, f"chmod 600 {path}"))
-    rooted = sum(program.user is None for program in programs)
+    rooted = sum(program.user is None for _, program in programs)
     if os.geteuid() == 0 and rooted:
         hint = "name a `user:` for each, or run the daemon as another user"
         found.append(Check("programs", "warning", f"a daemon of root's would run {rooted} of them as root too", hint))
     return or_ok(found, "programs", f"{len(programs)} that may be started, all there")
 
 
-def _programs(spec: Spec) -> Iterator[_Program]:
+def _programs(spec: Spec) -> Iterator[tuple[str, Program]]:
     for one in all_endpoints(spec):
         if one.state != "stopped":
-            command = launch(one, gpu_indices=(), gpu_total_bytes=(), port=one.port)
-            yield _Program(one.name, command.argv[0], one.cwd, one.user, one.env_file, command.env)
+            yield one.name, program_of(one)
     for name, overlay in spec.overlays.items():
-        if (work := overlay.workload) is not None:
-            yield _Program(name, work.command[0], work.cwd, work.user, work.env_file, work.env)
-
-
-def _missing(one: _Program, environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
-    """What stands in the way of its start, and what to do."""
-    account: Account | None = None
-    secrets: Mapping[str, str] = {}
-    if one.user is not None:
-        try:
-            account = find_account(one.user)
-        except ActError as error:
-            yield error.message, error.hint
-        else:
-            if os.geteuid() not in (0, account.uid):
-                yield f"only root may run it as {one.user}", "run the daemon as root, or leave `user:` out"
-    if one.env_file is not None:
-        try:
-            secrets = read_env_file(one.env_file)
-        except ActError as error:
-            yield error.message, error.hint or "correct `env_file:`"
-    if not Path(one.cwd).is_dir():
-        yield f"the folder {one.cwd} is not there", "correct `cwd:`, or make it"
-    path = child_environment(environment, account=account, env_file=secrets, env=one.env).get("PATH", os.defpath)
-    if "/" in one.program:
-        if shutil.which(os.path.join(one.cwd, one.program)) is None:  # noqa: PTH118 - an absolute one stays as it is
-            yield f"{one.program} is not there, or may not be run", "correct the path"
-    elif shutil.which(one.program, path=path) is None:
-        hint = f"name it by its path (`executable:`), or put its folder on the daemon's PATH, now {path}"
-        yield f"{one.program} is not on PATH", hint
+        if overlay.workload is not None:
+            yield name, program_of(overlay.workload)
 
 
 def check_ports(spec: Spec, observed: Observed) -> tuple[Check, ...]:

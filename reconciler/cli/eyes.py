@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from reconciler.clock import SystemClock
@@ -51,7 +52,9 @@ def _open_driver(nvml: NvmlReader, state: StateDir) -> None:
 class Watching:
     """A daemon's eyes: an observer with a prober that keeps asking."""
 
-    def __init__(self, state: StateDir, wake: Callable[[], None]) -> None:
+    def __init__(self, state: StateDir, wake: Callable[[], None], environment: Mapping[str, str]) -> None:
+        """`environment`: of which a declared part is handed down to who is started."""
+        from reconciler.act.programs import not_startable
         from reconciler.observe.gpus import NvmlReader
         from reconciler.observe.prober import Prober
         from reconciler.observe.process import ProcessReader
@@ -62,7 +65,8 @@ class Watching:
         _open_driver(self._nvml, state)
         self._processes = ProcessReader(state, clock)
         self._prober = Prober(clock, wake, owns=self._processes.owns_listener)
-        self._observer = Observer(self._nvml, self._processes, self._prober, clock)
+        unstartable = partial(not_startable, environment=environment)
+        self._observer = Observer(self._nvml, self._processes, self._prober, clock, unstartable)
 
     def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
         """One look."""
@@ -104,8 +108,9 @@ class _AskedOnce:
         return self._answers
 
 
-def look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
+def look_once(state: StateDir, spec: Spec, ledger: Ledger, environment: Mapping[str, str]) -> Observed:
     """Observe without a daemon: every endpoint is asked once."""
+    from reconciler.act.programs import not_startable
     from reconciler.observe.gpus import NvmlReader
     from reconciler.observe.process import ProcessReader
     from reconciler.observe.snapshot import ObserveOptions, Observer
@@ -116,7 +121,8 @@ def look_once(state: StateDir, spec: Spec, ledger: Ledger) -> Observed:
         _open_driver(nvml, state)
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         probes = _AskedOnce(processes.owns_listener)
-        return Observer(nvml, processes, probes, clock).observe(spec, ObserveOptions(ready_before=ready))
+        unstartable = partial(not_startable, environment=environment)
+        return Observer(nvml, processes, probes, clock, unstartable).observe(spec, ObserveOptions(ready_before=ready))
     finally:
         processes.close()
         nvml.close()

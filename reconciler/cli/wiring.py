@@ -164,8 +164,8 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
         daemon: DaemonInfo | None = decode(DaemonInfo, answer["daemon"])
         notes = _elsewhere(answer.get("setpoints"), setpoints_path(options))
     else:
-        prepare_node(simulated_node(options), state)
-        observed, daemon, notes = look_once(state, spec, ledger), None, ()
+        environment = {**os.environ, **prepare_node(simulated_node(options), state)}
+        observed, daemon, notes = look_once(state, spec, ledger, environment), None, ()
     now = SystemClock().now()
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
@@ -270,7 +270,7 @@ def daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) ->
                     specs=SpecKeeper(path, remembered.files if remembered else {}, transform=transform),
                     actor=actor,
                     engines=EngineActor(clock),
-                    eyes=lambda wake: Watching(state, wake),
+                    eyes=lambda wake: Watching(state, wake, {**os.environ, **simulated}),
                     inherited=dict(os.environ),
                     simulated=simulated,
                     pid=os.getpid(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from reconciler.observe.gpus import NvmlReader
 from reconciler.observe.nvml import CACHED, ReadOptions
 from reconciler.observe.probe import ProbeTarget
 from reconciler.observe.process import ProcessReader
-from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe
+from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, Obstacle, PortHolder, Probe
 from reconciler.spec.profiles import LOG_TAIL_BYTES
 from reconciler.spec.spec import EndpointSpec, Spec
 
@@ -55,7 +55,16 @@ USUAL = ObserveOptions()
 class Observer:
     """Puts the readers together. One thread at a time."""
 
-    def __init__(self, nvml: NvmlReader, processes: ProcessReader, prober: Probes, clock: Clock) -> None:
+    def __init__(
+        self,
+        nvml: NvmlReader,
+        processes: ProcessReader,
+        prober: Probes,
+        clock: Clock,
+        obstacles: Callable[[Spec, tuple[Incarnation, ...]], Mapping[str, Obstacle]] = lambda _spec, _running: {},
+    ) -> None:
+        """`obstacles`: what is certain to keep something from being started (`act.programs.not_startable`)."""
+        self._obstacles = obstacles
         self._nvml = nvml
         self._processes = processes
         self._prober = prober
@@ -92,6 +101,7 @@ class Observer:
             gpus_known=readings.known,
             gpus_detail=readings.detail,
             host_available_bytes=host_available(),
+            obstacles=self._obstacles(spec, incarnations),
         )
 
     def _reading(self, options: ObserveOptions, incarnations: Iterable[Incarnation]) -> ReadOptions:

@@ -10,6 +10,7 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Verdict
 from reconciler.plan.asking import (
     can_stop,
+    cannot_start,
     consents_of,
     no_provider,
     no_such_gpu,
@@ -166,6 +167,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         2. it sets aside an endpoint that is not preemptible         → NotPreemptible, or GpuUnknown
            or cannot be stopped now
         3. another overlay has its own version of an endpoint it sets → SetByAnother
+           or what it would start is not there to be started          → CannotStart
         4. nothing that has a place, or finds one, can provide what   → NoProvider
            it requires
         5. a port that its endpoints need is not free for them       → PortInUse
@@ -261,7 +263,7 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
         steps = [draft.steps[n] for n in rivals]
         ends = [predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in steps if s.spec is not None]
         return Blocked(subject, "SetByAnother", message, (), max(ends, default=None), transient=True)  # 3
-    return None
+    return cannot_start(draft, overlay)  # 3
 
 
 def _stopping(draft: Draft, overlay: OverlaySpec) -> frozenset[str]:

@@ -34,8 +34,8 @@ def running(overlay: OverlaySpec) -> list[EndpointSpec]:
 def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
     """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs.
 
-    Who is wanted and has no place provides nothing: victims would wait for it in vain. With `placeless` it counts, and
-    so does who is set aside by another overlay now.
+    Who is wanted and has no place, or cannot be started, provides nothing: victims would wait for it in vain. With
+    `placeless` it counts, and so does who is set aside by another overlay now.
     """
     options: list[list[Need]] = []
     for capability in overlay.requires:
@@ -54,6 +54,8 @@ def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = Fa
         taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
         able = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
         standby = [e for e in able if draft.records[e.name].failed is None]
+        if not placeless:
+            standby = [e for e in standby if e.process_hash not in draft.situation.observed.obstacles]
         needs = [own_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
         options.append([n for n in needs if n is not None])
     for choice in product(*options):
@@ -105,6 +107,26 @@ def can_stop(draft: Draft, name: str) -> bool:
     return standing.current is not None and standing.state != "unknown" and draft.situation.sees(standing.current.gpus)
 
 
+def cannot_start(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
+    """That its work, or an endpoint that it sets, cannot be started as it is: nobody gives way for it.
+
+    None: nothing is known that would keep them from it.
+    """
+    obstacles = draft.situation.observed.obstacles
+    found = obstacles.get(overlay.placement_hash) if overlay.workload is not None else None
+    told = [f"its work cannot be started: {found.message}"] if found is not None else []
+    hints = [found.hint] if found is not None else []
+    for endpoint in running(overlay):
+        current, found = draft.standings[endpoint.name].current, obstacles.get(endpoint.process_hash)
+        if found is not None and (current is None or current.process_hash != endpoint.process_hash):
+            told.append(f"{endpoint.name} cannot be started: {found.message}")
+            hints.append(found.hint)
+    if not told:
+        return None
+    ways = tuple(dict.fromkeys(hint for hint in hints if hint is not None))
+    return Blocked(Subject("workload", overlay.name), "CannotStart", "; ".join(told), ways)
+
+
 def no_such_gpu(overlay: OverlaySpec) -> Blocked:
     """That what an overlay asks for is pinned to a GPU that this node does not have."""
     message = "it is pinned to a GPU that this node does not have"
@@ -135,14 +157,20 @@ def no_provider(draft: Draft, overlay: OverlaySpec, slot: float | None = None) -
     def offers(endpoint: EndpointSpec | None) -> bool:
         return endpoint is not None and not set(overlay.requires).isdisjoint(endpoint.capabilities)
 
-    spare = {
-        n: e for n, e in draft.situation.spec.endpoints.items() if e.state == "standby" and draft.records[n].failed
-    }
-    for name in sorted(n for n, e in {**spare, **draft.wanted}.items() if offers(e)):
+    endpoints, obstacles = draft.situation.spec.endpoints, draft.situation.observed.obstacles
+    standby = {n: e for n, e in endpoints.items() if e.state == "standby" and n not in draft.wanted}
+    spare = {n: e for n, e in standby.items() if draft.records[n].failed or e.process_hash in obstacles}
+    for name, endpoint in sorted({**spare, **draft.wanted}.items()):
+        if not offers(endpoint):
+            continue
         blocked = draft.blocked.get(Subject("endpoint", name))
         if draft.records[name].failed is not None:
             why.append(f"{name} (failed)")
             hints.append(f"`reconciler reset {name}`")
+        elif name in spare:
+            obstacle = obstacles[endpoint.process_hash]
+            why.append(f"{name} (it cannot be started: {obstacle.message})")
+            hints += [obstacle.hint] if obstacle.hint is not None else []
         elif not draft.has_place(name):
             why.append(f"{name} ({blocked.reason})" if blocked is not None else name)
             back.append(blocked.earliest_start if blocked is not None else None)

@@ -43,6 +43,12 @@ def carry_out(
     Returns:
         Those that leave for a new place, and those that leave without one.
     """
+    waiting = {e.name: blocked for e in edited if (blocked := _not_startable(draft, e)) is not None}
+    for endpoint in edited:
+        if endpoint.name in waiting:
+            seat_running(draft, draft.board, endpoint.name, endpoint)
+            draft.block(waiting[endpoint.name])
+    edited = [e for e in edited if e.name not in waiting]
     if not edited:
         return [], []
     base = draft.board.without(())
@@ -69,6 +75,20 @@ def carry_out(
             message = "its edit waits: the new version has no place yet, so the running one stays"
             draft.block(Blocked(current.subject, "EditWaits", message, transient=True))
     return going, given_up
+
+
+def _not_startable(draft: Draft, endpoint: EndpointSpec) -> Blocked | None:
+    """That an edit waits since its new version cannot be started, where the edit is all that it would be ended for."""
+    current, record = draft.standings[endpoint.name].current, draft.records[endpoint.name]
+    if current is None or current.process_hash == endpoint.process_hash:
+        return None
+    if endpoint.name in draft.owners or record.evicted_by is not None or draft.evicted_from(endpoint.name):
+        return None
+    obstacle = draft.situation.observed.obstacles.get(endpoint.process_hash)
+    if obstacle is None:
+        return None
+    message = f"its edit waits: the new version cannot be started ({obstacle.message}), so the running one stays"
+    return Blocked(current.subject, "EditWaits", message, (obstacle.hint,) if obstacle.hint is not None else ())
 
 
 def _new_places(

@@ -172,6 +172,15 @@ class PortHolder:
 
 
 @dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What is certain to keep something from being started: its program, folder, user or env_file."""
+
+    message: str
+    hint: str | None
+    """What to do."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """One look at the box."""
 
@@ -192,3 +201,6 @@ class Observed:
     gpus_detail: str = ""
     host_available_bytes: int | None = None
     """Host memory that can be had without swapping; None: it could not be read."""
+    obstacles: Mapping[str, Obstacle] = field(default_factory=dict)
+    """By process_hash or placement_hash, of those for whose start somebody would have to end. Of others nothing is
+    known that would keep them from being started."""

@@ -198,6 +198,7 @@ def fingerprint(observed: Observed, situation: Situation) -> str:
         ),
         tuple((answer, _digest(sorted(who))) for answer, who in sorted(_answers(observed).items(), key=repr)),
         tuple((port, holder.pid) for port, holder in sorted(observed.ports.items())),
+        tuple(sorted(observed.obstacles)),
         tuple((n, r.state, r.attempt) for n, r in sorted(situation.ledger.overlays.items())),
         tuple((x.overlay, x.gpu) for x in situation.ledger.leases),
         tuple(sorted(situation.ledger.quarantines)),

@@ -14,7 +14,7 @@ from math import inf
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
-from reconciler.plan.asking import no_provider, no_such_gpu, not_preemptible, own_needs
+from reconciler.plan.asking import cannot_start, no_provider, no_such_gpu, not_preemptible, own_needs
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.observed import Subject
@@ -74,6 +74,8 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
         if firm is not None:
             draft.block(firm)  # 3
             continue
+        if start <= draft.now.wall and cannot_start(draft, overlay) is not None:
+            continue  # told when it is its turn: nobody waits for it once its time has come
         refusal: Refusal | None = None
         for surely in (True, False):  # a place that nobody holds by then whatever happens, else one that is foreseen
             off = keeping_off(ahead_of(draft, overlay, start, away=surely))

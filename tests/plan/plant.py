@@ -16,7 +16,17 @@ from reconciler.clock import Instant
 from reconciler.plan.actions import WAITS, Action, Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
-from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, PortHolder, Probe, StopProgress, Subject
+from reconciler.plan.observed import (
+    Gpu,
+    GpuProcess,
+    Incarnation,
+    Observed,
+    Obstacle,
+    PortHolder,
+    Probe,
+    StopProgress,
+    Subject,
+)
 from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import Spec
@@ -89,6 +99,8 @@ class Plant:
     answered: list[Action] = field(default_factory=list)
     """Calls that returned, until somebody takes them."""
     host_bytes: int | None = 256 * GIB
+    obstacles: dict[str, Obstacle] = field(default_factory=dict)
+    """By process_hash or placement_hash: what cannot be started."""
 
     # ------------------------------------------------------------ looking
 
@@ -97,7 +109,10 @@ class Plant:
         gpus = tuple(self._gpu(index) for index in range(len(self.totals)))
         found = tuple(sorted(self.incarnations, key=lambda i: (i.subject, i.started.wall, i.id)))
         probes = {i.id: self._probe(i) for i in found if i.phase == "running" and i.port is not None}
-        return Observed(self.now, "boot", gpus, found, probes, dict(self.ports), host_available_bytes=self.host_bytes)
+        return Observed(
+            self.now, "boot", gpus, found, probes, dict(self.ports),
+            host_available_bytes=self.host_bytes, obstacles=dict(self.obstacles),
+        )  # fmt: skip
 
     def _gpu(self, index: int) -> Gpu:
         here = [
