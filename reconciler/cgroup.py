@@ -39,6 +39,8 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
+    """One line of /proc/PID/mountinfo."""
+
     device: int
     root: str
     """Path of the group that is mounted, as in /proc/PID/cgroup."""

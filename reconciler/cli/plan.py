@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reconciler.cli import converging, wiring
+from reconciler.cli import wiring
 from reconciler.cli.arguments import INTERRUPTED, group
 from reconciler.cli.face import Face
-from reconciler.cli.saved_plan import read_saved, refuse_if_stale, save
 from reconciler.cli.values import TIME_HELP, Moment, Seconds
-from reconciler.plan.actions import Plan
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
-from reconciler.plan.status import problem_data
 from reconciler.units import counted
+
+if TYPE_CHECKING:
+    from reconciler.cli.converging import Outcome
+    from reconciler.plan.actions import Plan
 
 CHANGES_PENDING = 2
 
@@ -41,6 +42,7 @@ def validate(
     Example: reconciler validate overlays/render.yaml
     """
     from reconciler.cli.checking import check_files
+    from reconciler.plan.status import problem_data
 
     face = Face.of(ctx)
     found = check_files(face.options, tuple(files or ()))
@@ -89,6 +91,8 @@ def plan(
     seen = wiring.look(face.options, at=None if at is None else at.wall)
     _tell_notes(face, seen)
     if out is not None:
+        from reconciler.cli.saved_plan import save
+
         save(out, seen.plan, seen.observed)
     if face.is_json:
         face.answer(plan_data(seen.plan, seen.observed))
@@ -119,7 +123,9 @@ def apply(
 
     Example: reconciler apply --yes --timeout 10m
     """
-    from reconciler.cli.progress import Progress  # tables and spinners, which `plan` does without
+    from reconciler.cli.converging import converge
+    from reconciler.cli.progress import Progress
+    from reconciler.cli.saved_plan import read_saved, refuse_if_stale
 
     face = Face.of(ctx)
     if file is not None or (face.asks and not yes):
@@ -133,13 +139,11 @@ def apply(
                 face.confirm("Carry this out?", yes=yes)
     face.warn_of_root()
     with Progress(face) as progress:
-        done = converging.converge(
-            face.options, "apply", timeout_s=timeout.value if timeout else None, progress=progress.show
-        )
+        done = converge(face.options, "apply", timeout_s=timeout.value if timeout else None, progress=progress.show)
     return finish(face, done)
 
 
-def finish(face: Face, done: converging.Outcome) -> int:
+def finish(face: Face, done: Outcome) -> int:
     """Tell how a convergence ended; its exit code."""
     if face.is_json:
         face.answer({"ok": done.ok, "message": done.message, "plan": plan_data(done.plan, done.observed)})

@@ -83,6 +83,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class _Rule(Generic[T]):
+    """One row of a table: the first that holds names the incident, or explains why there is none."""
+
     holds: Callable[[T], bool]
     kind: IncidentKind | None
     """None: explained."""

@@ -82,6 +82,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Codec:
+    """From a value to what `json` writes, and back."""
+
     encode: Callable[[Any], Any]
     decode: Callable[[Any], Any]
 

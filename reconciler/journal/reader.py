@@ -8,15 +8,17 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from reconciler.errors import StateError
 from reconciler.health.incident import Incident
 from reconciler.journal import database
 from reconciler.journal.codec import DecodeError, decode
-from reconciler.journal.decisions import Decision, unpacked
 from reconciler.journal.timings import Measure
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Lease, Ledger, OverlayRecord, Quarantine
+
+if TYPE_CHECKING:
+    from reconciler.journal.decisions import Decision
 
 T = TypeVar("T")
 
@@ -136,6 +138,8 @@ class JournalReader:
         Raises:
             StateError: it was written by a program whose values looked otherwise, or is damaged.
         """
+        from reconciler.journal.decisions import Decision, unpacked  # a replay alone asks
+
         if not list(self._select("SELECT 1 FROM sqlite_master WHERE name = 'decisions'")):
             return None  # an older journal, which no daemon of this version has opened yet
         which = "ORDER BY id DESC LIMIT 1" if number is None else "WHERE id = :number"

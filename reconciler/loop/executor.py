@@ -27,6 +27,8 @@ Key = tuple[str, str]
 
 @dataclass(slots=True)
 class _Failure:
+    """How often an action has failed in a row, and until when it is let be."""
+
     count: int
     not_before: float
     """Monotonic seconds."""

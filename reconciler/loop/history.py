@@ -22,6 +22,8 @@ _NAP_MEASURES: Mapping[int, tuple[Measure, Measure]] = {1: ("sleep1", "wake1"), 
 
 @dataclass(slots=True)
 class _Learnt:
+    """What history foretells of one endpoint, in seconds; None: it has none yet."""
+
     load_s: float | None = None
     drain_s: float | None = None
     stop_s: float | None = None

@@ -7,6 +7,7 @@ knows of deadlines, threads, or what was seen before: that is `gpus`.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ TRAITS_MAX_AGE_S = 60.0
 """Row remaps and retired pages change on a GPU reset or a memory fault: once a minute is soon enough."""
 INIT_RETRY_S = 5.0
 """Least time between two attempts to initialise a driver that was not there: each may run nvidia-modprobe."""
+INIT_TRIES = 3
+INIT_PAUSE_S = 0.1
 SIMULATE_HINT = "on a box without NVIDIA GPUs, try it on a simulated node: --simulate 4x80GiB"
 
 
@@ -124,18 +127,29 @@ class NvmlDriver:
         self._initialised = True
 
     def _init(self) -> None:
-        """Three tries, for a driver that is just being reloaded; a missing library or a newer driver will not mend."""
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
+        """Some tries, for a driver that is just being reloaded; a missing library or a newer driver will not mend."""
+        try:
+            self._nv.nvmlInit()
+        except self._nv.NVMLError as error:
+            if not self._may_mend(error):
+                raise
+        else:
+            return
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed  # 8 ms, hardly ever needed
 
-        nv = self._nv
-        terminal = (nv.NVML_ERROR_LIBRARY_NOT_FOUND, nv.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+        time.sleep(INIT_PAUSE_S)  # the driver's own thread
         retrying = Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, nv.NVMLError) and e.value not in terminal),
-            stop=stop_after_attempt(3),
-            wait=wait_fixed(0.1),
+            retry=retry_if_exception(self._may_mend),
+            stop=stop_after_attempt(INIT_TRIES - 1),
+            wait=wait_fixed(INIT_PAUSE_S),
             reraise=True,
         )
-        retrying(nv.nvmlInit)
+        retrying(self._nv.nvmlInit)
+
+    def _may_mend(self, error: BaseException) -> bool:
+        nv = self._nv
+        terminal = (nv.NVML_ERROR_LIBRARY_NOT_FOUND, nv.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+        return isinstance(error, nv.NVMLError) and error.value not in terminal
 
     def close(self) -> None:
         """Give NVML back; that the driver is gone is no error."""

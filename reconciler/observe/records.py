@@ -17,6 +17,8 @@ clock, and would show the same time: it is read once more."""
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
+    """The records of one folder, as of the time that it shows."""
+
     records: Records
     changed_ns: int
     settled: bool

@@ -23,6 +23,8 @@ class StillHanging(Exception):  # noqa: N818 - a state of the world; never leave
 
 @dataclass(slots=True)
 class _Job(Generic[T]):
+    """One call, and what came of it."""
+
     work: Callable[[], T]
     began: Instant
     done: threading.Event = field(default_factory=threading.Event)

@@ -46,6 +46,8 @@ Signal = Literal["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 class Model(BaseModel):
     """What all parts of the files share. Building is deferred to the first file read: importing stays cheap.
 
+    A part that is left out is constructed, not validated: defaults are sound, and its class need not be built for that.
+
     What stands under a field is its description; `spec.schema` reads it there. Rejected: `use_attribute_docstrings`,
     with which every command that reads a file parses the source of these modules, 20 ms at each start.
     """
@@ -151,7 +153,7 @@ class EndpointModel(Model):
     """Whether it may be restarted on other GPUs to make room for an overlay of higher priority that may evict, or for
     an endpoint of higher priority without a place. Needs a count of GPUs, and the extra `solver`: without that, what
     runs is not moved."""
-    evict: EvictModel = Field(default_factory=EvictModel)
+    evict: EvictModel = Field(default_factory=EvictModel.model_construct)
     """How it gives way."""
     args: Words = ()
     """Appended to the engine's command line."""
@@ -165,13 +167,13 @@ class EndpointModel(Model):
     """Working directory, relative to this file. Default: the folder of this file."""
     user: Text | None = None
     """User that it runs as, which only root may choose. Default: the one who runs reconciler."""
-    health: HealthModel = Field(default_factory=HealthModel)
+    health: HealthModel = Field(default_factory=HealthModel.model_construct)
     """How it is asked whether it is ready."""
-    stop: StopModel = Field(default_factory=StopModel)
+    stop: StopModel = Field(default_factory=StopModel.model_construct)
     """How it is asked to end."""
-    restart: RestartModel = Field(default_factory=RestartModel)
+    restart: RestartModel = Field(default_factory=RestartModel.model_construct)
     """What happens when it ends by itself."""
-    logs: LogsModel = Field(default_factory=LogsModel)
+    logs: LogsModel = Field(default_factory=LogsModel.model_construct)
     """How much of its output is kept."""
 
 
@@ -350,15 +352,15 @@ class SetpointsModel(Model):
 
     version: Version
     """Version of this format."""
-    node: NodeModel = Field(default_factory=NodeModel)
+    node: NodeModel = Field(default_factory=NodeModel.model_construct)
     """The box itself."""
     priorities: Annotated[dict[str, PriorityNumber], Empty] = Field(default_factory=dict)
     """Names usable wherever a priority stands."""
     capabilities: Annotated[dict[str, CapabilityModel], Empty] = Field(default_factory=dict)
     """Floors of what endpoints offer."""
-    defaults: EndpointModel = Field(default_factory=EndpointModel)
+    defaults: EndpointModel = Field(default_factory=EndpointModel.model_construct)
     """Fields that every endpoint has unless it says otherwise."""
-    policy: PolicyModel = Field(default_factory=PolicyModel)
+    policy: PolicyModel = Field(default_factory=PolicyModel.model_construct)
     """Brakes against thrashing; the defaults suit most boxes."""
     overlays: Text = "overlays/"
     """Folder of overlay files, relative to this file."""

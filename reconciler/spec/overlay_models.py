@@ -66,9 +66,9 @@ class WorkloadModel(Model):
     """How often it is tried again after a failure, while time remains."""
     preemptible: Flag = False
     """Whether a higher overlay may end it."""
-    stop: StopModel = Field(default_factory=StopModel)
+    stop: StopModel = Field(default_factory=StopModel.model_construct)
     """How it is asked to end."""
-    logs: LogsModel = Field(default_factory=LogsModel)
+    logs: LogsModel = Field(default_factory=LogsModel.model_construct)
     """How much of its output is kept."""
 
 

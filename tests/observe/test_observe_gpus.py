@@ -305,6 +305,29 @@ def test_a_missing_driver_is_not_asked_for_again_at_every_read(library, gpu, rea
     assert made.called.count("nvmlInitWithFlags") == 3  # the tries of the first read
 
 
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_driver_that_is_just_being_reloaded_is_asked_until_it_is_there(library, gpu, reader, refusals):
+    made = library(gpu("GPU-a"))
+    made.codes["nvmlInitWithFlags"] = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+
+    def load_in_time() -> None:
+        if made.called.count("nvmlInitWithFlags") > refusals:
+            made.codes.clear()
+
+    made.before["nvmlInitWithFlags"] = load_in_time
+    reader.open()
+    assert made.called.count("nvmlInitWithFlags") == refusals + 1
+
+
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH])
+def test_what_no_wait_mends_is_tried_once(library, gpu, reader, code):
+    made = library(gpu("GPU-a"))
+    made.codes["nvmlInitWithFlags"] = code
+    with pytest.raises(DriverError):
+        reader.open()
+    assert made.called.count("nvmlInitWithFlags") == 1
+
+
 def test_handles_that_all_fail_after_a_reload_lead_to_one_new_initialisation(library, gpu, reader):
     made = library(gpu("GPU-a"), gpu("GPU-b"))
     assert reader.read(FRESH).known
