@@ -30,7 +30,7 @@ from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
 from reconciler.plan.observed import Subject
 from reconciler.spec.secrecy import redacted
-from reconciler.spec.spec import Logs, Stop
+from reconciler.spec.spec import Logs, Questions, Stop
 
 _LOCK_S = 1.0
 """How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
@@ -68,6 +68,8 @@ class Launch:
     """Kept of its output, a quarter more at times."""
     stop: Stop | None = None
     """How its file has it stopped; None: not said."""
+    questions: Questions | None = None
+    """What it is asked; None: it is no server."""
 
 
 class ProcessActor:
@@ -199,6 +201,7 @@ class ProcessActor:
             boot_id=self._boot_id,
             group=group,
             stop_settings=launch.stop,
+            questions=launch.questions,
         )
 
     def _spawn_shim(self, lock: int, order: bytes) -> int:

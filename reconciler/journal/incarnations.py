@@ -35,7 +35,7 @@ from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
 from reconciler.journal.layout import StateDir, is_locked
 from reconciler.plan.observed import Subject, SubjectKind
-from reconciler.spec.spec import Stop
+from reconciler.spec.spec import Questions, Stop
 from reconciler.units import counted
 
 __all__ = [
@@ -83,6 +83,8 @@ class Intent:
     none could be had. That it is there says nothing, nor that it is not."""
     stop_settings: Stop | None = None
     """How its file had it stopped, for when that is gone; None: not recorded."""
+    questions: Questions | None = None
+    """What its server is asked, in the same way; None: it is none."""
 
     @property
     def subject(self) -> Subject:

@@ -12,7 +12,7 @@ from reconciler.journal.incarnations import new_id
 from reconciler.plan.actions import Action
 from reconciler.plan.observed import Observed
 from reconciler.spec.engines import capability_variable, endpoint_url, gpu_environment, launch
-from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
+from reconciler.spec.spec import EndpointSpec, OverlaySpec, Questions, Spec
 
 
 def launch_of(
@@ -39,6 +39,7 @@ def launch_of(
         command = launch(endpoint, gpu_indices=indices, gpu_total_bytes=totals, port=endpoint.port)
         argv, own, port = command.argv, dict(command.env), endpoint.port
         env_file, cwd, user, logs, stop = endpoint.env_file, endpoint.cwd, endpoint.user, endpoint.logs, endpoint.stop
+        questions: Questions | None = endpoint.questions
     else:
         overlay = spec.overlays.get(action.subject.name)
         if overlay is None or overlay.workload is None:
@@ -48,6 +49,7 @@ def launch_of(
         own["RECONCILER_GPUS"] = ",".join(map(str, indices))
         work = overlay.workload
         env_file, cwd, user, logs, stop = work.env_file, work.cwd, work.user, work.logs, work.stop
+        questions = None
     secrets = read_env_file(env_file) if env_file is not None else {}
     account = find_account(user) if user is not None else None
     marks = {**simulated, "RECONCILER_SUBJECT": action.subject.name}
@@ -66,6 +68,7 @@ def launch_of(
         account=account,
         log_bytes=logs.max_bytes,
         stop=stop,
+        questions=questions,
     )
 
 

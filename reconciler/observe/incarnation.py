@@ -221,6 +221,7 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         stop=StopProgress(stop.requested, stop.drained, stop.signalled) if isinstance(stop, StopRecord) else None,
         attempt=intent.attempt,
         stop_settings=intent.stop_settings,
+        questions=intent.questions,
         undying_since=records.undying.since if records.undying is not None else None,
     )
 

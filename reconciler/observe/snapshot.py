@@ -181,34 +181,34 @@ def probe_targets(
 
     Requests in flight are counted of those that drain: their stop was asked for, and neither the drain is over nor a
     signal was sent.
-    An endpoint that an overlay patches is asked as the version that this incarnation was started for. One that is in
-    no file any more is not asked: it is about to be stopped whatever it would say.
+    An endpoint that an overlay patches is asked as the version that this incarnation was started for; one that is in
+    no file any more as it was when it was started, which tells when its requests are done.
     """
     targets: dict[str, ProbeTarget] = {}
     for incarnation in incarnations:
         if incarnation.phase != "running" or incarnation.subject.kind != "endpoint" or incarnation.port is None:
             continue
-        endpoint = endpoint_of(spec, incarnation)
-        if endpoint is None:
+        endpoint, stop = endpoint_of(spec, incarnation), incarnation.stop
+        asked = endpoint.questions if endpoint is not None else incarnation.questions
+        if asked is None:
             continue
-        profile, stop = endpoint.profile, incarnation.stop
         targets[incarnation.id] = ProbeTarget(
             incarnation=incarnation.id,
             port=incarnation.port,
-            health_path=endpoint.health.path,
-            busy_metrics=profile.busy_metrics,
-            interval_s=endpoint.health.interval_s,
-            timeout_s=endpoint.health.timeout_s,
-            failures=endpoint.health.failures,
+            health_path=asked.health_path,
+            busy_metrics=asked.busy_metrics,
+            interval_s=asked.interval_s,
+            timeout_s=asked.timeout_s,
+            failures=asked.failures,
             starting=incarnation.id not in options.ready_before,
             busy=incarnation.id in options.draining
             or (stop is not None and not stop.drained and stop.signalled is None),
-            running_metrics=profile.running_metrics,
-            progress_metrics=profile.progress_metrics,
-            hung_s=endpoint.health.hung_s,
-            load_path=profile.load_path,
-            metrics_path=profile.metrics_path or "/metrics",
-            sleep_check=profile.sleep_check if endpoint.evict.method == "sleep" else None,
+            running_metrics=asked.running_metrics,
+            progress_metrics=asked.progress_metrics,
+            hung_s=asked.hung_s,
+            load_path=asked.load_path,
+            metrics_path=asked.metrics_path,
+            sleep_check=endpoint.profile.sleep_check if endpoint and endpoint.evict.method == "sleep" else None,
         )
     return targets
 

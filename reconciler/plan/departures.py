@@ -47,9 +47,10 @@ def draining(draft: Draft, incarnation: Incarnation, stop: Stop) -> Instant | No
         return None
     record = draft.records[incarnation.subject.name]
     known = draft.wanted.get(record.name) or draft.situation.spec.endpoints.get(record.name)
-    if known is None or not known.profile.busy_metrics or record.ready_incarnation != incarnation.id:
+    asked = known.questions if known is not None else incarnation.questions
+    if asked is None or not asked.busy_metrics or record.ready_incarnation != incarnation.id:
         return None
-    if probe is not None and (probe.sleeping or probe.frozen_s >= known.health.hung_s):
+    if probe is not None and (probe.sleeping or probe.frozen_s >= asked.hung_s):
         return None
     since = progress.requested if progress else draft.now
     until = since.plus(stop.drain_s)

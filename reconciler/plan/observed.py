@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from reconciler.clock import Instant
-from reconciler.spec.spec import Stop
+from reconciler.spec.spec import Questions, Stop
 
 SubjectKind = Literal["endpoint", "workload"]
 
@@ -118,6 +118,8 @@ class Incarnation:
     """When SIGKILL was sent that did not end it; None: it was not, or it ended at once."""
     stop_settings: Stop | None = None
     """How its file had it stopped when it was started, which counts once the file is gone; None: not recorded."""
+    questions: Questions | None = None
+    """What its server is asked, in the same way; None: it is none, or it was not recorded."""
 
     @property
     def alive(self) -> bool:

@@ -97,6 +97,23 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class Questions:
+    """What a server is asked over HTTP, and where; recorded with each start, for when no file speaks of it any more."""
+
+    health_path: str
+    interval_s: float
+    timeout_s: float
+    failures: int
+    hung_s: float
+    metrics_path: str
+    busy_metrics: tuple[str, ...]
+    """Their sum is the number of requests running and waiting; empty: it does not say."""
+    running_metrics: tuple[str, ...]
+    progress_metrics: tuple[str, ...]
+    load_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """How a process is asked to end."""
 
@@ -181,6 +198,16 @@ class EndpointSpec:
     def profile(self) -> EngineProfile:
         """What is known of its engine."""
         return self.own_profile or PROFILES[self.engine]
+
+    @property
+    def questions(self) -> Questions:
+        """What its server is asked."""
+        health, profile = self.health, self.profile
+        return Questions(
+            health.path, health.interval_s, health.timeout_s, health.failures, health.hung_s,
+            profile.metrics_path or "/metrics", profile.busy_metrics, profile.running_metrics,
+            profile.progress_metrics, profile.load_path,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- overlays

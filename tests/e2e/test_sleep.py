@@ -141,12 +141,15 @@ def test_a_nap_that_fails_costs_a_restart_and_nothing_else(sleepy: Box, fault: s
     assert gpu_used(sleepy) > 30 * GIB_MIB
 
 
-@pytest.mark.parametrize("method", ["sleep", "stop"])
-def test_requests_in_flight_are_answered_before_it_gives_way_and_none_is_lost(sleepy: Box, method: str) -> None:
-    """One that sleeps would answer only once it wakes up; one that stops would cut off what it is at."""
+@pytest.mark.parametrize("way", ["sleep", "stop", "removal"])
+def test_requests_in_flight_are_answered_before_it_leaves_and_none_is_lost(sleepy: Box, way: str) -> None:
+    """One that sleeps would answer only once it wakes up; one that stops would cut off what it is at, also if no file
+    says any more what it is asked.
+    """
     ask_spec = sleepy.spec["endpoints"]["ask"]
     ask_spec["stop"]["drain"] = "30s"
-    ask_spec["evict"]["method"] = method
+    ask_spec["evict"]["method"] = "sleep" if way == "sleep" else "stop"
+    sleepy.spec["endpoints"]["other"] = {"engine": "custom", "command": ["true"], "gpus": 0, "state": "stopped"}
     ask_spec["args"] = ["--shutdown-timeout", "0"]  # else the engine finishes them by itself after the signal
     sleepy.write()
     sleepy.start()
@@ -162,12 +165,17 @@ def test_requests_in_flight_are_answered_before_it_gives_way_and_none_is_lost(sl
     for one in asking:
         one.start()
     wait_for(lambda: running(port) == 3, "three requests are being worked on")
-    sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
-    sleepy.wait_overlay("render", "active")
+    if way == "removal":
+        del sleepy.spec["endpoints"]["ask"]
+        sleepy.write()
+        wait_for(lambda: "act.stop" in said(sleepy), "what was taken out of the set points is stopped")
+    else:
+        sleepy.overlay("render", gpus=[0], memory="70GiB", gib=70)
+        sleepy.wait_overlay("render", "active")
     for one in asking:
         one.join(60)
     assert answered == [(200, "length")] * 3
-    assert f"act.{method}" in said(sleepy)
+    assert f"act.{'sleep' if way == 'sleep' else 'stop'}" in said(sleepy)
 
 
 def running(port: int) -> float:

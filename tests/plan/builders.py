@@ -207,6 +207,7 @@ def incarnation(
         port=of.port if isinstance(of, EndpointSpec) else None,
         started=started,
         phase=phase,
+        questions=of.questions if isinstance(of, EndpointSpec) else None,
         **{**default, **fields},
     )
 

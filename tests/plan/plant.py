@@ -29,7 +29,7 @@ from reconciler.plan.observed import (
 )
 from reconciler.plan.planner import plan
 from reconciler.plan.situation import Situation
-from reconciler.spec.spec import Spec
+from reconciler.spec.spec import Questions, Spec
 from reconciler.units import GIB
 
 
@@ -194,7 +194,7 @@ class Plant:
                 id=name, subject=action.subject, process_hash=action.process_hash, gpus=action.gpus,
                 memory_bytes=action.memory_bytes, exclusive=action.exclusive, port=port, started=self.now,
                 phase="running", pid=10_000 + self.serial, strays=(), exit_code=None, exited=None,
-                attempt=action.attempt,
+                attempt=action.attempt, questions=self._questions_of.get(action.subject.name),
             )
         )  # fmt: skip
         behaviour = self.behaviour
@@ -214,6 +214,7 @@ class Plant:
         return True
 
     _port_of: dict[str, int] = field(default_factory=dict)
+    _questions_of: dict[str, Questions] = field(default_factory=dict)
 
     def _ask_to_stop(self, action: Action, *, signal: bool) -> bool:
         target = next((i for i in self.incarnations if i.id == action.incarnation), None)
@@ -288,6 +289,7 @@ class Run:
         """The plan for this moment."""
         known = [*self.spec.endpoints.values(), *(e for o in self.spec.overlays.values() for e in o.endpoints.values())]
         self.plant._port_of = {e.name: e.port for e in known if e.port is not None}
+        self.plant._questions_of |= {e.name: e.questions for e in known}
         return plan(self.spec, self.plant.observe(), self.ledger, self.plant.now)
 
     def step(self) -> tuple[Plan, bool]:
