@@ -6,13 +6,16 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from reconciler import boottime
+
 
 @dataclass(frozen=True, slots=True)
 class Instant:
     """One moment on both clocks.
 
     Windows (start, deadline, cron) are compared on `wall`; durations, grace and back-off on `mono`. `mono` is
-    CLOCK_BOOTTIME, so it means the same to every process of one boot and counts while the box is suspended.
+    CLOCK_BOOTTIME without the offset of a time namespace, so it means the same to every process of one boot and counts
+    while the box is suspended.
     """
 
     wall: float
@@ -46,7 +49,7 @@ class SystemClock:
 
     def now(self) -> Instant:
         """Wall clock and CLOCK_BOOTTIME, read together."""
-        return Instant(time.time(), time.clock_gettime(time.CLOCK_BOOTTIME))
+        return Instant(time.time(), boottime.now_s())
 
     async def sleep(self, seconds: float) -> None:
         """Wait on the event loop."""

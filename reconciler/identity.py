@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from reconciler import boottime
+
 _STAT_BYTES = 4096
 """/proc/PID/stat is one line of some 300; the kernel gives all of it to one read that has room for it."""
 
@@ -28,7 +30,7 @@ class ProcStat:
     group_id: int
     session_id: int
     start_ticks: int
-    """Clock ticks after boot at which the process started."""
+    """Clock ticks after boot at which the process started, in whatever time namespace it is looked at."""
 
     @property
     def gone(self) -> bool:
@@ -60,7 +62,8 @@ def read_stat(pid: int) -> ProcStat | None:
         return None
     # the command stands in parentheses and may itself hold ") ": fields are counted after the last one
     fields = line[line.rindex(b")") + 2 :].split()
-    return ProcStat(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+    started = boottime.ticks_after_boot(int(fields[19]))
+    return ProcStat(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), started)
 
 
 def is_alive(pid: int, start_ticks: int) -> bool:

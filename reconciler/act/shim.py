@@ -62,6 +62,8 @@ _WAKERS = (_signal.SIGCHLD, _signal.SIGIO)
 _FLOOD, _LEAST_PAUSE_S, _MOST_PAUSE_S = 1 << 30, 0.01, 0.05
 _SILENT_LOOK_S = 4.0  # where nothing tells of writes, and nothing is written
 _libc, _libc_with_gil = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None, use_errno=True)
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+_offset_ns: int | None = None
 _TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
 
 
@@ -73,6 +75,7 @@ def main() -> int:
     ignore_polite_signals()
     set_process(_PR_SET_PDEATHSIG, _signal.SIGCONT)  # stopped, it would keep what it was handed for ever, locks as well
     name_process(b"reconciler-fork")
+    boottime_offset()
     gc.disable()
     gc.freeze()  # a collection would write to every object, and end the sharing of its page
     spare, calm_s = None, _CALM_S
@@ -505,15 +508,35 @@ def write_record(folder_fd: int, name: str, text: str, *, durable: bool) -> None
 
 def now() -> str:
     """This moment on both clocks, as JSON."""
-    return f'{{"mono":{time.clock_gettime(time.CLOCK_BOOTTIME)!r},"wall":{time.time()!r}}}'
+    mono = time.clock_gettime(time.CLOCK_BOOTTIME) - boottime_offset() / 1e9
+    return f'{{"mono":{mono!r},"wall":{time.time()!r}}}'
+
+
+def boottime_offset() -> int:
+    """Nanoseconds by which this time namespace is off: what is recorded is without that, as `boottime` has it."""
+    global _offset_ns  # noqa: PLW0603 - read once, by the server, for all of its shims
+    if _offset_ns is None:
+        _offset_ns = 0
+        try:
+            with open("/proc/self/timens_offsets", "rb") as file:
+                lines = [line.split() for line in file]
+        except FileNotFoundError:  # a kernel without time namespaces
+            return 0
+        for fields in lines:
+            if fields[0] in (b"boottime", b"7"):
+                _offset_ns = int(fields[1]) * 1_000_000_000 + int(fields[2])
+    return _offset_ns
 
 
 def start_ticks(pid: int) -> int:
-    """Field 22 of /proc/PID/stat, counted after the last parenthesis."""
+    """Field 22 of /proc/PID/stat, counted after the last parenthesis, in ticks after the boot."""
     fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     line = os.read(fd, 4096)
     os.close(fd)
-    return int(line[line.rindex(b")") + 2 :].split()[19])
+    shown_ticks, (offset, rest) = int(line[line.rindex(b")") + 2 :].split()[19]), divmod(boottime_offset(), _TICK_NS)
+    if rest:
+        raise OSError(errno.ERANGE, "the offset of this time namespace is no whole number of clock ticks")
+    return shown_ticks - offset
 
 
 def pid_namespace() -> int:

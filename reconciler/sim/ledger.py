@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from reconciler import identity
+from reconciler import boottime, identity
 from reconciler.errors import ActError
 from reconciler.units import format_size
 
@@ -139,7 +139,7 @@ class Ledger:
         stat = identity.read_stat(os.getpid())
         if stat is None:  # pragma: no cover - the process that asks is there
             raise ActError("/proc does not show this process")
-        return stat.pid, stat.start_ticks
+        return stat.pid, stat.start_ticks + boottime.offset_ticks()
 
 
 def _read_size(path: Path) -> int | None:
@@ -151,7 +151,8 @@ def _read_size(path: Path) -> int | None:
 
 
 def _is_alive(pid: int, start_ticks: int) -> bool:
+    """`start_ticks` as /proc tells them: any program may have written them."""
     try:
-        return identity.is_alive(pid, start_ticks)
+        return identity.is_alive(pid, start_ticks - boottime.offset_ticks())
     except (OSError, ValueError):
         return True
