@@ -1,4 +1,4 @@
-"""Bytes, durations and counts: parsing what people write, printing what people read. Conversion happens here alone."""
+"""Bytes, durations, counts, years: parsing what people write, printing what they read. Conversion is done here only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _ISO_DURATION = re.compile(
     r"P(?:(\d+)W)?(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?", re.ASCII | re.IGNORECASE
 )
 _MAX_SECONDS = 100 * 366 * 86400.0  # a century: beyond it is a typing error, and float arithmetic stays exact
+
+FIRST_YEAR, LAST_YEAR = 1971, 2199
+"""Of moments to plan for: all that is reckoned from them has a date in every time zone, too."""
 
 DURATION_HELP = "units are ms, s, m, h, d, w: 30s, 5m, 2h, 1d12h (or ISO 8601: PT5M)"
 SIZE_HELP = "units are KiB, MiB, GiB, TiB, KB, MB, GB, TB: 20GiB, 512MiB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from reconciler.cli import wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
+from reconciler.cli.local_time import LOCAL
 from reconciler.cli.tables import clock
 from reconciler.errors import Problem, SpecError, UnknownName, UsageError
 from reconciler.health.assess import STABLE_S
@@ -67,14 +67,13 @@ def explain(
     if name is None:
         raise UsageError("explain whom?", hint="`reconciler explain NAME`, or `reconciler explain --replay last`")
     seen = wiring.look(face.options)
-    for note in seen.notes:
-        face.note(note)
     data = status_data(seen.spec, seen.observed, seen.plan, seen.incidents, seen.daemon, seen.spec.problems)
     with wiring.journal_reader(face.options) as journal:
         known = [incident_data(i) for i in journal.incidents(include_resolved=True)]
         kind, item = _find(data, known, name, seen.problems)
         subject = {"gpu": item.get("uuid"), "incident": item.get("subject")}.get(kind) or name
         past = journal.events(subject=subject, limit=EVENTS_SHOWN, newest=True)
+    face.tell_beside(seen)  # not of whom is asked about: that is the answer
     steps = [action for action in seen.plan.actions if _concerns(action, kind, subject, item)]
     trouble = [i for i in map(incident_data, seen.incidents) if i["subject"] == subject and i["id"] != item.get("id")]
     if face.is_json:
@@ -94,10 +93,8 @@ def explain(
         "incident": _tell_incident,
     }[kind]  # fmt: skip
     lines = [*tell(seen, item), *_tell_next(seen, steps, item), *_tell_trouble(trouble), *_tell_past(past)]
-    zone = datetime.now().astimezone().tzinfo
-    assert zone is not None  # noqa: S101 - astimezone() gives one
     for line in lines:
-        face.line(in_zone(line, zone))
+        face.line(in_zone(line, LOCAL))
     return 0
 
 

@@ -17,6 +17,8 @@ from reconciler.cli.wiring import Options
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from reconciler.cli.wiring import Look
+
 PIPE_WIDTH = 200
 """Columns of tables that no terminal shows: wide enough that nothing a script or a log needs is cut."""
 
@@ -77,6 +79,13 @@ class Face:
         """One line to stderr, as it is."""
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+    def tell_beside(self, seen: Look) -> None:
+        """What a look has to say beside its answer: each file that is wrong, once, and the notes."""
+        for problem in dict.fromkeys((*seen.spec.problems, *seen.problems)):
+            self.note(f"{problem}\n  (this file changes nothing until it is mended)")
+        for note in seen.notes:
+            self.note(note)
 
     def warn_of_root(self) -> None:
         """Where this process is root's, say whose everything will be that it starts."""

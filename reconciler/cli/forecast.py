@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +10,14 @@ import typer
 
 from reconciler.cli import wiring
 from reconciler.cli.arguments import group
-from reconciler.cli.face import Face
+from reconciler.cli.face import PIPE_WIDTH, Face
+from reconciler.cli.local_time import LOCAL
 from reconciler.cli.values import Seconds
 from reconciler.errors import ReconcilerError
 
 DEFAULT_SPAN = "24h"
+LEAST_COLUMNS, MOST_COLUMNS = 24, 72
+"""Of the picture in text, beside the eight that name the GPU: as many as the terminal has."""
 
 app = group()
 
@@ -41,20 +44,18 @@ def forecast(
 
     face = Face.of(ctx)
     seen = wiring.look(face.options)
-    for note in (*map(str, seen.spec.problems), *seen.notes):
-        face.note(note)
+    face.tell_beside(seen)
     seconds = (span or Seconds.parse(DEFAULT_SPAN)).value
     found = foresee(seen.spec, seen.observed, seen.ledger, seen.plan.now, seconds)
-    zone = datetime.now().astimezone().tzinfo
-    assert zone is not None  # noqa: S101 - astimezone() gives one
     if svg is not None:
         try:
-            svg.write_text(draw_forecast(found, zone), encoding="utf-8")
+            svg.write_text(draw_forecast(found, LOCAL), encoding="utf-8")
         except OSError as error:
             raise ReconcilerError(f"{svg}: cannot be written: {error.strerror}") from error
     if face.is_json:
         face.answer(forecast_data(found))
     else:
-        face.line(render_forecast(found, zone))
+        columns = min(MOST_COLUMNS, max(LEAST_COLUMNS, shutil.get_terminal_size((PIPE_WIDTH, 24)).columns - 8))
+        face.line(render_forecast(found, LOCAL, width=columns))
         if svg is not None:
             face.note(f"drawn into {svg}")

@@ -111,7 +111,7 @@ def event_data(event: JournalEvent) -> dict[str, Any]:
 
 def event_line(event: JournalEvent) -> str:
     """One event on one line, in local time."""
-    moment = datetime.fromtimestamp(event.wall).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    moment = datetime.fromtimestamp(round(event.wall)).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     cause = f"  [{event.cause}]" if event.cause else ""
     return f"{moment}  {event.kind:<18} {event.subject:<16} {event.message}{cause}"
 

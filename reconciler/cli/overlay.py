@@ -15,6 +15,7 @@ import typer
 from reconciler.cli import wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
+from reconciler.cli.local_time import LOCAL
 from reconciler.cli.logs import write_raw
 from reconciler.cli.output_files import Tail
 from reconciler.cli.submission import DEFAULT_DURATION, Job, choose_name, overlay_text, write_overlay
@@ -218,12 +219,10 @@ def _outlook(face: Face, name: str) -> Blocked | None:
 
 
 def _tell_wait(name: str, blocked: Blocked) -> list[str]:
-    zone = datetime.now().astimezone().tzinfo
-    assert zone is not None  # noqa: S101 - astimezone() gives one
-    lines = [f"{name} waits: {blocked.reason}: {in_zone(blocked.message, zone)}"]
-    lines += [f"  hint: {in_zone(hint, zone)}" for hint in blocked.alternatives]
+    lines = [f"{name} waits: {blocked.reason}: {in_zone(blocked.message, LOCAL)}"]
+    lines += [f"  hint: {in_zone(hint, LOCAL)}" for hint in blocked.alternatives]
     if blocked.earliest_start is not None:
-        moment = datetime.fromtimestamp(blocked.earliest_start, zone)
+        moment = datetime.fromtimestamp(blocked.earliest_start, LOCAL)
         word = "it begins at" if blocked.reason == "NotYet" else "not before"
         lines.append(f"  {word} {moment:%Y-%m-%d %H:%M:%S}")
     return lines

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 from reconciler.cli import wiring
 from reconciler.cli.arguments import INTERRUPTED, group
 from reconciler.cli.face import Face
+from reconciler.cli.local_time import LOCAL
 from reconciler.cli.values import TIME_HELP, Moment, Seconds
 from reconciler.plan.render import gpu_indices, plan_data, render_plan
 from reconciler.units import counted
@@ -88,8 +89,10 @@ def plan(
     Example: reconciler plan --at 2026-11-24T22:00:00+01:00
     """
     face = Face.of(ctx)
+    if at is not None and at.wall < time.time():
+        face.note(f"note: {at.text} has passed; what was decided then is told by `reconciler explain --replay`")
     seen = wiring.look(face.options, at=None if at is None else at.wall)
-    _tell_notes(face, seen)
+    face.tell_beside(seen)
     if out is not None:
         from reconciler.cli.saved_plan import save
 
@@ -130,7 +133,7 @@ def apply(
     face = Face.of(ctx)
     if file is not None or (face.asks and not yes):
         seen = wiring.look(face.options)
-        _tell_notes(face, seen)
+        face.tell_beside(seen)
         if file is not None:
             refuse_if_stale(read_saved(file), seen.plan, seen.observed, file)
         if face.asks and not yes:
@@ -162,9 +165,7 @@ def _pending(decided: Plan) -> bool:
 
 
 def _print_plan(face: Face, seen: wiring.Look) -> None:
-    zone = datetime.now().astimezone().tzinfo
-    assert zone is not None  # noqa: S101 - astimezone() gives one
-    text = render_plan(seen.plan, gpu_indices(seen.observed), zone)
+    text = render_plan(seen.plan, gpu_indices(seen.observed), LOCAL)
     if face.is_plain:
         face.line(text)
         return
@@ -173,10 +174,3 @@ def _print_plan(face: Face, seen: wiring.Look) -> None:
     for line in text.splitlines():
         style = _STYLES.get(line[:1], "") if line[1:2] == " " else ""
         face.out.print(Text(line, style), soft_wrap=True)
-
-
-def _tell_notes(face: Face, seen: wiring.Look) -> None:
-    for problem in seen.spec.problems:
-        face.note(f"{problem}\n  (this file changes nothing until it is mended)")
-    for note in seen.notes:
-        face.note(note)

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from reconciler.cli import wiring
 from reconciler.cli.face import Face
+from reconciler.cli.local_time import LOCAL
 from reconciler.errors import StateError, UsageError
 from reconciler.journal.decisions import Decision, digest, maker
 from reconciler.journal.reader import JournalReader
@@ -43,9 +44,7 @@ def replay(face: Face, which: str, name: str | None) -> int:
         data = {"decision": found.id, "time": iso(found.wall), "version": found.version, "same": same}
         face.answer({**data, "plan": plan_data(again, inputs.observed)})
     else:
-        zone = datetime.now().astimezone().tzinfo
-        assert zone is not None  # noqa: S101 - astimezone() gives one
-        face.line(render_plan(again, gpu_indices(inputs.observed), zone))
+        face.line(render_plan(again, gpu_indices(inputs.observed), LOCAL))
         face.line("")
         face.line(_verdict(found, again, same=same))
     return 0 if same else 1

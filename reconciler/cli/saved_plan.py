@@ -63,7 +63,7 @@ def read_saved(path: Path) -> SavedPlan:
         )
     except OSError as error:
         raise ReconcilerError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ReconcilerError(
             f"{path}: not a saved plan",
             hint="`reconciler plan --out FILE` writes one; set points are named --setpoints",

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from reconciler.cli.local_time import LOCAL
 from reconciler.cli.rows import Rows
 from reconciler.units import MIB, counted, format_duration, format_size
 
@@ -212,9 +213,7 @@ def local(text: str) -> str:
         return text
     from reconciler.plan.render import in_zone  # few texts have one, and `status` is to be quick
 
-    zone = datetime.now().astimezone().tzinfo
-    assert zone is not None  # noqa: S101 - astimezone() gives one
-    return in_zone(text, zone)
+    return in_zone(text, LOCAL)
 
 
 def clock(moment: str | None) -> str:

@@ -9,7 +9,8 @@ from typing import Self
 
 import typer
 
-from reconciler.units import parse_duration, parse_size
+from reconciler.cli.local_time import LOCAL
+from reconciler.units import FIRST_YEAR, LAST_YEAR, parse_duration, parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +51,27 @@ class Moment:
         """For typer.
 
         Raises:
-            BadParameter: not a time.
+            BadParameter: not a time, none to plan for, or one that clocks here are set forward over.
         """
         now = datetime.now().astimezone()
         try:
             if text.startswith("+"):
-                return cls(now.timestamp() + parse_duration(text[1:]))
-            if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text):
+                moment = now + timedelta(seconds=parse_duration(text[1:]))
+            elif re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text):
                 at = time.fromisoformat(text.zfill(5 if text.count(":") == 1 else 8))
-                today = datetime.combine(now.date(), at).astimezone()
-                later = today if today > now else datetime.combine(now.date() + timedelta(days=1), at).astimezone()
-                return cls(later.timestamp())
-            return cls(datetime.fromisoformat(text).astimezone().timestamp())
+                moment = datetime.combine(now.date(), at)
+                if moment.astimezone() <= now:
+                    moment += timedelta(days=1)
+            else:
+                moment = datetime.fromisoformat(text)
         except (ValueError, OverflowError, OSError) as error:
             raise typer.BadParameter(f"{text!r} is not a time; write it {TIME_HELP}") from error
+        if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+            raise typer.BadParameter(f"{text!r} is not a time to plan for")
+        wall = moment.timestamp()
+        if moment.tzinfo is None and datetime.fromtimestamp(wall, LOCAL).replace(tzinfo=None) != moment:
+            raise typer.BadParameter(f"{text!r} does not exist here: clocks are set forward over it")
+        return cls(wall)
 
     @property
     def text(self) -> str:

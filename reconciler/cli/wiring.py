@@ -170,7 +170,6 @@ def look(options: Options, *, at: float | None = None, last_good: bool = False) 
     if at is not None:
         now = Instant(at, now.mono + at - now.wall)
     decided = plan(spec, observed, ledger, now) if at is None else decide_ahead(spec, observed, ledger, now)
-    notes = (*notes, *map(str, followed.problems))
     return Look(spec, observed, ledger, decided, incidents, daemon, notes, followed.problems)
 
 

@@ -182,6 +182,7 @@ def forecast(spec: Spec, observed: Observed, ledger: Ledger, now: Instant, span_
     before: dict[str, str] = {
         name: record.state for name, record in ledger.overlays.items() if record.state in _NOT_TO_COME
     }
+    quarantined = ledger.quarantines.keys()
     box, tape = PredictedBox(spec, observed, ledger, now), _Tape(spec, _states=before)
     end, decisions, at_once = now.mono + span_s, 0, 0
     decided = None
@@ -203,7 +204,7 @@ def forecast(spec: Spec, observed: Observed, ledger: Ledger, now: Instant, span_
     return Forecast(
         begin=now.wall,
         end=last,
-        gpus=tuple((g.index, g.uuid, g.state) for g in observed.gpus),
+        gpus=tuple((g.index, g.uuid, "quarantined" if g.uuid in quarantined else g.state) for g in observed.gpus),
         bars=tuple(sorted(tape.bars, key=lambda b: (b.gpu, b.begin, b.kind, b.name))),
         moments=tuple(sorted(tape.moments, key=lambda m: (m.at, m.subject, m.kind))),
         outages=tuple(sorted(tape.outages, key=lambda o: (o.endpoint, o.begin))),

@@ -16,8 +16,15 @@ _FILLS = {
     "ready": 1.0, "running": 1.0, "reserved": 0.55, "loading": 0.35, "leaving": 0.35, "asleep": 0.2, "unhealthy": 0.35,
     "foreign": 0.6,
 }  # fmt: skip
-_COLOURS = ("#4e79a7", "#59a14f", "#b07aa1", "#76b7b2", "#9c755f", "#edc948", "#f28e2b", "#ff9da7")
+_COLOURS = {
+    "endpoint": ("#aec7e8", "#98df8a", "#c5b0d5", "#9edae5", "#c49c94", "#dbdb8d", "#ffbb78", "#f7b6d2"),
+    "overlay": ("#5b8fc4", "#f28e2b", "#6ab35f", "#d07ab0", "#e0b400", "#58b5ad"),
+}
+"""Of each kind its own, all of them light enough for black letters."""
+_MARK_COLOURS = {"evict": "#e15759", "back": "#2e7d32"}
 _LANE, _LEFT, _TOP, _WIDE = 22, 90, 56, 1000
+_LETTER = 7.2
+"""Pixels that a letter of a label takes at most, on average."""
 
 
 def lanes(forecast: Forecast) -> Iterator[tuple[int, list[Bar]]]:
@@ -55,10 +62,13 @@ def render_forecast(forecast: Forecast, zone: tzinfo, *, width: int = 72) -> str
     step, known = span / width, letters(forecast)
     head = f"{_day(forecast.begin, zone)} to {_day(forecast.end, zone)}, a column is {format_duration(round(step))}"
     lines = [f"Forecast from {head}", "", " " * 8 + _axis(forecast, zone, width)]
+    blank = {index: "." if state == "ok" else "x" for index, _, state in forecast.gpus}
     for index, row in lanes(forecast):
-        lines.append(f"GPU {index:<3} " + "".join(_cell(forecast, row, known, n, step) for n in range(width)))
+        cells = (_cell(forecast, row, known, n, step) or blank[index] for n in range(width))
+        lines.append(f"GPU {index:<3} " + "".join(cells))
     legend = [f"  {letter} {name}" for (_, name), letter in known.items()]
     marks = "  + loads   - leaves   ~ sleeps   ! unhealthy   # not ours   . free"
+    marks += "   x cannot be used" if any(state != "ok" for _, _, state in forecast.gpus) else ""
     parts = [lines, [*legend, marks]]
     parts.append([f"{_day(m.at, zone)}  {m.subject} {m.message}" for m in forecast.moments])
     parts.append(list(_outage_lines(forecast.outages, zone)))
@@ -71,7 +81,7 @@ def render_forecast(forecast: Forecast, zone: tzinfo, *, width: int = 72) -> str
 
 def _cell(forecast: Forecast, row: Iterable[Bar], known: Mapping[tuple[str, str], str], n: int, step: float) -> str:
     begin = forecast.begin + n * step
-    best, most = ".", 0.0
+    best, most = "", 0.0
     for bar in row:
         shared = min(bar.end, begin + step) - max(bar.begin, begin)
         if shared > most:
@@ -96,9 +106,10 @@ def _ticks(forecast: Forecast, zone: tzinfo, most: int) -> Iterator[tuple[float,
     step = next((s for s in _TICKS_S if span / s <= most), _TICKS_S[-1])
     first = datetime.fromtimestamp(forecast.begin, zone)
     moment = first.replace(hour=0, minute=0, second=0, microsecond=0)
-    while moment.timestamp() < forecast.end:
-        if moment.timestamp() >= forecast.begin:
-            yield moment.timestamp(), moment.strftime("%H:%M" if moment.hour or moment.minute else "%d.%m.")
+    while (wall := moment.timestamp()) < forecast.end:
+        exists = datetime.fromtimestamp(wall, zone).hour == moment.hour  # clocks may be set forward over it
+        if wall >= forecast.begin and exists:
+            yield wall, moment.strftime("%H:%M" if moment.hour or moment.minute else "%d.%m.")
         moment += timedelta(seconds=step)  # of the local clock: ticks stay on round hours over a DST change
 
 
@@ -125,11 +136,12 @@ def _day(wall: float, zone: tzinfo) -> str:
 def draw_forecast(forecast: Forecast, zone: tzinfo) -> str:
     """As an SVG document: a row per GPU and tenant, evictions and returns as marks, and who does not answer below."""
     rows = list(lanes(forecast))
-    names: list[tuple[str, str]] = sorted({(b.kind, b.name) for b in forecast.bars if b.kind != "foreign"})
-    colours: dict[tuple[str, str], str] = {key: _COLOURS[n % len(_COLOURS)] for n, key in enumerate(names)}
+    colours = _colours(forecast)
     height_lanes = _TOP + _LANE * len(rows)
+    legend, height_legend = _legend(colours, height_lanes + 14)
     outages = list(_outage_lines(forecast.outages, zone))
-    height = height_lanes + 40 + 16 * len(outages)
+    height = height_legend + 30 + 16 * len(outages)
+    unusable = {index: state for index, _, state in forecast.gpus if state != "ok"}
     size = f'width="{_LEFT + _WIDE + 20}" height="{height}"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
@@ -146,21 +158,60 @@ def draw_forecast(forecast: Forecast, zone: tzinfo) -> str:
         y = _TOP + number * _LANE
         if index != last:
             out.append(f'<text x="8" y="{y + 15}">GPU {index}</text>')
+            if index in unusable:
+                out.append(f'<text x="{_LEFT + 4}" y="{y + 15}" fill="#b00020">{unusable[index]}</text>')
             out.append(f'<line x1="0" y1="{y}" x2="{_LEFT + _WIDE}" y2="{y}" stroke="#bbb"/>')
             last = index
         out += [_drawn(forecast, bar, colours, y, zone) for bar in row]
     for mark in forecast.moments:
         if mark.kind in ("evict", "back"):
-            x, colour = _x(forecast, mark.at), "#e15759" if mark.kind == "evict" else "#2e7d32"
+            x, colour = _x(forecast, mark.at), _MARK_COLOURS[mark.kind]
             told = escape(f"{_day(mark.at, zone)} {mark.subject} {mark.message}")
-            shape = f'd="M{x - 4:.1f} {_TOP - 6}h8l-4 7z" fill="{colour}"'
+            shape = f'd="{_triangle(x, _TOP - 6)}" fill="{colour}"'
             out.append(f'<path class="{mark.kind}" {shape}><title>{told}</title></path>')
-            down = f'<line x1="{x}" y1="{_TOP}" x2="{x}" y2="{height_lanes}" stroke="{colour}" stroke-dasharray="2 3"/>'
-            out.append(down)
+            ends = f'x1="{x}" y1="{_TOP}" x2="{x}" y2="{height_lanes}"'
+            out.append(f'<line {ends} stroke="{colour}" stroke-opacity="0.5" stroke-dasharray="2 3"/>')
+    out += legend
     for number, line in enumerate(outages):
         indent = 20 if line.startswith(" ") else 8
-        out.append(f'<text x="{indent}" y="{height_lanes + 30 + 16 * number}">{escape(line.strip())}</text>')
+        out.append(f'<text x="{indent}" y="{height_legend + 20 + 16 * number}">{escape(line.strip())}</text>')
     return "\n".join([*out, "</svg>", ""])
+
+
+def _colours(forecast: Forecast) -> Mapping[tuple[str, str], str]:
+    """The colour of each endpoint and each overlay; of more than there are colours some have the same."""
+    found: dict[tuple[str, str], str] = {}
+    for kind, palette in _COLOURS.items():
+        names = sorted({b.name for b in forecast.bars if b.kind == kind})
+        found |= {(kind, name): palette[n % len(palette)] for n, name in enumerate(names)}
+    return found
+
+
+def _legend(colours: Mapping[tuple[str, str], str], top: int) -> tuple[list[str], int]:
+    """Whose colour is which, in rows from `top` on, and where it ends: many a bar is too short for its name."""
+    out: list[str] = []
+    x, y = 8.0, top
+    for (kind, name), colour in colours.items():
+        wide = 20 + len(name) * _LETTER + 16
+        if x > 8 and x + wide > _LEFT + _WIDE:
+            x, y = 8.0, y + 20
+        out.append(f'<rect x="{x:.1f}" y="{y}" width="14" height="12" fill="{colour}"{_edge(kind)}/>')
+        out.append(f'<text x="{x + 20:.1f}" y="{y + 11}">{escape(name)}</text>')
+        x += wide
+    y += 20
+    for x, kind, told in ((8, "evict", "somebody gives way"), (180, "back", "somebody is back")):
+        out.append(f'<path d="{_triangle(x + 7, y + 3)}" fill="{_MARK_COLOURS[kind]}"/>')
+        out.append(f'<text x="{x + 20}" y="{y + 11}">{told}</text>')
+    out.append(f'<text x="360" y="{y + 11}">pale: loads, leaves or sleeps</text>')
+    return out, y + 20
+
+
+def _triangle(x: float, y: float) -> str:
+    return f"M{x - 4:.1f} {y}h8l-4 7z"
+
+
+def _edge(kind: str) -> str:
+    return ' stroke="#222"' if kind == "overlay" else ""
 
 
 def _drawn(forecast: Forecast, bar: Bar, colours: Mapping[tuple[str, str], str], y: int, zone: tzinfo) -> str:
@@ -168,15 +219,22 @@ def _drawn(forecast: Forecast, bar: Bar, colours: Mapping[tuple[str, str], str],
     wide = max(1.0, round(end - x, 1))
     colour = colours.get((bar.kind, bar.name), "#999999")
     told = escape(f"{bar.name}: {bar.phase}, {_day(bar.begin, zone)} to {_day(bar.end, zone)}")
-    edge = ' stroke="#222"' if bar.kind == "overlay" else ""
     rect = (
         f'<rect class="{bar.kind} {bar.phase}" x="{x}" y="{y + 2}" width="{wide}" height="{_LANE - 4}" fill="{colour}" '
-        f'fill-opacity="{_FILLS[bar.phase]}"{edge}><title>{told}</title></rect>'
+        f'fill-opacity="{_FILLS[bar.phase]}"{_edge(bar.kind)}><title>{told}</title></rect>'
     )
-    fits = bar.phase in ("ready", "running", "reserved", "foreign") and wide > 7 * len(bar.name)
-    if not fits:
+    label = _label(bar.name, wide) if bar.phase in ("ready", "running", "reserved", "foreign") else ""
+    if not label:
         return rect
-    return f'{rect}\n<text x="{x + 4}" y="{y + 15}" fill="#111" pointer-events="none">{escape(bar.name)}</text>'
+    return f'{rect}\n<text x="{x + 4}" y="{y + 15}" fill="#111" pointer-events="none">{escape(label)}</text>'
+
+
+def _label(name: str, wide: float) -> str:
+    """As much of a name as a bar has room for; nothing where that would be a letter or two."""
+    room = int((wide - 8) / _LETTER)
+    if len(name) <= room:
+        return name
+    return f"{name[: room - 1]}…" if room >= 5 else ""
 
 
 def _x(forecast: Forecast, wall: float) -> float:

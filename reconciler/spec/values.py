@@ -17,7 +17,15 @@ from typing import Annotated, Any, Final
 from pydantic import PlainValidator, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
 from reconciler.spec.spec import GpuClaim, GpuCount, GpuPins, MemoryBytes, MemoryClaim, MemoryFraction
-from reconciler.units import DURATION_HELP, SIZE_HELP, format_size, parse_duration, parse_size
+from reconciler.units import (
+    DURATION_HELP,
+    FIRST_YEAR,
+    LAST_YEAR,
+    SIZE_HELP,
+    format_size,
+    parse_duration,
+    parse_size,
+)
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 NAME_HELP = "a name has at most 63 of a-z, 0-9, `.`, `_`, `-`, and begins with a letter or a digit"
@@ -388,7 +396,7 @@ def _read_moment(value: object) -> datetime:
         moment = datetime.fromisoformat(value.strip().upper().replace(" ", "T", 1).replace(" ", ""))
     except ValueError as error:
         raise ValueError(f"{_shown(value)} is not a time: {error}") from None
-    if not 1971 <= moment.year <= 2199:
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
         raise ValueError(f"{_shown(value)} is not a time to plan for")
     return moment
 

@@ -136,7 +136,9 @@ def test_a_plan_for_another_time_is_not_carried_out_now(box, desk, tmp_path, cap
     assert "what is to be done now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": "1"}', "version: 1\nendpoints: {}\n"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format_version": "1"}', "version: 1\nendpoints: {}\n", "[" * 100_000, "\0", "1e999"]
+)
 def test_a_file_that_is_no_saved_plan_is_refused(box, tmp_path, text, capsys):
     path = tmp_path / "x"
     path.write_text(text)
@@ -185,6 +187,20 @@ def test_rejected_overlays_are_named_beside_the_plan(box, desk, capsys):
     desk.write("overlays/bad.yaml", "version: 1\nmakespan: {duration: 5}\n")
     assert run(["plan"]) == 0
     assert "bad.yaml:2:" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_file_is_told_once(desk: Desk) -> None:
+    desk.write("overlays/bad.yaml", "version: 1\nmakespan: {duration: 5}\n")
+    for words in (["forecast", "--for", "1h"], ["explain", "bad"]):
+        told = desk.run(*words).stderr
+        assert told.count("bad.yaml:2:22: 5 has no unit") == 1, (words, told)
+
+
+def test_a_plan_for_a_moment_that_has_passed_says_so(box, capsys):
+    assert run(["plan", "--at", "2020-01-01T00:00:00Z"]) == 0
+    assert "has passed; what was decided then is told by `reconciler explain --replay`" in capsys.readouterr().err
+    assert run(["plan", "--at", "+1h"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_note_of_the_wiring_goes_to_stderr(box, monkeypatch, capsys):

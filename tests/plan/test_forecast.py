@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from xml.etree import ElementTree as ET
+from zoneinfo import ZoneInfo
 
 import pytest
 from builders import endpoint, foreign, overlay, spec
@@ -175,6 +176,51 @@ def test_the_picture_is_sound_xml_with_a_bar_for_each_bar_and_a_mark_for_each_ev
     marks = [p.get("class") for p in tree.iter(f"{SVG}path")]
     assert marks.count("evict") == sum(m.kind == "evict" for m in told.moments) > 0
     assert marks.count("back") == sum(m.kind == "back" for m in told.moments) > 0
+
+
+def test_a_picture_says_whose_each_colour_is_and_shortens_a_name_that_its_bar_has_no_room_for() -> None:
+    run, run.spec = baseline_of("nightly-training")
+    told = foreseen(run)
+    long = "x" * 63
+    narrow = replace(told.bars[0], name=long, phase="ready", begin=told.begin, end=told.begin + DAY_S / 5)
+    odd = replace(told, bars=(narrow, *told.bars[1:]))
+    tree = ET.fromstring(draw_forecast(odd, UTC))
+    texts = [(float(t.get("x", "0")), t.text or "") for t in tree.iter(f"{SVG}text")]
+    assert {long, *{b.name for b in odd.bars if b.kind != "foreign"}} <= {text for _, text in texts}
+    (short,) = [(x, text) for x, text in texts if text.endswith("…")]
+    assert long.startswith(short[1][:-1])
+    (bar,) = [r for r in tree.iter(f"{SVG}rect") if any((t.text or "").startswith(f"{long}:") for t in r)]
+    assert short[0] + 7 * len(short[1]) <= float(bar.get("x", "")) + float(bar.get("width", ""))
+    fills = {r.get("class", "").split()[0]: r.get("fill") for r in tree.iter(f"{SVG}rect") if r.get("class")}
+    assert fills["endpoint"] != fills["overlay"]
+
+
+def test_a_gpu_that_cannot_be_used_is_not_shown_as_free() -> None:
+    run, run.spec = baseline_of("nightly-training")
+    told = foreseen(run)
+    (index, uuid, _), *others = told.gpus
+    broken = replace(told, gpus=((index, uuid, "lost"), *others), bars=tuple(b for b in told.bars if b.gpu != uuid))
+    text = render_forecast(broken, UTC)
+    assert f"GPU {index}   {'x' * 72}" in text
+    assert "x cannot be used" in text
+    assert "x cannot be used" not in render_forecast(told, UTC)
+    assert ">lost</text>" in draw_forecast(broken, UTC)
+
+
+def test_ticks_skip_the_hour_that_clocks_are_set_forward_over() -> None:
+    run, run.spec = baseline_of("nightly-training")
+    begin = datetime(2026, 3, 28, 23, 0, tzinfo=UTC).timestamp()  # midnight; 02:00 becomes 03:00
+    night = replace(foreseen(run), begin=begin, end=begin + 6 * 3600, bars=(), moments=(), outages=())
+    tree = ET.fromstring(draw_forecast(night, ZoneInfo("Europe/Berlin")))
+    ticks = [(t.get("x"), t.text) for t in tree.iter(f"{SVG}text") if t.get("text-anchor")]
+    assert [label for _, label in ticks if label and label.endswith(":00")] == [
+        "01:00",
+        "03:00",
+        "04:00",
+        "05:00",
+        "06:00",
+    ]
+    assert len({x for x, _ in ticks}) == len(ticks)
 
 
 def test_the_json_names_gpus_by_index_and_times_in_utc() -> None:
