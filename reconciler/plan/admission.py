@@ -17,18 +17,19 @@ from reconciler.plan.asking import (
     not_preemptible,
     own_needs,
     provider_choices,
+    providers_of,
     rivals_of,
     would_stop,
 )
 from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import Draft, Window
 from reconciler.plan.endpoints import cool_again
+from reconciler.plan.lacks import Refusal
 from reconciler.plan.ledger import Lease
 from reconciler.plan.moving import begin
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
 from reconciler.plan.placement import Placement
-from reconciler.plan.preemption import Refusal
 from reconciler.plan.rehousing import rehouse
 from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
 from reconciler.plan.seating import seat
@@ -120,11 +121,11 @@ def _seek(
     best: tuple[Placement, list[Need]] | None = None
     refusal: Refusal | None = None
     placeless = "NoProvider" in waive
-    for providers in provider_choices(draft, overlay, placeless=placeless):
-        needs = [off(need) for need in (*own, *providers)]
-        placement = consents.seek(needs, board, waive=waive)
+    for providers in provider_choices(draft, overlay, board, placeless=placeless):
+        needs, starts = [off(need) for need in (*own, *providers)], providers_of(overlay, providers)
+        placement = consents.seek(needs, board, starts, waive=waive)
         if placement is None:
-            refusal = refusal or (consents.explain(needs, board) if why else None)
+            refusal = refusal or (consents.explain(needs, board, starts) if why else None)
         elif best is None or placement.cost < best[0].cost:
             best = placement, needs
     return best or refusal
@@ -275,7 +276,8 @@ def _hindrance(draft: Draft, found: Seat, beside: Sequence[Seat]) -> Blocked | N
     """Outcomes 5, 6 and 8 of `_admit`: why a lawful place is not taken now, `beside` being taken with it."""
     subject = Subject("workload", found.overlay.name)
     together = found.victims.union(*(other.victims for other in beside))
-    window = _crowded(draft, found, beside) or consents_of(draft, found.overlay).hinders(together)
+    starts = frozenset().union(*(providers_of(each.overlay, each.needs) for each in (found, *beside)))
+    window = _crowded(draft, found, beside) or consents_of(draft, found.overlay).hinders(together, starts)
     if window is not None:
         return window_taken(draft, found.overlay, draft.now.wall, [window], None)  # 8
     taken = _port_conflict(draft, found, beside)
@@ -336,7 +338,8 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
 
     They would wait: on one GPU one engine comes or goes at a time.
     """
-    loading = {g for need in found.needs if need.subject.kind == "endpoint" for g in found.gpus[need.subject]}
+    needs = [n for n in found.needs if n.subject.kind == "endpoint" and not _goes_on(draft, found.overlay, n.subject)]
+    loading = {g for need in needs for g in found.gpus[need.subject]}
     loading.update(g for places in found.moves.values() for g in places)
     gpus = {g for key in found.leavers for g in draft.board.tenants[key].holds} | loading
     names = {
@@ -347,7 +350,7 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
         and any(lease.overlay == name and lease.gpu in gpus for lease in draft.leases)
     }
     base, own = draft.situation.spec.endpoints, found.overlay.endpoints
-    engines = [own.get(n.subject.name) or base[n.subject.name] for n in found.needs if n.subject.kind == "endpoint"]
+    engines = [own.get(n.subject.name) or base[n.subject.name] for n in needs]
     engines += [base[name] for name in found.moves]
     loaded = draft.now.wall + lead_s(draft, (k.partition("/")[2] for k in found.leavers))
     loaded += max((draft.situation.timings(e).load_s for e in engines), default=0.0)
@@ -356,13 +359,19 @@ def _beginning(draft: Draft, found: Seat) -> list[str]:
     return sorted(names)
 
 
+def _goes_on(draft: Draft, overlay: OverlaySpec, engine: Subject) -> bool:
+    """Whether an endpoint that runs for another overlay is taken over as it is: nothing of it is started."""
+    return engine.name not in overlay.endpoints and draft.standings[engine.name].current is not None
+
+
 def _returning(draft: Draft, found: Seat) -> list[str]:
     """Overlays that are over and about to return leases with which fewer would have to leave; empty: none."""
     ending = sorted(n for n, s in draft.steps.items() if s.record.state == "completing")
     if not found.leavers or not ending:
         return []
     gone = {f"endpoint/{n}" for n in found.overlay.endpoints} | {f"overlay/{n}" for n in ending}
-    later = consents_of(draft, found.overlay).seek(found.needs, draft.board.without(frozenset(gone)))
+    starts = providers_of(found.overlay, found.needs)
+    later = consents_of(draft, found.overlay).seek(found.needs, draft.board.without(frozenset(gone)), starts)
     spared = later is not None and len(later.victims) < len(found.leavers) and len(later.victims) <= len(found.victims)
     return ending if spared else []
 
@@ -377,6 +386,8 @@ def _take(draft: Draft, found: Seat, verdict: Verdict | None) -> None:
         replace(w, beside={g: max(0, left - _share(found, g)) for g, left in w.beside.items()}) if w in near else w
         for w in draft.windows
     )
+    taken_over = {Subject("endpoint", n) for n in providers_of(overlay, found.needs)}
+    draft.leases = [x for x in draft.leases if x.subject not in taken_over]
     for need in found.needs:
         for gpu in found.gpus[need.subject]:
             lease = Lease(name, need.subject, gpu, need.memory_bytes[gpu], need.exclusive, now)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 
 from reconciler.plan.actions import Blocked
-from reconciler.plan.board import Need
+from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import OVERRIDING, Draft
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import predicted_end
@@ -31,36 +32,74 @@ def running(overlay: OverlaySpec) -> list[EndpointSpec]:
     return [e for _, e in sorted(overlay.endpoints.items()) if e.state == "running"]
 
 
-def provider_choices(draft: Draft, overlay: OverlaySpec, *, placeless: bool = False) -> Iterator[list[Need]]:
+def provider_choices(
+    draft: Draft, overlay: OverlaySpec, board: Board, *, placeless: bool = False
+) -> Iterator[list[Need]]:
     """Every way to have what the overlay requires: nothing to do, or standby endpoints to start, as needs.
 
     Who is wanted and has no place, or cannot be started, provides nothing: victims would wait for it in vain. With
     `placeless` it counts, and so does who is set aside by another overlay now.
+
+    A standby endpoint that was started for another overlay is there as long as that one is. So on a board without that
+    overlay it is not; and where the overlay may be displaced, its provider may be taken over as well: then its place is
+    one of the needs, where it runs (one that does not run yet has any). Or others are started in its stead.
     """
-    options: list[list[Need]] = []
+    options: list[list[tuple[Need, ...]]] = []
+    lent = {x.subject.name: by for x in draft.leases if (by := draft.lender(x.subject.name)) is not None}
     for capability in overlay.requires:
         aside = draft.situation.running if placeless else {}
         after = {**aside, **draft.wanted, **{e.name: e for e in running(overlay)}}
         for name in set(overlay.endpoints) - {e.name for e in running(overlay)}:
             after.pop(name, None)
-        if any(
-            capability in e.capabilities
-            and draft.records[n].failed is None
-            and (placeless or n in overlay.endpoints or draft.has_place(n))
-            for n, e in after.items()
-        ):
+        ending = {name for name, by in lent.items() if f"overlay/{by}" not in board.tenants}
+        there = [
+            name
+            for name, e in after.items()
+            if capability in e.capabilities
+            and draft.records[name].failed is None
+            and (placeless or name in overlay.endpoints or draft.has_place(name))
+            and name not in ending
+        ]
+        if not all(name in lent and _may_end(draft, lent[name]) for name in there):
             continue
-        base = draft.situation.spec.endpoints.values()
-        taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")}
-        able = [e for e in base if e.state == "standby" and capability in e.capabilities and e.name not in taken]
-        standby = [e for e in able if draft.records[e.name].failed is None]
+        base = draft.situation.spec.endpoints
+        taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")} - ending
+        able = [e for e in base.values() if e.state == "standby" and capability in e.capabilities]
+        standby = [e for e in able if e.name not in taken and draft.records[e.name].failed is None]
+        found = [*(base[n] for n in sorted(there)), *sorted(standby, key=lambda e: (-e.priority, e.name))]
         if not placeless:
-            standby = [e for e in standby if e.process_hash not in draft.situation.observed.obstacles]
-        needs = [own_need(draft, e) for e in sorted(standby, key=lambda e: (-e.priority, e.name))]
-        options.append([n for n in needs if n is not None])
+            obstacles = draft.situation.observed.obstacles
+            found = [e for e in found if e.process_hash not in obstacles or (e.name in there and _runs(draft, e))]
+        needs = [_taken_over(draft, e) if e.name in there else own_need(draft, e) for e in found]
+        options.append([*([()] if there else []), *((need,) for need in needs if need is not None)])
     for choice in product(*options):
-        unique = {n.subject: n for n in choice}
+        unique = {n.subject: n for needs in choice for n in needs}
         yield [unique[s] for s in sorted(unique)]
+
+
+def _may_end(draft: Draft, name: str) -> bool:
+    """Whether the work of an overlay may be displaced, by whom ever."""
+    step = draft.steps[name].spec
+    return step is not None and step.workload is not None and step.workload.preemptible
+
+
+def _runs(draft: Draft, endpoint: EndpointSpec) -> bool:
+    return draft.standings[endpoint.name].current is not None
+
+
+def _taken_over(draft: Draft, endpoint: EndpointSpec) -> Need | None:
+    """What a standby endpoint needs to go on for another overlay than the one that it was started for."""
+    need, leases = own_need(draft, endpoint), draft.leased(Subject("endpoint", endpoint.name))
+    if need is None or not _runs(draft, endpoint):
+        return need
+    places, sizes = tuple(x.gpu for x in leases), {x.gpu: x.memory_bytes for x in leases}
+    return replace(need, candidates=places, count=len(places), memory_bytes=sizes, exclusive=leases[0].exclusive)
+
+
+def providers_of(overlay: OverlaySpec, needs: Iterable[Need]) -> frozenset[str]:
+    """Names of the endpoints among its needs that it requires, and does not set itself."""
+    engines = {need.subject.name for need in needs if need.subject.kind == "endpoint"}
+    return frozenset(engines - overlay.endpoints.keys())
 
 
 def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) -> Consents:
@@ -75,11 +114,11 @@ def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) 
     live = {n: s.spec for n, s in draft.steps.items() if s.spec is not None and s.record.state in OVERRIDING}
     leaving = frozenset(x.incarnation.subject.name for x in draft.leaving.values())
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
-    to_start = [x for x in draft.leases if x.subject.kind == "endpoint" and not draft.situation.incarnations(x.subject)]
-    unstarted = {n: frozenset(x.subject.name for x in to_start if x.overlay == n) for n in live}
+    engines = [(x.overlay, x.subject.name) for x in draft.leases if x.subject.kind == "endpoint"]
+    lent = {n: frozenset(name for by, name in engines if by == n) for n, _ in engines}
     return Consents(
         draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving,
-        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows, unstarted,
+        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows, lent,
     )  # fmt: skip
 
 
@@ -174,6 +213,12 @@ def no_provider(draft: Draft, overlay: OverlaySpec, slot: float | None = None) -
         elif not draft.has_place(name):
             why.append(f"{name} ({blocked.reason})" if blocked is not None else name)
             back.append(blocked.earliest_start if blocked is not None else None)
+    for name, engine in draft.situation.spec.endpoints.items():
+        told = name in spare or name in draft.wanted
+        leases = draft.leased(Subject("endpoint", name)) if offers(engine) and not told else ()
+        if leases and engine.state == "standby":
+            why.append(f"{name} (ends with {leases[0].overlay})")
+            back.append(None)
     for name, owner in sorted(draft.owners.items()):
         step = draft.steps[owner]
         if step.spec is not None and not offers(draft.wanted.get(name)) and offers(base.get(name)):

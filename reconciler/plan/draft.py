@@ -236,13 +236,17 @@ class Draft:
                 self.owners[name] = lease.overlay
 
     def bequeath(self) -> None:
-        """Hand the leases on standby providers of overlays that ended to one in force that requires them as well."""
+        """Hand the leases on standby providers of overlays that ended to one in force that requires them as well.
+
+        Those of one that was displaced are not: whoever displaced it has taken over the provider, or has its place.
+        """
         base = self.situation.spec.endpoints
         heirs = [s for s in self.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+        seized = {name for s in self.steps.values() if s.live for name in s.record.seized}
         kept = []
         for lease in self.leases:
             provider = base.get(lease.subject.name) if lease.subject.kind == "endpoint" else None
-            over = self.steps[lease.overlay].record.state not in OVERRIDING
+            over = self.steps[lease.overlay].record.state not in OVERRIDING and lease.overlay not in seized
             if over and provider is not None and provider.state == "standby":
                 heir = next((s for s in heirs if s.spec and set(s.spec.requires) & set(provider.capabilities)), None)
                 lease = replace(lease, overlay=heir.record.name) if heir else lease  # noqa: PLW2901
@@ -286,6 +290,17 @@ class Draft:
     def say(self, kind: str, subject: str, message: str, cause: Cause | str) -> None:
         """Add an event."""
         self.events.append(Event(kind, subject, message, str(cause)))
+
+    def lender(self, name: str) -> str | None:
+        """The overlay in force for which a standby endpoint was started that it requires; None: there is none."""
+        endpoint = self.situation.spec.endpoints.get(name)
+        if endpoint is None or endpoint.state != "standby":
+            return None
+        leases = self.leased(Subject("endpoint", name))
+        step = self.steps[leases[0].overlay] if leases else None
+        if step is None or step.spec is None or step.record.state not in OVERRIDING or name in step.spec.endpoints:
+            return None
+        return step.record.name
 
     def drop_leases(self, overlay: str, subjects: Iterable[Subject] | None = None) -> None:
         """Release an overlay's leases: all of them, or those of some subjects."""

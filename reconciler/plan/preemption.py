@@ -12,23 +12,13 @@ from reconciler.clock import Instant
 from reconciler.plan.board import Board, Need, Tenant, Victims
 from reconciler.plan.draft import Window
 from reconciler.plan.endpoints import EVICTION_WINDOW_S, Standing, cooling_down
+from reconciler.plan.lacks import Refusal, lacking
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
-from reconciler.units import counted, format_size
 
 RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "NoEvictionLeft", "CoolDown", "GpuUnknown")
 """Every rule that can keep a tenant in its place, in the order in which they are named to people."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a set of needs finds no place."""
-
-    reason: str
-    message: str
-    alternatives: tuple[str, ...]
-    transient: bool
 
 
 class Asks(Protocol):
@@ -83,8 +73,9 @@ class Consents:
     """Epoch seconds at which it has given its place back, whatever it does."""
     windows: tuple[Window, ...] = ()
     """Windows to come that it may not delay."""
-    unstarted: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Live overlay → the providers that are still to be started for it, and that nobody inherits."""
+    lent: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Overlay → the endpoints that run on its leases, or are to: where it has to leave they go with it, except those
+    that somebody takes over."""
 
     @cached_property
     def placed(self) -> frozenset[str]:
@@ -94,11 +85,44 @@ class Consents:
     @cached_property
     def floors(self) -> Mapping[str, int]:
         """Least number of ready providers: the set points', and one of whatever a live overlay requires."""
+        return self._floors(self.required)
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """What live overlays require."""
+        return frozenset(c for overlay in self.overlays.values() for c in overlay.requires)
+
+    def floors_beside(self, victims: Victims) -> Mapping[str, int]:
+        """The floors once these are gone, who then require nothing."""
+        required = self.required_beside(victims)
+        return self.floors if required is self.required else self._floors(required)
+
+    def required_beside(self, victims: Victims) -> frozenset[str]:
+        """What those live overlays require that are not among these victims."""
+        if not any(key.startswith("overlay/") for key in victims):
+            return self.required
+        staying = (o for name, o in self.overlays.items() if f"overlay/{name}" not in victims)
+        return frozenset(c for overlay in staying for c in overlay.requires)
+
+    def _floors(self, required: Iterable[str]) -> Mapping[str, int]:
         floors = dict(self.situation.spec.floors)
-        for overlay in self.overlays.values():
-            for capability in overlay.requires:
-                floors[capability] = max(1, floors.get(capability, 0))
+        for capability in required:
+            floors[capability] = max(1, floors.get(capability, 0))
         return floors
+
+    def gone(self, victims: Victims, starts: frozenset[str] = frozenset()) -> frozenset[str]:
+        """Names of the endpoints that are gone once these victims are, and what the overlay sets aside.
+
+        With an overlay go the endpoints that run for it, but for those that are to run for somebody else (`starts`).
+        """
+        names = [key.partition("/") for key in victims]
+        gone = self.vacated.union(name for kind, _, name in names if kind == "endpoint")
+        lent = [self.lent[name] for kind, _, name in names if kind == "overlay" and name in self.lent]
+        return gone.union(*(engines - starts for engines in lent)) if lent else gone
+
+    def offered_by(self, names: Iterable[str]) -> frozenset[str]:
+        """What these endpoints offer, as the set points describe them."""
+        return frozenset(c for name in names for c in self.situation.spec.endpoints[name].capabilities)
 
     def may_displace(self, tenant: Tenant) -> bool:
         """Whether displacing this tenant by itself breaks no rule."""
@@ -165,7 +189,7 @@ class Consents:
                 return window.name
         return None
 
-    def hinders(self, victims: Victims) -> Window | None:
+    def hinders(self, victims: Victims, starts: frozenset[str] = frozenset()) -> Window | None:
         """A window to come that could not displace whom it will, for want of providers, if these victims went.
 
         What the overlay itself requires has to be there beside the window's victims. Only windows count that
@@ -173,7 +197,7 @@ class Consents:
         """
         if not self.windows:
             return None
-        gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
+        gone = self.gone(victims, starts)
         loads = [self.situation.timings(e).load_s for n in gone if (e := self.endpoints.get(n)) is not None]
         back = self.last + max(loads, default=0.0)
         for window in self.windows:
@@ -190,55 +214,50 @@ class Consents:
                     return window
         return None
 
-    def floors_hold(self, victims: Victims) -> bool:
+    def floors_hold(self, victims: Victims, starts: frozenset[str] = frozenset()) -> bool:
         """Whether every capability keeps its floor of ready providers once the victims are gone.
 
-        Of what the overlay itself requires, one provider has to stay that has a place, ready or not; and windows to
-        come keep their victims.
+        Of what this overlay and those that stay require, one provider has to stay that has a place, ready or not, or
+        is among `starts`, those that begin or go on for this overlay; and windows to come keep their victims.
         """
-        gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
-        if self.hinders(victims) is not None:
+        gone = self.gone(victims, starts)
+        if self.hinders(victims, starts) is not None:
             return False
-        if not all(self.floor_holds(capability, floor, gone) for capability, floor in self.floors.items()):
+        if not all(self.floor_holds(c, floor, gone) for c, floor in self.floors_beside(victims).items()):
             return False
-        return self.keeps_providers(self.overlay.requires, victims, gone)
+        return self.keeps_providers(self.required_beside(victims).union(self.overlay.requires), gone, starts)
 
-    def keeps_providers(self, required: Iterable[str], victims: Victims, gone: frozenset[str]) -> bool:
-        """Whether of what is required one provider stays that has a place, ready or not.
-
-        One that is still to be started for an overlay among the victims does not: nobody inherits it.
-        """
-        overlays = (key.partition("/")[2] for key in victims if key.startswith("overlay/"))
-        gone = gone.union(*(self.unstarted.get(name, frozenset()) for name in overlays))
+    def keeps_providers(self, required: Iterable[str], gone: frozenset[str], starts: frozenset[str]) -> bool:
+        """Whether of what is required one provider stays that has a place, ready or not, or one is started."""
         for capability in required:
             providers = {n for n in self.placed if capability in self.endpoints[n].capabilities}
-            if providers and not providers - gone:
+            if providers and not providers - gone and capability not in self.offered_by(starts):
                 return False
         return True
 
-    def _floors_on(self, board: Board) -> Callable[[Victims], bool]:
+    def _floors_on(self, board: Board, starts: frozenset[str]) -> Callable[[Victims], bool]:
         """`floors_hold` for an overlay that begins now; for a window to come, as it will be on the board of its time.
 
         Whoever has a place there is counted as ready by then; what has to be there is what the set points say, and what
         overlays require that are not over by then.
         """
         if self.begin is None or self.begin.wall <= self.situation.now.wall:
-            return self.floors_hold
+            return lambda victims: self.floors_hold(victims, starts)
         base = self.situation.spec.endpoints
+        lasting = {name: o for name, o in self.overlays.items() if f"overlay/{name}" in board.tenants}
         names = {key.partition("/")[2] for key in board.tenants if key.startswith("endpoint/")} | self.vacated
+        names = names.union(*(self.lent.get(name, frozenset()) for name in lasting))
         there = {n: e for n in names if (e := self.endpoints.get(n) or base.get(n)) is not None}
-        floors = dict(self.situation.spec.floors)
-        lasting = [o for name, o in self.overlays.items() if f"overlay/{name}" in board.tenants]
-        for capability in (c for overlay in (*lasting, self.overlay) for c in overlay.requires):
-            floors[capability] = max(1, floors.get(capability, 0))
+        own = set(self.overlay.requires) - self.offered_by(starts)
 
         def hold(victims: Victims) -> bool:
-            gone = self.vacated | {key.partition("/")[2] for key in victims if key.startswith("endpoint/")}
-            for capability, floor in floors.items():
+            gone = self.gone(victims, starts)
+            staying = (o for name, o in lasting.items() if f"overlay/{name}" not in victims)
+            for capability, floor in self._floors(own.union(*(o.requires for o in staying))).items():
                 offering = {n for n, e in there.items() if capability in e.capabilities}
                 if len(offering - gone) < min(floor, len(offering)):
                     return False
-            return self.hinders(victims) is None
+            return self.hinders(victims, starts) is None
 
         return hold
 
@@ -267,15 +286,25 @@ class Consents:
         """Names of the endpoints that offer a capability, answer now and stay."""
         return self._ready.get(capability, frozenset())
 
-    def seek(self, needs: Sequence[Need], board: Board, *, waive: frozenset[str] = frozenset()) -> Placement | None:
-        """The best lawful placement; with `waive`, as if those rules did not exist."""
-        floors = (lambda _: True) if "FloorWouldBreak" in waive else self._floors_on(board)
+    def seek(
+        self,
+        needs: Sequence[Need],
+        board: Board,
+        starts: frozenset[str] = frozenset(),
+        *,
+        waive: frozenset[str] = frozenset(),
+    ) -> Placement | None:
+        """The best lawful placement; with `waive`, as if those rules did not exist.
+
+        `starts` are the names of those whose needs are among these because the overlay requires them.
+        """
+        floors = (lambda _: True) if "FloorWouldBreak" in waive else self._floors_on(board, starts)
         if not floors(frozenset()):
             return None
         may = (lambda t: self.broken_by(t) <= waive) if waive else self.may_displace
         return place(needs, board, may_displace=may, may_displace_all=floors)
 
-    def explain(self, needs: Sequence[Need], board: Board) -> Refusal:
+    def explain(self, needs: Sequence[Need], board: Board, starts: frozenset[str] = frozenset()) -> Refusal:
         """Why `seek` found nothing: the first single rule whose absence would help, else what the box lacks.
 
         In order:
@@ -288,13 +317,13 @@ class Consents:
         for rule in sorted(RULES, key=lambda rule: rule != "CoolDown"):  # 1
             if rule not in alone and rule != "FloorWouldBreak":
                 continue  # without it nobody more could give way than did not do
-            placement = self.seek(needs, board, waive=frozenset({rule}))
+            placement = self.seek(needs, board, starts, waive=frozenset({rule}))
             if placement is not None:
                 return self._protected((rule,), placement, board)
-        placement = self.seek(needs, board, waive=frozenset(RULES))
+        placement = self.seek(needs, board, starts, waive=frozenset(RULES))
         if placement is not None:  # 2
             broken = {r for key in placement.victims for r in self.broken_by(board.tenants[key])}
-            if not self._floors_on(board)(placement.victims):
+            if not self._floors_on(board, starts.union(*self.lent.values()))(placement.victims):  # were it to take over
                 broken.add("FloorWouldBreak")
             return self._protected(tuple(r for r in RULES if r in broken), placement, board)
         return lacking(self.situation, needs)  # 3
@@ -330,6 +359,13 @@ class Consents:
                 return f"{place}, whose priority is not lower than {than}", f"give it a priority above that of {names}"
             case "NotPreemptible":
                 return f"{place}, which may not be displaced", self._to_be_preemptible(tenants)
+            case "FloorWouldBreak" if lost := self._lost(tenants):
+                engines = "; ".join(f"{n}, which offers {', '.join(c)}, runs for {by}" for n, by, c in lost)
+                holders = ", ".join(sorted({by for _, by, _ in lost}))
+                return (
+                    f"{place}, and would then not have what it requires: {engines}, and has no place beside this one",
+                    f"wait for {holders} to end, or add a provider",
+                )
             case "FloorWouldBreak":
                 least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f)
                 if not least:
@@ -345,6 +381,13 @@ class Consents:
                 return told, f"wait, or `reconciler reset {names}`"
             case _:
                 return f"the GPUs of {names} cannot be read at the moment", "see `reconciler status`"
+
+    def _lost(self, tenants: Sequence[Tenant]) -> list[tuple[str, str, list[str]]]:
+        """Endpoints that would go with overlays among these, for whom each runs, and what of the required it offers."""
+        base, required = self.situation.spec.endpoints, set(self.overlay.requires)
+        overlays = sorted(name for kind, _, name in (t.key.partition("/") for t in tenants) if kind == "overlay")
+        going = [(n, by, base.get(n)) for by in overlays for n in sorted(self.lent.get(by, ()))]
+        return [(n, by, sorted(required.intersection(e.capabilities))) for n, by, e in going if e is not None]
 
     def _to_be_preemptible(self, tenants: Sequence[Tenant]) -> str:
         """What would have those of them give way that may not be displaced; of a reservation nothing but its end."""
@@ -367,62 +410,3 @@ class Consents:
             instead = f", or make the work of {', '.join(work)} preemptible" if work == ending else ""
             hints.append(f"wait for {', '.join(ending)} to end{instead}")
         return ", and ".join(hints)
-
-
-def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
-    """What the box itself lacks for these needs, whoever gives way."""
-    names: list[str] = []
-    for need in needs:
-        rooms = [situation.rooms[g] for g in need.candidates if g in situation.rooms]
-        small = [r for r in rooms if r.unusable is None and r.capacity_bytes < need.memory_bytes[r.gpu.uuid]]
-        fitting = [r for r in rooms if r.unusable is None and r not in small]
-        occupied = [
-            r for r in small if r.gpu.total_bytes - situation.spec.node.reserve_bytes >= need.memory_bytes[r.gpu.uuid]
-        ]
-        broken = [r for r in rooms if r.unusable is not None]
-        if len(fitting) >= need.count:
-            continue
-        names.append(need.subject.name)
-        if occupied and len(fitting) + len(occupied) >= need.count:
-            return Refusal(
-                "GpuOccupied",
-                _occupants(situation, [r.gpu.uuid for r in occupied]),
-                ("end the foreign process, or choose other GPUs",),
-                transient=True,
-            )
-        if broken and len(fitting) + len(occupied) + len(broken) >= need.count:
-            first = broken[0]
-            quarantine = situation.ledger.quarantines.get(first.gpu.uuid)
-            why = quarantine.reason if quarantine else first.gpu.detail or first.unusable
-            return Refusal(
-                first.unusable or "GpuUnknown",
-                f"GPU {first.gpu.index} cannot be used: {why}",
-                (
-                    f"`reconciler reset {first.gpu.index}` once it is mended"
-                    if quarantine
-                    else "see `reconciler status`",
-                ),
-                transient=first.unusable == "GpuUnknown",
-            )
-        biggest = max((r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms), default=0)
-        least = min(need.memory_bytes.values(), default=0)
-        if rooms and least > biggest:
-            message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(biggest)}"
-            return Refusal("InsufficientMemory", message, ("ask for less memory",), transient=False)
-        message = f"it wants {counted(need.count, 'GPU')}, and {len(rooms)} of this node may serve it"
-        return Refusal("InsufficientGpus", message, ("ask for fewer GPUs",), transient=False)
-    taken = ", ".join(names) or ", ".join(n.subject.name for n in needs)
-    return Refusal("InsufficientGpus", f"no GPUs are left for {taken}", ("wait, or stop something",), transient=True)
-
-
-def _occupants(situation: Situation, gpus: Sequence[str]) -> str:
-    parts = []
-    for uuid in gpus:
-        gpu = situation.gpus[uuid]
-        foreign = [p for p in gpu.processes or () if p.owner is None]
-        who = (
-            ", ".join(f"pid {p.pid}" + (f" ({p.user}: {p.command})" if p.command else "") for p in foreign)
-            or "memory that no process is named for"
-        )
-        parts.append(f"GPU {gpu.index}: {format_size(situation.rooms[uuid].foreign_bytes)} held by {who}")
-    return "; ".join(parts)

@@ -17,10 +17,10 @@ from reconciler.plan.actions import Blocked
 from reconciler.plan.asking import cannot_start, no_provider, no_such_gpu, not_preemptible, own_needs
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
+from reconciler.plan.lacks import Refusal
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, next_window, predicted_end
 from reconciler.plan.placement import Placement, place
-from reconciler.plan.preemption import Refusal
 from reconciler.plan.settling import need_of
 from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s, not_to_hinder, surely_over
 from reconciler.spec.spec import OverlaySpec

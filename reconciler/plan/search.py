@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 from reconciler.plan.board import Board, Need
 from reconciler.plan.bounds import Bounds, Gang
@@ -39,6 +40,7 @@ anew. On a fleet at least so many that each GPU is looked at `LOOKS` times."""
 MOVE = 10
 """Going on from one wish to the next counts as so many looks: the bound of those still to come looks at every GPU."""
 LOOKS = 4
+_NOBODY: frozenset[str] = frozenset()
 
 
 def solve(
@@ -54,8 +56,8 @@ def solve(
     Args:
         wishes: who asks; of equals the one that was due first stands first
         board: who has a place
-        lawful: may these tenants be displaced together, and these wishes be seated? Monotone: once it refuses two sets
-            it refuses all larger ones
+        lawful: may these tenants be displaced together, and these wishes be seated, with whom they start? Monotone but
+            for those: once it refuses two sets it refuses all larger ones
         may_be: is this, with everybody decided on, an answer? Asked of those alone that cost less than the best so far
         limit: steps after which the best answer so far is taken
     """
@@ -136,10 +138,12 @@ class Search(Pricing):
         given = None if self._seated is None or wish.rank is None else wish.key in self._seated
         if given is not False and not wish.rivals & branch.seated:
             begun = self.freed(wish, replace(branch, seated=branch.seated | {wish.key}))
-            if self.is_lawful(begun.victims, begun.seated):
-                later = self._bounds.later(index + 1, begun.taken, begun.gone)
-                for option in wish.options:
-                    self._needs(index, option, begun, later)
+            later: Cost | None = None
+            for option, starts in zip(wish.options, wish.starts or repeat(_NOBODY), strict=False):
+                started = replace(begun, seated=begun.seated | starts) if starts else begun
+                if self.is_lawful(started.victims, started.seated):
+                    later = later or self._bounds.later(index + 1, begun.taken, begun.gone)
+                    self._needs(index, option, started, later)
         if given is True:
             return
         self._leave_out(index, branch)

@@ -11,11 +11,11 @@ from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.lacks import lacking
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
-from reconciler.plan.preemption import lacking
 from reconciler.plan.situation import Situation
 from reconciler.plan.windows import held_back, keeping_off, opening_soon, still_owed, to_be_back
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu

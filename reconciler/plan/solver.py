@@ -467,13 +467,17 @@ class _Model:
         gone = {k: [x.name for x in xs if solver.boolean_value(x)] for k, xs in self._gone.items()}
         leaving = {k: self._away(k) for k, names in gone.items() if names and not names[0].startswith("freed/")}
         seated = {k: x for k, x in self._seat.items() if solver.boolean_value(x)}
-        lawful = self._problem.lawful
-        if lawful(frozenset(leaving), frozenset(seated)):
+        started = frozenset[str]().union(*(s for w in self._askers for s in w.starts))  # so that no more is cut than is
+
+        def lawful() -> bool:
+            return self._problem.lawful(frozenset(leaving), started.union(seated))
+
+        if lawful():
             return None
         for some in (leaving, seated):
             for key in sorted(some):
                 literal = some.pop(key)
-                if lawful(frozenset(leaving), frozenset(seated)):
+                if lawful():
                     some[key] = literal
         return [*leaving.values(), *seated.values()]
 

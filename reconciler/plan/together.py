@@ -11,7 +11,7 @@ from itertools import groupby, islice
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Verdict
-from reconciler.plan.asking import consents_of, own_needs, provider_choices, running
+from reconciler.plan.asking import consents_of, own_needs, provider_choices, providers_of, running
 from reconciler.plan.board import Board, Need, Tenant, Victims, endpoint_key
 from reconciler.plan.draft import Draft
 from reconciler.plan.moves import Answer, can_move, improve, way_back
@@ -165,12 +165,12 @@ def foreseen_moves(
         return ()
     rest = board.without([*movers, *map(endpoint_key, overlay.endpoints)])
     seated = [Wish(key, ((need,),)) for key, need in movers.items()]
-    for providers in islice(provider_choices(draft, overlay, placeless=True), MOST_CHOICES):
+    for providers in islice(provider_choices(draft, overlay, board, placeless=True), MOST_CHOICES):
         needs = tuple(off(need) for need in (*own, *providers))
         choice = solve([Wish(f"overlay/{overlay.name}", (needs,)), *seated], rest)
         if choice is not None:
             moved = [k for k, n in movers.items() if set(choice.gpus[n.subject]) != set(n.prefer)]
-            lawful = consents.floors_hold(frozenset(moved))
+            lawful = consents.floors_hold(frozenset(moved), providers_of(overlay, providers))
             return tuple(sorted(k.partition("/")[2] for k in moved)) if lawful else ()
     return ()
 
@@ -181,8 +181,9 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
     if own is None:
         return None
     off = keeping_off(ahead_of(draft, overlay, draft.now.wall))
-    choices = islice(provider_choices(draft, overlay), MOST_CHOICES)
+    choices = list(islice(provider_choices(draft, overlay, draft.board), MOST_CHOICES))
     options = tuple(tuple(off(need) for need in (*own, *providers)) for providers in choices)
+    starts = tuple(frozenset(map(endpoint_key, providers_of(overlay, providers))) for providers in choices)
     if not options:
         return None
     consents = consents_of(draft, overlay)
@@ -201,6 +202,7 @@ def _asker(draft: Draft, overlay: OverlaySpec) -> Asker | None:
         may_displace=may if begun else consents.may_displace,
         may_prolong=_may_prolong(draft, overlay),
         frees=frozenset(f"endpoint/{n}" for n in overlay.endpoints),
+        starts=starts,
     )
     return Asker(overlay, wish, consents, may_move)
 
@@ -270,21 +272,26 @@ def _restless(draft: Draft) -> dict[str, Need]:
 
 
 def lawful(askers: Sequence[Asker], victims: Victims, seated: frozenset[str]) -> bool:
-    """Whether every floor holds without these victims, with these overlays admitted.
+    """Whether every floor holds without these victims, with these overlays admitted, and whom they start.
 
-    What an admitted overlay requires has a floor of one ready provider, and keeps one that has a place, ready or not.
+    What an admitted overlay requires has a floor of one ready provider, unless one is started for it; and it keeps one
+    that has a place, ready or not.
     """
     admitted = [a for a in askers if a.wish.key in seated]
     if not admitted:
         return True
     rules = admitted[0].consents
-    going = (key.partition("/")[2] for key in victims if key.startswith("endpoint/"))
-    gone = frozenset(going).union(*(a.consents.vacated for a in admitted))
+    base = rules.situation.spec.endpoints
+    engines = (key.partition("/")[2] for key in seated if key.startswith("endpoint/"))
+    starts = frozenset(n for n in engines if base[n].state == "standby")
+    gone = rules.gone(victims, starts).union(*(a.consents.vacated for a in admitted))
     required = {c for a in admitted for c in a.overlay.requires}
-    floors = {**rules.floors, **{c: max(1, rules.floors.get(c, 0)) for c in required}}
+    floors = dict(rules.floors_beside(victims))
+    for capability in required - rules.offered_by(starts):
+        floors[capability] = max(1, floors.get(capability, 0))
     if not all(rules.floor_holds(capability, floor, gone) for capability, floor in floors.items()):
         return False
-    return rules.keeps_providers(required, victims, gone)
+    return rules.keeps_providers(required | rules.required_beside(victims), gone, starts)
 
 
 def _seat(asker: Asker, answer: Answer) -> Seat:

@@ -54,6 +54,9 @@ class Wish:
     """Of one that has to be seated: the wishes that may take its place, and the priority at which it counts then."""
     waits: bool = False
     """Others may have whom they like leave its GPUs: it is no matter when it begins."""
+    starts: tuple[frozenset[str], ...] = ()
+    """Of each option the keys of the providers that it starts or takes over: they count as seated with it. Empty: of
+    none any."""
 
 
 @dataclass(frozen=True, slots=True)
