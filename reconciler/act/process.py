@@ -264,17 +264,13 @@ class ProcessActor:
         target = examine(self._state, self._boot_id, incarnation)
         if target is None:
             return
-        leader = target.open_leader()
-        try:
+        with target.leader() as leader:
             if leader is not None:
                 signalled = self._signal_once(target, leader, _signal_number(stop.signal))
                 end = signalled.plus(stop.grace_s)
                 if await readable_within(leader, -self._clock.now().since(end), self._clock):
                     await target.linger(min(_LINGER_S, -self._clock.now().since(end)), self._clock)
             await target.kill(leader, self._clock)
-        finally:
-            if leader is not None:
-                os.close(leader)
 
     async def ensure_killed(self, incarnation: str) -> None:
         """End it at once: SIGKILL to all of it; returns when nothing of it lives.
@@ -286,14 +282,10 @@ class ProcessActor:
         target = examine(self._state, self._boot_id, incarnation)
         if target is None:
             return
-        leader = target.open_leader()
-        try:
+        with target.leader() as leader:
             if leader is not None:
                 self._signal_once(target, leader, signal.SIGKILL)
             await target.kill(leader, self._clock)
-        finally:
-            if leader is not None:
-                os.close(leader)
 
     def _signal_once(self, target: Target, leader: int, number: signal.Signals) -> Instant:
         """Send the one stop signal, unless it was; the recorded moment of it.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +40,22 @@ class Target:
     """Path of its control group; None: it has none."""
     state: StateDir
 
-    def open_leader(self) -> int | None:
-        """A pidfd of exactly the recorded leader; None when it is gone. The caller closes it.
+    @contextmanager
+    def leader(self) -> Iterator[int | None]:
+        """A pidfd of exactly the recorded leader, for as long as it is needed; None when it is gone.
 
         Raises:
             NotOurs: it could not be told.
         """
         try:
-            return identity.open_pidfd(self.run.pid, self.run.start_ticks)
+            leader = identity.open_pidfd(self.run.pid, self.run.start_ticks)
         except OSError as error:
             raise NotOurs(f"pid {self.run.pid}: its identity cannot be verified: {error}") from error
+        try:
+            yield leader
+        finally:
+            if leader is not None:
+                os.close(leader)
 
     def members(self) -> tuple[identity.ProcStat, ...]:
         """Its living processes, the leader included.

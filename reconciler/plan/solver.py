@@ -446,7 +446,7 @@ class _Model:
         return None if best is None else (best, max(bounds))
 
     def _go_on_from(self, solver: cp_model.CpSolver, model: cp_model.CpModel) -> None:
-        model.clear_hints()  # type: ignore[no-untyped-call]
+        model.clear_hints()  # type: ignore[no-untyped-call] # ortools types its other methods, and not this one
         for variable in self._names.values():
             model.add_hint(variable, solver.value(variable))
 

@@ -14,9 +14,11 @@ from nursery import (
     STOPPED,
     TREE_WITH_SETSID_GRANDCHILD,
     Nursery,
+    OpenLog,
     until,
 )
 
+from reconciler.act import shim
 from reconciler.cgroup import find_home
 from reconciler.journal.layout import StateDir
 
@@ -43,6 +45,22 @@ def nursery(tmp_path: Path, groups_in: str | None) -> Iterator[Nursery]:
     made = Nursery(state, groups_in)
     yield made
     made.close()
+
+
+@pytest.fixture
+def open_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenLog]:
+    """Gives the shim, which this process is for a while, a log."""
+    opened: list[int] = []
+
+    def open_it(path: Path, flags: int = os.O_WRONLY | os.O_APPEND | os.O_CREAT) -> int:
+        log = os.open(path, flags)
+        opened.append(log)
+        monkeypatch.setattr(shim, "_LOG", log)
+        return log
+
+    yield open_it
+    for log in opened:
+        os.close(log)
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ PATIENT = Stop("SIGTERM", drain_s=0, grace_s=DEADLINE_S)
 BRIEF = Stop("SIGTERM", drain_s=0, grace_s=0.3)
 
 Argv = tuple[str, ...]
+OpenLog = Callable[..., int]
+"""Opens the log at a path, with the usual flags unless others are given, and has the shim write into it."""
 
 
 def program(source: str) -> Argv:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from nursery import Argv, Nursery, is_running, program, until
+from nursery import Argv, Nursery, OpenLog, is_running, program, until
 
 from reconciler.act import shim
 from reconciler.cli.output_files import Tail, last_lines, outputs_of
@@ -180,13 +180,10 @@ def test_a_flood_is_written_about_as_fast_as_into_a_bare_file(nursery: Nursery, 
     assert ours <= 3 * floor + 0.05, rounds
 
 
-def test_a_log_that_was_cut_off_by_hand_is_bounded_as_before(
-    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_was_cut_off_by_hand_is_bounded_as_before(tmp_path: Path, open_log: OpenLog) -> None:
     """As by `truncate` or logrotate's copytruncate, after far more than its bound was written."""
     path = tmp_path / "log"
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    monkeypatch.setattr(shim, "_LOG", log)
+    log = open_log(path)
     punched = 0
     for _ in range(2):
         for _ in range(200):
@@ -194,16 +191,14 @@ def test_a_log_that_was_cut_off_by_hand_is_bounded_as_before(
             punched = shim.trim_log(punched, KEPT)
             assert on_disk(path) <= KEPT + KEPT // 4 + (128 << 10)
         os.truncate(path, 0)
-    os.close(log)
 
 
 def test_a_log_that_cannot_be_shortened_in_front_is_cut_off_and_keeps_its_end_in_one_piece(
-    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nursery: Nursery, tmp_path: Path, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on 9p, FAT or NFS before 4.2, where no holes can be punched; a follower goes on behind the cut."""
     path = tmp_path / "log"
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    monkeypatch.setattr(shim, "_LOG", log)
+    log = open_log(path)
     monkeypatch.setattr(shim, "punch_hole", lambda *_: errno.EOPNOTSUPP)
     intent = nursery.actor()._intent(nursery.launch(("true",)), None)
     write_intent(nursery.state, dataclasses.replace(intent, log=str(path)))
@@ -216,7 +211,6 @@ def test_a_log_that_cannot_be_shortened_in_front_is_cut_off_and_keeps_its_end_in
         if number % 1000 == 0:
             for block in tail.new():
                 seen.extend(block)
-    os.close(log)
     said, *lines = path.read_bytes().splitlines(keepends=True)
     assert said.startswith(b"reconciler: what stood here was cut off")
     kept = numbers(b"".join(lines))
@@ -228,11 +222,11 @@ def test_a_log_that_cannot_be_shortened_in_front_is_cut_off_and_keeps_its_end_in
     assert followed[-1] == 39_999
 
 
-def test_a_disk_that_is_full_for_a_moment_cuts_nothing_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    monkeypatch.setattr(shim, "_LOG", log)
+def test_a_disk_that_is_full_for_a_moment_cuts_nothing_off(
+    tmp_path: Path, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path / "log")
     monkeypatch.setattr(shim, "punch_hole", lambda *_: errno.ENOSPC)
     os.write(log, b"x" * (2 * KEPT))
     assert shim.trim_log(0, KEPT) == 0
     assert os.fstat(log).st_size == 2 * KEPT
-    os.close(log)

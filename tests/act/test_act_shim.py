@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 from forked import in_child
-from nursery import OBEDIENT, Nursery
+from nursery import OBEDIENT, Nursery, OpenLog
 
 from reconciler.act import process, shim
 from reconciler.identity import boot_id
@@ -91,16 +91,14 @@ def test_a_folder_that_is_no_control_group_is_not_born_in_and_the_leader_is_fork
 
 
 def test_a_group_is_entered_by_the_writer_itself_and_one_that_cannot_be_is_told_in_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_log: OpenLog
 ) -> None:
     (tmp_path / "cgroup.procs").touch()
-    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-    monkeypatch.setattr(shim, "_LOG", log)
+    open_log(tmp_path / "log")
     shim.join_group(os.fsencode(tmp_path))
     assert (tmp_path / "cgroup.procs").read_text() == "0"
     assert (tmp_path / "log").read_text() == ""
     shim.join_group(os.fsencode(tmp_path / "absent"))
-    os.close(log)
     assert (tmp_path / "log").read_text().startswith("reconciler: it has no control group of its own: [Errno 2]")
 
 
@@ -226,23 +224,17 @@ def test_a_box_that_does_not_say_how_many_watches_there_are_is_asked_for_none() 
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_less_than_a_block_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_less_than_a_block_is_not_given_back(tmp_path: Path, open_log: OpenLog) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"x" * 2000)
-    log = os.open(path, os.O_WRONLY | os.O_APPEND)
-    monkeypatch.setattr(shim, "_LOG", log)
+    open_log(path)
     assert shim.trim_log(0, 1000) == 0
-    os.close(log)
     assert path.read_bytes() == b"x" * 2000
 
 
-def test_a_log_that_cannot_be_shortened_at_all_does_not_end_its_shim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_cannot_be_shortened_at_all_does_not_end_its_shim(tmp_path: Path, open_log: OpenLog) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"x" * (1 << 20))
-    log = os.open(path, os.O_RDONLY)  # as on a file system that became read-only
-    monkeypatch.setattr(shim, "_LOG", log)
+    open_log(path, os.O_RDONLY)  # as on a file system that became read-only
     assert shim.trim_log(-1, 1000) == -1
-    os.close(log)
     assert path.stat().st_size == 1 << 20

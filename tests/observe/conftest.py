@@ -11,8 +11,10 @@ from typing import Any
 
 import pynvml
 import pytest
+from cradle import Cradle
 
 from reconciler.clock import SystemClock
+from reconciler.journal.layout import StateDir
 from reconciler.sim import driver
 from reconciler.sim.node import SimGpu, SimNode, prepare
 from reconciler.units import GIB, MIB
@@ -34,6 +36,20 @@ def _wait_until() -> Callable[..., None]:
 @pytest.fixture
 def clock() -> SystemClock:
     return SystemClock()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDir:
+    state = StateDir(tmp_path / "state")
+    state.ensure()
+    return state
+
+
+@pytest.fixture
+def cradle(state: StateDir) -> Iterator[Cradle]:
+    cradle = Cradle(state)
+    yield cradle
+    cradle.end()
 
 
 @pytest.fixture

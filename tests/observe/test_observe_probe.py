@@ -82,11 +82,15 @@ def test_a_server_that_hangs_is_not_ready_after_the_timeout(box, clock):
     assert time.monotonic() - began < 30, "it answers after a minute"
 
 
+def begin_answer(handler, header, value):
+    handler.send_response(200)
+    handler.send_header(header, value)
+    handler.end_headers()
+
+
 def test_an_answer_that_never_ends_is_cut_off(box, clock):
     def drip(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
-        handler.end_headers()
+        begin_answer(handler, "Content-Length", "1000000")
         while not box.released.wait(0.02):
             handler.wfile.write(b".")
             handler.wfile.flush()
@@ -113,9 +117,7 @@ def test_the_head_of_an_answer_that_never_ends_is_cut_off(box, clock, part):
 
 def test_an_answer_that_ends_too_early_is_not_ready(box, clock):
     def stop_short(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "4")
-        handler.end_headers()
+        begin_answer(handler, "Content-Length", "4")
         handler.wfile.write(b"ab")
         handler.close_connection = True
 
@@ -127,9 +129,7 @@ def test_an_answer_that_ends_too_early_is_not_ready(box, clock):
 
 def test_an_answer_in_chunks_is_read_to_its_end_and_the_connection_kept(box, clock):
     def in_chunks(handler):
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
+        begin_answer(handler, "Transfer-Encoding", "chunked")
         for part in (b"vllm:num_requests_running 3\n", b"vllm:num_requests_waiting 1\n", b""):
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
 

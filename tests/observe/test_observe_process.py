@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cradle import LONG_AGO, Cradle
+from cradle import LONG_AGO
 from ports import free_port
 
 from reconciler.clock import Instant
@@ -21,7 +21,7 @@ from reconciler.identity import descendants, is_alive, read_stat
 from reconciler.journal.archive import archive
 from reconciler.journal.incarnations import Exit as ExitRecord
 from reconciler.journal.incarnations import StopRecord, is_over, lock_path, new_id, write_exit, write_stop
-from reconciler.journal.layout import StateDir, take_lock
+from reconciler.journal.layout import take_lock
 from reconciler.observe import incarnation as incarnation_module
 from reconciler.observe.process import ProcessReader
 from reconciler.plan.observed import Subject
@@ -35,20 +35,6 @@ DAEMONISED_CHILD_OUTLIVES = (
     sys.executable, "-c",
     "import subprocess,time; subprocess.Popen(['sleep','600'], start_new_session=True); time.sleep(600)",
 )  # fmt: skip
-
-
-@pytest.fixture
-def state(tmp_path):
-    state = StateDir(tmp_path / "state")
-    state.ensure()
-    return state
-
-
-@pytest.fixture
-def cradle(state):
-    cradle = Cradle(state)
-    yield cradle
-    cradle.end()
 
 
 @pytest.fixture

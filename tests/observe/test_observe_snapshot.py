@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from cradle import LONG_AGO, Cradle
+from cradle import LONG_AGO
 from http_box import HttpBox
 from ports import free_port
 
@@ -16,7 +16,6 @@ from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
 from reconciler.identity import read_stat
 from reconciler.journal.incarnations import StopRecord, write_stop
-from reconciler.journal.layout import StateDir
 from reconciler.observe.gpus import NvmlReader
 from reconciler.observe.nvml import ReadOptions
 from reconciler.observe.prober import Prober
@@ -80,20 +79,6 @@ def incarnation(name="thinking", **changes):
         "strays": (), "exit_code": None, "exited": None,
     }  # fmt: skip
     return Incarnation(**{**values, **changes})
-
-
-@pytest.fixture
-def state(tmp_path):
-    state = StateDir(tmp_path / "state")
-    state.ensure()
-    return state
-
-
-@pytest.fixture
-def cradle(state):
-    cradle = Cradle(state)
-    yield cradle
-    cradle.end()
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ from reconciler.spec.spec import (
 )
 from reconciler.units import GIB
 
+RESERVE = GIB
+"""Of every GPU, unless set otherwise: `node.reserve`."""
 NOW = Instant(wall=1795467600.0, mono=50_000.0)
 """2026-11-23 21:00:00 UTC."""
 AN_HOUR_AGO = NOW.plus(-3600)
@@ -161,6 +163,17 @@ def spec(
         overlays={o.name: o for o in items if isinstance(o, OverlaySpec)},
         digest=digest(*sorted(repr(i) for i in items)),
     )
+
+
+def claimed(memory: MemoryClaim, total: int) -> int:
+    """Bytes on one GPU."""
+    match memory:
+        case WholeGpu():
+            return total - RESERVE
+        case MemoryFraction(fraction):
+            return int(total * fraction)
+        case MemoryBytes(size):
+            return size
 
 
 def gpu(index: int, *, total: int = 80 * GIB, used: int | None = 0, **fields: Any) -> Gpu:

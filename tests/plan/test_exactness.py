@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from builders import endpoint, overlay, spec, uuid
+from builders import RESERVE, claimed, endpoint, overlay, spec, uuid
 from hypothesis import given
 from hypothesis import strategies as st
 from plant import Plant, Run
@@ -14,10 +14,8 @@ from worlds import CAPABILITIES, PRIORITIES, examples
 
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Incarnation
-from reconciler.spec.spec import EndpointSpec, GpuCount, GpuPins, MemoryBytes, MemoryFraction, OverlaySpec, WholeGpu
+from reconciler.spec.spec import EndpointSpec, GpuCount, GpuPins, OverlaySpec, WholeGpu
 from reconciler.units import GIB
-
-RESERVE = GIB
 
 
 @dataclass
@@ -94,17 +92,6 @@ def lawful(small: Small, ready: list[EndpointSpec], gone: frozenset[str]) -> boo
     return True
 
 
-def claimed(asks: OverlaySpec, total: int) -> int:
-    """Bytes on one GPU."""
-    match asks.memory:
-        case WholeGpu():
-            return total - RESERVE
-        case MemoryFraction(fraction):
-            return int(total * fraction)
-        case MemoryBytes(size):
-            return size
-
-
 def fits(small: Small, staying: list[Incarnation]) -> bool:
     """Whether the overlay has its GPUs next to those that stay."""
     asks, free = small.asks, []
@@ -112,7 +99,7 @@ def fits(small: Small, staying: list[Incarnation]) -> bool:
     for index, total in enumerate(small.sizes):
         here = [(i, i.memory_bytes[i.gpus.index(uuid(index))]) for i in staying if uuid(index) in i.gpus]
         alone = not here or not (exclusive or any(i.exclusive for i, _ in here))
-        if alone and sum(size for _, size in here) + claimed(asks, total) <= total - RESERVE:
+        if alone and sum(size for _, size in here) + claimed(asks.memory, total) <= total - RESERVE:
             free.append(index)
     match asks.gpus:
         case GpuPins(refs):

@@ -9,29 +9,17 @@ from itertools import combinations, product
 from random import Random
 
 import pytest
-from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec
+from builders import NOW, RESERVE, claimed, endpoint, gpu, incarnation, observed, overlay, spec
 
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger, Timings
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.planner import plan
-from reconciler.spec.spec import EndpointSpec, GpuPins, MemoryBytes, MemoryFraction, OverlaySpec, WholeGpu
+from reconciler.spec.spec import EndpointSpec, GpuPins, OverlaySpec, WholeGpu
 from reconciler.units import GIB
 
-RESERVE = GIB
 CAPABILITIES = ("ask", "code")
 Place = tuple[int, ...]
-
-
-def claimed(of: EndpointSpec | OverlaySpec, total: int) -> int:
-    """Bytes on one GPU."""
-    match of.memory:
-        case WholeGpu():
-            return total - RESERVE
-        case MemoryFraction(fraction):
-            return int(total * fraction)
-        case MemoryBytes(size):
-            return size
 
 
 @dataclass
@@ -54,7 +42,7 @@ class Box:
     def running(self) -> Iterator[Incarnation]:
         for name, home in self.homes.items():
             of = self.endpoints[name]
-            yield replace(incarnation(of, home), memory_bytes=tuple(claimed(of, self.sizes[g]) for g in home))
+            yield replace(incarnation(of, home), memory_bytes=tuple(claimed(of.memory, self.sizes[g]) for g in home))
 
     def places(self, of: EndpointSpec | OverlaySpec) -> list[Place]:
         """Every set of GPUs that it may have."""
@@ -72,7 +60,7 @@ class Box:
         alone: set[int] = set()
         for of, place in items:
             for g in place:
-                used[g] += claimed(of, self.sizes[g])
+                used[g] += claimed(of.memory, self.sizes[g])
                 many[g] += 1
                 alone |= {g} if isinstance(of.memory, WholeGpu) else set()
         return all(used[g] <= size - RESERVE for g, size in enumerate(self.sizes)) and all(many[g] == 1 for g in alone)

@@ -12,28 +12,16 @@ from itertools import combinations, groupby
 from random import Random
 
 import pytest
-from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec, uuid
+from builders import NOW, RESERVE, claimed, endpoint, gpu, incarnation, observed, overlay, spec, uuid
 
 from reconciler.plan import pricing
 from reconciler.plan.ledger import Ledger, OverlayRecord, Timings
 from reconciler.plan.observed import Incarnation
 from reconciler.plan.planner import plan
-from reconciler.spec.spec import EndpointSpec, GpuPins, MemoryBytes, MemoryFraction, OverlaySpec, WholeGpu
+from reconciler.spec.spec import EndpointSpec, GpuPins, OverlaySpec, WholeGpu
 from reconciler.units import GIB
 
-RESERVE = GIB
 CAPABILITIES = ("ask", "code")
-
-
-def claimed(memory: WholeGpu | MemoryFraction | MemoryBytes, total: int) -> int:
-    """Bytes on one GPU."""
-    match memory:
-        case WholeGpu():
-            return total - RESERVE
-        case MemoryFraction(fraction):
-            return int(total * fraction)
-        case MemoryBytes(size):
-            return size
 
 
 @dataclass

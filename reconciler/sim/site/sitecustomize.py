@@ -43,6 +43,7 @@ class _Below:
                 driver = importlib.import_module("reconciler.sim.driver")
                 driver.install(Path(os.environ["RECONCILER_SIM_DIR"]))
 
+        # of this one loader, not of its class
         spec.loader.exec_module = load_then_install  # type: ignore[method-assign]
         return spec
 
