@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
@@ -19,6 +19,8 @@ from reconciler.spec.profiles import EngineCall, SleepCheck
 if TYPE_CHECKING:
     from reconciler.http import httpx
 
+_ANSWER_LIMIT_BYTES = 1 << 20
+"""Answers to these calls are some hundred bytes; one that never ends must not fill the memory."""
 _SETTLE_S, _LOOK_S = 5.0, 0.1
 """How long an engine may take, after its calls returned, to say that it sleeps or is awake; and the pace of asking."""
 
@@ -65,6 +67,7 @@ class EngineActor:
                     trust_env=False,
                     verify=False,  # plain HTTP on the loopback, and loading the certificates costs 20 ms
                     timeout=timeout_s,
+                    headers={"accept-encoding": "identity"},  # what is unpacked may be a thousand times what came
                 ) as client,
             ):
                 if await _says(client, order.check) == order.asleep:  # 2
@@ -89,14 +92,25 @@ class EngineActor:
 
 async def _tell(client: httpx.AsyncClient, call: EngineCall) -> None:
     headers = {"content-type": "application/json"} if call.body is not None else {}
-    response = await client.request(call.method, call.path, content=call.body, headers=headers)
-    if wrong := call.lacks(response.status_code, response.content):
-        raise ActError(f"{call.method} {call.path} {wrong}: {response.text[:200]}")
+    status, body = await _answer(client, call.method, call.path, content=call.body, headers=headers)
+    if wrong := call.lacks(status, body):
+        raise ActError(f"{call.method} {call.path} {wrong}: {body[:200].decode(errors='replace')}")
 
 
 async def _says(client: httpx.AsyncClient, check: SleepCheck | None) -> bool | None:
     """Whether it sleeps, by its own word; None: it does not say."""
     if check is None:
         return None
-    response = await client.get(check.path)
-    return check.read(response.content) if response.is_success else None
+    status, body = await _answer(client, "GET", check.path)
+    return check.read(body) if 200 <= status < 300 else None
+
+
+async def _answer(client: httpx.AsyncClient, method: str, path: str, **request: Any) -> tuple[int, bytes]:
+    """Status and body; when all of it has to be there whoever calls has bounded."""
+    body = bytearray()
+    async with client.stream(method, path, **request) as response:
+        async for part in response.aiter_raw():
+            body += part
+            if len(body) > _ANSWER_LIMIT_BYTES:
+                raise ActError(f"{method} {path}: the answer does not end")
+    return response.status_code, bytes(body)

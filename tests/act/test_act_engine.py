@@ -28,6 +28,10 @@ class SleepingServer:
     posted: list[tuple[str, str]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     hangs: bool = False
+    endless: frozenset[str] = frozenset()
+    """Methods whose answers never end."""
+    sent: int = 0
+    """Bytes of those answers."""
     port: int = 0
 
 
@@ -50,6 +54,10 @@ def engine() -> Iterator[SleepingServer]:
 
         def answer(self, status: int, body: bytes) -> None:
             self.send_response(status)
+            if self.command in told.endless:
+                self.end_headers()
+                while not told.released.is_set():
+                    told.sent += self.wfile.write(b" " * (1 << 16))
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -120,6 +128,17 @@ def test_an_engine_that_does_not_answer_is_a_failure(engine: SleepingServer) -> 
     engine.hangs = True
     with pytest.raises(ActError):
         tell(order(engine, asleep=True), timeout_s=0.5)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_answer_without_end_is_a_failure_long_before_the_time_or_the_memory_is_up(
+    engine: SleepingServer, method: str
+) -> None:
+    engine.endless = frozenset({method})
+    with pytest.raises(ActError, match=rf"{method} /\S+: the answer does not end"):
+        tell(order(engine, asleep=True), timeout_s=60.0)
+    engine.released.set()
+    assert engine.sent < 64 << 20, "a limit of 1 MiB, and what sockets hold"
 
 
 def test_nobody_on_the_port_is_a_failure(engine: SleepingServer) -> None:
