@@ -17,8 +17,11 @@ Data stands in fields; `str()` gives where, what, and what next.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,6 +52,15 @@ def suggest(word: str, known: Iterable[str]) -> str | None:
     if not names:
         return None
     return "known: " + ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether it comes of something that this process, or the box, has too few of, and may have again in a moment."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            return True
+        error = error.__cause__
+    return False
 
 
 class ReconcilerError(Exception):

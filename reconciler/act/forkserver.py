@@ -21,7 +21,9 @@ class ForkServer:
     `kill -9`. Shims do not need it: killed or replaced at any moment, it takes none of them along.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, open_files: int | None = None) -> None:
+        """With `open_files`, the soft limit of descriptors for what is started; None: this process's own."""
+        self._limits = () if open_files is None else (str(open_files),)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -44,7 +46,7 @@ class ForkServer:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    (sys.executable, "-I", "-S", str(_SHIM), str(theirs.fileno())),
+                    (sys.executable, "-I", "-S", str(_SHIM), str(theirs.fileno()), *self._limits),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

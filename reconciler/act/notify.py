@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,14 @@ class Message:
     headers: Mapping[str, str]
 
 
-async def deliver(notifier: Notifier, node: str, notices: Sequence[Notice], inherited: Mapping[str, str]) -> None:
+async def deliver(
+    notifier: Notifier,
+    node: str,
+    notices: Sequence[Notice],
+    inherited: Mapping[str, str],
+    *,
+    open_files: int | None = None,
+) -> None:
     """Tell; what fails for a passing reason is tried `ATTEMPTS` times, with random waits that double.
 
     Args:
@@ -61,6 +69,7 @@ async def deliver(notifier: Notifier, node: str, notices: Sequence[Notice], inhe
         node: name of this box
         notices: what, at least one
         inherited: this process's environment, of which a command gets what a leader would
+        open_files: a command's soft limit of descriptors; None: this process's own
 
     Raises:
         ActError: it did not arrive; the message holds no secret.
@@ -82,7 +91,7 @@ async def deliver(notifier: Notifier, node: str, notices: Sequence[Notice], inhe
         retry_error_callback=last,
     )
     if notifier.command is not None:
-        await retrying(_run, notifier, message, inherited)
+        await retrying(_run, notifier, message, inherited, open_files)
     else:
         await retrying(_post, notifier, message)
 
@@ -168,10 +177,14 @@ def _address(notifier: Notifier) -> str:
 # ---------------------------------------------------------------- by a program
 
 
-async def _run(notifier: Notifier, message: Message, inherited: Mapping[str, str]) -> None:
+async def _run(notifier: Notifier, message: Message, inherited: Mapping[str, str], open_files: int | None) -> None:
     """Run the command once in a session of its own; whatever is left of that when time is up is killed."""
     command = list(notifier.command or ())
     process = _spawn(command, message.body, child_environment(inherited))
+    if open_files is not None:
+        with suppress(OSError, ValueError):  # it has ended already
+            hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files, hard))
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
             await _ended(process.pid)

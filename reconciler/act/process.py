@@ -24,7 +24,7 @@ from reconciler.act.forkserver import ForkServer
 from reconciler.act.target import Target, examine
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock, Instant
-from reconciler.errors import ActError
+from reconciler.errors import ActError, is_shortage
 from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
@@ -75,13 +75,24 @@ class Launch:
 class ProcessActor:
     """Starts and ends the incarnations recorded in one state directory."""
 
-    def __init__(self, state: StateDir, clock: Clock, boot_id: str, *, groups_in: str | None = None) -> None:
-        """With `groups_in`, the control group in which each incarnation gets one of its own; None: none can be had."""
+    def __init__(
+        self,
+        state: StateDir,
+        clock: Clock,
+        boot_id: str,
+        *,
+        groups_in: str | None = None,
+        open_files: int | None = None,
+    ) -> None:
+        """With `groups_in`, the control group in which each incarnation gets one of its own; None: none can be had.
+
+        `open_files` is the soft limit of descriptors that they get; None: this process's own.
+        """
         self._state = state
         self._groups_in = groups_in
         self._clock = clock
         self._boot_id = boot_id
-        self._forks = ForkServer()
+        self._forks = ForkServer(open_files)
         self._starts: dict[str, asyncio.Future[None]] = {}
         self._tidy = False
         """Drafts of earlier daemons are cleared away."""
@@ -177,6 +188,9 @@ class ProcessActor:
                 return self._spawn_shim(lock, order)
             except OSError as error:
                 reason = f"its shim could not be started: {error}"
+                if is_shortage(error):  # nobody took the order, and somebody may in a moment
+                    incarnations.remove_intent(self._state, launch.incarnation)
+                    raise ActError(f"{subject}: {reason}") from error
                 with suppress(OSError):
                     incarnations.write_exit(self._state, launch.incarnation, Exit(126, self._clock.now(), reason))
                 raise ActError(f"{subject}: {reason}") from error
@@ -205,18 +219,20 @@ class ProcessActor:
         )
 
     def _spawn_shim(self, lock: int, order: bytes) -> int:
-        ready, report = os.pipe()
         memory = os.memfd_create("order", os.MFD_CLOEXEC)  # no disk, and no pipe that fills up before the shim reads
         try:
             with open(memory, "wb", closefd=False) as file:
                 file.write(order)
             os.lseek(memory, 0, os.SEEK_SET)
-            self._forks.fork_shim(memory, lock, report)
-        except BaseException:
-            os.close(ready)
-            raise
+            ready, report = os.pipe()
+            try:
+                self._forks.fork_shim(memory, lock, report)
+            except BaseException:
+                os.close(ready)
+                raise
+            finally:
+                os.close(report)
         finally:
-            os.close(report)
             os.close(memory)
         return ready
 

@@ -1,9 +1,10 @@
 # ruff: noqa: PTH116, PTH118, PTH123, PTH208, FBT003
 """The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
 
-Run as `python -I -S shim.py CONTROL_FD`, by absolute path: it imports nothing of this package, and nothing after its
-start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own, for each
-message on the socket CONTROL_FD, until the other end is closed; when there is nothing to do, the next one in advance.
+Run as `python -I -S shim.py CONTROL_FD [OPEN_FILES]`, by absolute path: it imports nothing of this package, and nothing
+after its start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own,
+for each message on the socket CONTROL_FD, until the other end is closed; when there is nothing to do, the next one in
+advance. OPEN_FILES is the soft limit of descriptors for all that follow.
 One shim is alive per incarnation, and shares what it does not change with all others; hence no json, enum, pathlib or
 subprocess, which would be paid for by each.
 
@@ -50,6 +51,7 @@ _GIVEN = 3  # descriptors with each message: order, lock, ready
 _CALM_S = 0.05  # nobody asks for so long: time to fork the next one in advance, the last is through with its start
 _FIRST_STEPS_S = 0.03  # nobody is in the way of a program that begins, on a small box not even who watches its log
 _PAUSE_S = 0.2  # before that is tried again where it failed, or was killed
+_UMASK = 0o022  # systemd's default
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
 _LOG = 2  # stderr is the log
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -70,6 +72,8 @@ _TRIES = 60  # a second apart, during which a full disk may become writable agai
 def main() -> int:
     """Fork a shim for each message, until nobody can send one any more."""
     control = _socket.socket(fileno=int(sys.argv[1]))
+    if len(sys.argv) > 2:  # the daemon itself has a higher one
+        limit_open_files(int(sys.argv[2]))
     os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
@@ -101,6 +105,14 @@ def main() -> int:
                 spare = fork_shim(control, [])
             except OSError:
                 calm_s = _PAUSE_S
+
+
+def limit_open_files(soft: int) -> None:
+    """The soft limit that the daemon was given itself, for this process and all that follow."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def receive(source: _socket.socket) -> tuple[bytes, list[int]]:
@@ -305,12 +317,16 @@ def become_leader(
 ) -> None:
     """In the child: own session and group, default signals, wait for the gate, become the program. Never returns.
 
+    What it makes others may read and not write, unless the daemon is stricter (`UMask=` in its unit): so it is under
+    systemd, and everywhere the same.
+
     A gate that closes means that the shim was killed. Its record of the run, if it came to that, is taken back while
     the lock is still held here: what is left then says *never started*, as it was.
     """
     code, error = _NOT_EXECUTABLE, ""
     try:
         os.setsid()
+        os.umask(os.umask(_UMASK) | _UMASK)
         os.dup2(log_fd, 1)  # stdin is /dev/null and stderr the log already; everything else closes on exec
         for number in range(1, _signal.NSIG):
             if _signal.getsignal(number) == _signal.SIG_IGN:  # all that an exec leaves as it is

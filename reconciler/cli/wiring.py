@@ -233,8 +233,12 @@ def ask(state: StateDir, op: str, **arguments: object) -> Any:
 
 
 @contextmanager
-def daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) -> Iterator[Daemon]:
+def daemon(
+    options: Options, transform: Callable[[Spec], Spec] | None = None, *, open_files: int | None = None
+) -> Iterator[Daemon]:
     """A daemon on the state directory, which nobody else may hold.
+
+    With `open_files` what it starts has that soft limit of descriptors, else its own.
 
     Raises:
         StateError: the state directory cannot be used, or another daemon holds it.
@@ -258,7 +262,7 @@ def daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) ->
     with acquire_writer(state):
         simulated = prepare_node(simulated_node(options), state)
         journal = Journal.open(state.journal, clock)
-        actor = ProcessActor(state, clock, boot_id(), groups_in=find_home().path)
+        actor = ProcessActor(state, clock, boot_id(), groups_in=find_home().path, open_files=open_files)
         try:
             remembered = journal.texts()
             yield Daemon(
@@ -274,6 +278,7 @@ def daemon(options: Options, transform: Callable[[Spec], Spec] | None = None) ->
                     simulated=simulated,
                     pid=os.getpid(),
                     faces=[MetricsPage(), ServiceManager(os.environ)],
+                    open_files=open_files,
                     leftovers=Leftovers(state, clock),
                     at_least_every_s=watchdog_s(os.environ, os.getpid()) or inf,
                 )
@@ -296,7 +301,7 @@ def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:
 
     async def serve() -> None:
         sys.setswitchinterval(SWITCH_S)
-        with daemon(options) as served:
+        with daemon(options, open_files=_open_more_files()) as served:
             begun()
             running = asyncio.get_running_loop()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it would have exit codes thrown away
@@ -308,6 +313,16 @@ def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:
 
     asyncio.run(serve())
     return 0
+
+
+def _open_more_files() -> int:
+    """Let this process have as many descriptors as it may: two for each endpoint, and more; the soft limit before."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft
 
 
 def _settle_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -12,7 +12,7 @@ from reconciler.health.incident import RANK, Incident, IncidentKind, Severity
 from reconciler.health.rules import Finding, below_floor, find
 from reconciler.plan.actions import Event
 
-__all__ = ["Facts", "assess"]
+__all__ = ["Facts", "assess", "assess_blindness"]
 
 STABLE_S = 300.0
 """An incident is resolved once its subject was well for this long: two restarts of a flapping endpoint, with their
@@ -37,9 +37,30 @@ def assess(facts: Facts, incidents: Iterable[Incident], now: Instant) -> tuple[t
         5. open                                       recovering
         6. recovering for `STABLE_S`                  resolved
     """
-    known = {incident.fingerprint: incident for incident in incidents if incident.state != "resolved"}
+    known = _unresolved(incidents)
     findings = [_as_known(finding, known) for finding in find(facts, now.wall)]
     troubled = {finding.subject for finding in findings}
+    return _live_on(known, findings, now, is_well=lambda old: _at_rest(old, facts, troubled))
+
+
+def assess_blindness(
+    node: str, why: str, incidents: Iterable[Incident], now: Instant
+) -> tuple[tuple[Incident, ...], tuple[Event, ...]]:
+    """The same where no look could be taken: that is an incident of the node's, and all others are as they were."""
+    finding = Finding(
+        "Blind", node, "critical", f"the daemon cannot look at the box, and nothing is done meanwhile: {why}"
+    )
+    return _live_on(_unresolved(incidents), [finding], now, is_well=lambda _: False)
+
+
+def _unresolved(incidents: Iterable[Incident]) -> dict[str, Incident]:
+    return {incident.fingerprint: incident for incident in incidents if incident.state != "resolved"}
+
+
+def _live_on(
+    known: dict[str, Incident], findings: Iterable[Finding], now: Instant, *, is_well: Callable[[Incident], bool]
+) -> tuple[tuple[Incident, ...], tuple[Event, ...]]:
+    """The steps of `assess`, by its numbers."""
     after: list[Incident] = []
     events: list[Event] = []
 
@@ -60,7 +81,7 @@ def assess(facts: Facts, incidents: Iterable[Incident], now: Instant) -> tuple[t
         else:
             after.append(seen if now.wall - old.last_seen >= REFRESH_S else old)  # 3
     for old in known.values():
-        if not _at_rest(old, facts, troubled):
+        if not is_well(old):
             after.append(old)  # 4
         elif old.state == "open":
             step("Recovering", replace(old, state="recovering", since=now))  # 5
@@ -124,7 +145,7 @@ def _at_rest(incident: Incident, facts: Facts, troubled: set[str]) -> bool:
             return seen and incident.subject not in troubled
         case "FloorBroken":
             return not below_floor(facts, incident.subject)
-        case "WorkloadFailed" | "OverlayFailed" | "OverlayOverdue" | "SpecRejected":
+        case "WorkloadFailed" | "OverlayFailed" | "OverlayOverdue" | "SpecRejected" | "Blind":
             return True
         case _:
             assert_never(incident.kind)

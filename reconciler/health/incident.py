@@ -10,6 +10,7 @@ from reconciler.clock import Instant
 IncidentKind = Literal[
     "Unplanned", "WrongWay", "Overdue", "Hung", "CrashLoop", "RestoreDegraded", "ForeignMemory", "PortInUse",
     "WorkloadFailed", "OverlayFailed", "OverlayOverdue", "GpuLost", "GpuQuarantined", "SpecRejected", "FloorBroken",
+    "Blind",
 ]  # fmt: skip
 """
 Unplanned:      away from its set point, and no agenda entry says why
@@ -25,6 +26,7 @@ OverlayFailed:  an overlay failed for another reason than its workload's exit co
 OverlayOverdue: an overlay runs past its duration and grace
 GpuLost, GpuQuarantined: a GPU that can no longer be used
 SpecRejected:   a file that could not be accepted and changes nothing
+Blind:          the daemon cannot look at the box, for want of descriptors or memory; nothing is done meanwhile
 FloorBroken:    fewer ready providers of a capability than `min_available`, and no provider's own incident says why
 """
 

@@ -41,7 +41,7 @@ from reconciler.units import counted
 __all__ = [
     "Exit", "Intent", "Records", "Run", "SharedFile", "StopRecord", "Undying", "Unreadable",
     "is_locked", "is_over", "is_recorded", "list_ended", "list_ids", "lock_path", "log_path", "new_id",
-    "read", "read_intent", "read_shared", "remove_drafts",
+    "read", "read_intent", "read_shared", "remove_drafts", "remove_intent",
     "write_exit", "write_intent", "write_shared", "write_stop", "write_undying",
 ]  # fmt: skip
 
@@ -276,6 +276,18 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
     if durable:
         _sync(state.run)
     return target
+
+
+def remove_intent(state: StateDir, incarnation: str) -> None:
+    """Take back the intent of a start that was handed to nobody: as if it had never been decided.
+
+    Needs no descriptor. What cannot be removed is a draft, or says that it was never started.
+    """
+    draft = state.run / f".{incarnation}{_DRAFT}"
+    with suppress(OSError):
+        (state.run / incarnation).rename(draft)
+        (draft / "intent.json").unlink()
+        draft.rmdir()
 
 
 def remove_drafts(state: StateDir) -> None:

@@ -17,8 +17,8 @@ from reconciler.act.engine import EngineActor, Order
 from reconciler.act.notify import deliver
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import Clock, Instant
-from reconciler.errors import StateError
-from reconciler.health.assess import Facts, assess
+from reconciler.errors import StateError, is_shortage
+from reconciler.health.assess import Facts, assess, assess_blindness
 from reconciler.health.incident import Incident
 from reconciler.health.notices import Notice
 from reconciler.journal.archive import archive
@@ -57,6 +57,8 @@ FIRST_STEPS_S = 0.03
 """An interpreter has begun, and is through with most of what it reads of the disk: half of a restart is that."""
 NEVER_CALM_S = 1.0
 """Where something happens all the time, what waits for a calm moment waits no longer."""
+FIRST_BLIND_S, MOST_BLIND_S = 0.25, 10.0
+"""Between two looks where one could not be taken; they double."""
 OUTSIDE_POLL_S = 1.0
 OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
 """What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
@@ -104,6 +106,8 @@ class Parts:
     """What a simulated node adds to a child's environment."""
     pid: int
     faces: Sequence[Face] = ()
+    open_files: int | None = None
+    """Soft limit of descriptors for what is run; None: this process's own."""
     leftovers: Leftovers | None = None
     """Follows files in /dev/shm; None: where there are none, as on a box in virtual time."""
     at_least_every_s: float = inf
@@ -168,6 +172,8 @@ class Daemon:
         self._stopping = False
         self._unmoved: set[str] = set()
         """Ended incarnations whose records could not be put away."""
+        self._blind = 0
+        """Looks in a row that could not be taken, as far as they matter."""
         self._looked = asyncio.Event()
         """Set once there is something to answer with."""
 
@@ -182,18 +188,32 @@ class Daemon:
             await self._control.open()
             self._load()
             while True:
-                tick = await self._tick()
-                self._wakers.watch_files(self._parts.specs.path, self._parts.specs.overlays_folder)
-                for face in self._parts.faces:
-                    self._parts.journal.append(await face.show(tick), self._parts.clock.now())
-                if self._stopping or (until is not None and until(tick)):
-                    await self._tidy(tick)
-                    return tick
-                if until is not None and self._unmoved:
-                    raise StateError(f"{self._parts.state.run}: records cannot be put away", hint="reconciler events")
-                await self._rest(tick)
+                try:
+                    last = await self._turn(until)
+                except (OSError, StateError) as error:
+                    if until is not None or self._stopping or not is_shortage(error):
+                        raise
+                    await self._wait_blind(error)
+                else:
+                    if last is not None:
+                        return last
         finally:
             await self._close()
+
+    async def _turn(self, until: Callable[[Tick], bool] | None) -> Tick | None:
+        """One tick, and the rest after it; the tick, if it was the last one."""
+        tick = await self._tick()
+        self._wakers.watch_files(self._parts.specs.path, self._parts.specs.overlays_folder)
+        for face in self._parts.faces:
+            self._parts.journal.append(await face.show(tick), self._parts.clock.now())
+        if self._stopping or (until is not None and until(tick)):
+            await self._tidy(tick)
+            return tick
+        if until is not None and self._unmoved:
+            raise StateError(f"{self._parts.state.run}: records cannot be put away", hint="reconciler events")
+        self._blind = 0
+        await self._rest(tick)
+        return None
 
     def stop(self) -> None:
         """End the loop after the present tick; endpoints and workloads stay as they are."""
@@ -252,6 +272,21 @@ class Daemon:
         self._looked.set()
         untold = dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)
+
+    async def _wait_blind(self, error: Exception) -> None:
+        """Tell that no look could be taken, for want of descriptors, say, and let some time pass before the next one.
+
+        What was decided before is in the ledger, and what was begun goes on.
+        """
+        now, journal, spec = self._parts.clock.now(), self._parts.journal, self._parts.specs.in_force.spec
+        known = journal.incidents(include_resolved=False)
+        why = error.message if isinstance(error, StateError) else str(error)
+        incidents, events = assess_blindness(spec.node.name, why, known, now)
+        journal.save_incidents(incidents)
+        journal.append(events, now)
+        self._notifying.offer(spec, incidents)
+        await self._wakers.wait(min(MOST_BLIND_S, FIRST_BLIND_S * 2.0**self._blind))
+        self._blind = min(self._blind + 1, 10)
 
     def _put_away(self, spec: Spec, ended: Incarnation) -> bool:
         """Whether its records could be put away; if not, as on a disk that is read-only by now, it is told once.
@@ -376,7 +411,8 @@ class Daemon:
         self._eyes.probe_now([action.incarnation or ""])
 
     async def _deliver(self, notifier: Notifier, notices: Sequence[Notice]) -> None:
-        await deliver(notifier, self._parts.specs.in_force.spec.node.name, notices, self._parts.inherited)
+        node, parts = self._parts.specs.in_force.spec.node.name, self._parts
+        await deliver(notifier, node, notices, parts.inherited, open_files=parts.open_files)
 
     def _report(self, events: Sequence[Event]) -> None:
         self._parts.journal.append(events, self._parts.clock.now())

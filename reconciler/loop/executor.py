@@ -121,11 +121,11 @@ class Executor:
             await self._carry_out(action)
             self._failures.pop(key, None)
             started = action.op in STARTS
-        except ReconcilerError as error:
+        except (ReconcilerError, OSError) as error:  # the latter: no descriptors are left, say
             count = self._failures[key].count + 1 if key in self._failures else 1
             wait = min(RETRY_MAX_S, RETRY_INITIAL_S * 2.0 ** (count - 1))
             self._failures[key] = _Failure(count, self._clock.now().mono + wait)
-            self._report([_event(f"act.{action.op}.failed", action, error.message)])
+            self._report([_event(f"act.{action.op}.failed", action, getattr(error, "message", str(error)))])
         finally:
             if self._tasks.get(key) is asyncio.current_task():
                 del self._tasks[key]

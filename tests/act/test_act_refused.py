@@ -52,6 +52,22 @@ def test_logs_that_were_removed_with_their_folder_keep_nothing_from_being_starte
     assert nursery.state.logs.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize(("module", "name"), [(process.os, "pipe"), (process.os, "memfd_create")])
+def test_a_start_for_which_no_descriptor_is_left_leaves_no_record_and_is_no_failure(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as short:
+        short.setattr(module, name, refusing(errno.EMFILE))
+        with pytest.raises(ActError, match="its shim could not be started"):
+            nursery.run(actor.ensure_started(launch))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert list(nursery.state.run.iterdir()) == []
+    nursery.run(actor.ensure_started(launch))
+    assert is_running(nursery.run_record(launch.incarnation).pid)
+
+
 @pytest.mark.parametrize("disk", ["writable", "full"])
 def test_a_fork_server_that_cannot_be_started_is_the_recorded_reason_and_leaks_no_descriptor(
     nursery: Nursery, monkeypatch: pytest.MonkeyPatch, disk: str

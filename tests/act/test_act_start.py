@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -20,6 +21,7 @@ from ports import free_port
 
 from reconciler.act import process, shim
 from reconciler.act.process import Launch, ProcessActor
+from reconciler.clock import SystemClock
 from reconciler.errors import ActError, PortInUse
 from reconciler.identity import boot_id, children, read_stat
 from reconciler.journal.incarnations import Exit, Intent, Run, lock_path, log_path, write_intent
@@ -170,6 +172,30 @@ def test_everything_is_private_whatever_the_umask(nursery: Nursery) -> None:
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [nursery.state.path, *nursery.state.path.rglob("*")]}
     assert {"intent.json", "run.json", "stop.json"} <= {path.name for path in modes}
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(0, "0022"), (0o002, "0022"), (0o022, "0022"), (0o077, "0077")])
+def test_what_a_leader_makes_others_may_read_and_not_write_unless_the_daemon_is_stricter(
+    nursery: Nursery, own: int, theirs: str
+) -> None:
+    old = os.umask(own)
+    try:
+        launch = nursery.launch(("sh", "-c", "umask"))
+        nursery.run(nursery.actor().ensure_started(launch))
+    finally:
+        os.umask(old)
+    assert nursery.exit_code(launch.incarnation) == 0
+    assert nursery.log(launch) == f"{theirs}\n"
+
+
+def test_a_leader_has_the_soft_limit_of_descriptors_that_it_is_to_have_and_may_raise_it(nursery: Nursery) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    actor = ProcessActor(nursery.state, SystemClock(), boot_id(), open_files=100)
+    nursery.actors.append(actor)
+    launch = nursery.launch(("sh", "-c", f"ulimit -n; ulimit -Hn; ulimit -n {min(hard, 200)}"))
+    nursery.run(actor.ensure_started(launch))
+    assert nursery.exit_code(launch.incarnation) == 0
+    assert nursery.log(launch) == f"100\n{hard}\n"
 
 
 def test_secrets_reach_the_leader_and_nothing_else(nursery: Nursery) -> None:

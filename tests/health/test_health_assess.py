@@ -9,7 +9,7 @@ from health_box import T0, Box, Life, asked, crash, entry, gpu, overlay_record, 
 
 from reconciler.clock import Instant
 from reconciler.errors import Problem
-from reconciler.health.assess import REFRESH_S, STABLE_S, assess
+from reconciler.health.assess import REFRESH_S, STABLE_S, assess, assess_blindness
 from reconciler.health.incident import Incident, IncidentKind
 from reconciler.plan.ledger import EndpointRecord, Quarantine
 
@@ -337,3 +337,19 @@ def test_a_hang_whose_restart_the_agenda_knows_is_one_incident_still() -> None:
     life.look(Box(views=(view(A, "unhealthy", reason="Hung: no token for 120 s"),)), 0.0)
     life.look(Box(views=(view(A, "sleeping"),), agenda=(entry(A),)), 10.0)
     assert life.story() == ["IncidentOpened Hung/thinking"]
+
+
+def test_a_look_that_could_not_be_taken_is_one_incident_and_says_nothing_of_others() -> None:
+    life = Life()
+    crash_incident = life.look(crashed(0.0, "pending"), 1.0)
+    blind, events = assess_blindness("box", "Too many open files", crash_incident, T0.plus(10.0))
+    assert [(i.fingerprint, i.state, i.severity) for i in blind] == [
+        (crash_incident[0].fingerprint, "open", crash_incident[0].severity), ("Blind/box", "open", "critical"),
+    ]  # fmt: skip
+    assert blind[1].message == "the daemon cannot look at the box, and nothing is done meanwhile: Too many open files"
+    assert [e.kind for e in events] == ["IncidentOpened"]
+    again, events = assess_blindness("box", "Too many open files", blind, T0.plus(20.0))
+    assert (again, events) == (blind, ())
+    life.incidents = blind
+    seen = life.look(crashed(0.0, "pending"), 30.0)
+    assert {i.fingerprint: i.state for i in seen} == {crash_incident[0].fingerprint: "open", "Blind/box": "recovering"}

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -488,3 +488,49 @@ def test_memory_is_looked_at_the_less_often_the_longer_it_has_not_come_back(
         plan=SimpleNamespace(ledger=Ledger(endpoints={"chat": endpoint})),
     )
     assert daemon_module._memory_pace(tick, now) == pytest.approx(pace_s)
+
+
+def without_descriptors() -> NoReturn:
+    reason = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    raise StateError("run: cannot be read: Too many open files") from reason
+
+
+def test_a_daemon_that_has_no_descriptors_left_tells_of_it_and_looks_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "FIRST_BLIND_S", 0.01)
+
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        house.eyes.before_look = without_descriptors
+        daemon.look_again()
+        await house.kinds("IncidentOpened")
+        (blind,) = house.journal.incidents()
+        assert (blind.kind, blind.state) == ("Blind", "open")
+        assert "Too many open files" in blind.message
+        looks = house.eyes.looks
+        house.eyes.before_look = lambda: None
+        await house.kinds("IncidentRecovering")
+        assert house.eyes.looks > looks
+        assert (await house.ask("status"))["daemon"]["running"]
+
+    house.run(story)
+
+
+def test_a_daemon_that_cannot_look_for_another_reason_ends_with_it(house: House) -> None:
+    failed: list[bool] = []
+
+    def failing() -> NoReturn:
+        failed.append(True)
+        raise StateError("the disk is gone")
+
+    async def story(daemon: Daemon) -> None:
+        await house.ask("status")
+        house.eyes.before_look = failing
+        daemon.look_again()
+        while not failed:
+            await asyncio.sleep(0.01)
+
+    with pytest.raises(StateError, match="the disk is gone"):
+        house.run(story)
+    assert len(failed) == 1
