@@ -113,7 +113,7 @@ def submit(
     try:
         if shutil.which(command[0]) is None:  # the daemon may look elsewhere, so it is no error
             face.note(
-                f"warning: no program {command[0]!r} is found from here: if the daemon finds none either, it waits"
+                f"warning: no program {command[0]!r} is found from here: if the daemon finds none either, it fails"
             )
         for caution in cautions(SourceText(str(path), text)):
             face.note(f"warning: {caution.message}\n  hint: {caution.hint}")
@@ -242,10 +242,9 @@ def _wait(face: Face, name: str, tail: Tail) -> int:
     1. its end is decided             → its exit code (128 + the number of a signal)
     2. it ended before it began       → 1, and why
     3. the daemon went away meanwhile → 1; the job goes on, or will
-    4. it cannot be started as it is  → 1, and what to do; it begins once that is done
     """
     state = wiring.state_dir(face.options)
-    said, waits = "", None
+    said = ""
     face.note(f"overlay {name}; Ctrl-C leaves it running")
     for _ in changes(state.path, ".sqlite-wal", patience_s=0.25):
         record = _record(face, name)
@@ -258,11 +257,6 @@ def _wait(face: Face, name: str, tail: Tail) -> int:
         if words != said:
             said = words
             face.note(f"overlay {name} is {words}")
-        if record.state == "pending" and waits is None:
-            waits = _outlook(face, name)
-        if waits is not None and waits.reason == "CannotStart":  # 4
-            cancel = f"`reconciler overlay cancel {name}` takes it back"
-            raise StateError(f"{name} waits: {waits.message}", hint="; ".join((*waits.alternatives, cancel)))
         if record.state in TERMINAL or (record.outcome is not None and record.exit_code is not None):
             write_raw(tail.new())
             return _code(record)  # 1, 2

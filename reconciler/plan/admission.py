@@ -15,6 +15,7 @@ from reconciler.plan.asking import (
     no_provider,
     no_such_gpu,
     not_preemptible,
+    obstacle_of,
     own_needs,
     provider_choices,
     providers_of,
@@ -168,7 +169,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         2. it sets aside an endpoint that is not preemptible         → NotPreemptible, or GpuUnknown
            or cannot be stopped now
         3. another overlay has its own version of an endpoint it sets → SetByAnother
-           or what it would start is not there to be started          → CannotStart
+           or what it would start is not there to be started          → CannotStart; it fails if only its work cannot
         4. nothing that has a place, or finds one, can provide what   → NoProvider
            it requires
         5. a port that its endpoints need is not free for them       → PortInUse
@@ -182,6 +183,8 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
     unfit = _unfit(draft, overlay)
     if unfit is not None:
         draft.block(unfit)  # 1, 2, 3
+        if unfit.reason == "CannotStart":
+            _fail_in_vain(draft, overlay)
         return
     rivalling = ahead_of(draft, overlay, draft.now.wall)
     answer = _seek(draft, overlay, draft.board, keeping_off(rivalling))
@@ -211,6 +214,17 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         cool_wall = draft.now.wall + cool.since(draft.now)
         earliest = cool_wall if earliest is None else min(earliest, cool_wall)
     draft.block(Blocked(subject, answer.reason, answer.message, answer.alternatives, earliest, answer.transient))  # 9
+
+
+def _fail_in_vain(draft: Draft, overlay: OverlaySpec) -> None:
+    """Fail an overlay whose work would begin now and is certain not to start, before anybody gives way for it."""
+    record, obstacle = draft.steps[overlay.name].record, obstacle_of(draft, overlay)
+    if obstacle is None or draft.now.wall < record.window_start:
+        return
+    off = keeping_off(ahead_of(draft, overlay, draft.now.wall))
+    if isinstance(_seek(draft, overlay, draft.board, off, why=False), tuple):
+        reason = f"its work cannot be started: {obstacle.message}"
+        draft.move(overlay.name, enter(record, "failed", draft.now, reason))
 
 
 def _cool(draft: Draft, overlay: OverlaySpec, rivalling: Sequence[Window]) -> Instant | None:

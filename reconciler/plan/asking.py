@@ -9,7 +9,7 @@ from itertools import product
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import OVERRIDING, Draft
-from reconciler.plan.observed import Subject
+from reconciler.plan.observed import Obstacle, Subject
 from reconciler.plan.overlays import predicted_end
 from reconciler.plan.preemption import Consents
 from reconciler.plan.settling import need_of, own_need
@@ -146,13 +146,17 @@ def can_stop(draft: Draft, name: str) -> bool:
     return standing.current is not None and standing.state != "unknown" and draft.situation.sees(standing.current.gpus)
 
 
+def obstacle_of(draft: Draft, overlay: OverlaySpec) -> Obstacle | None:
+    """What is certain to keep its work from starting; None: nothing that is known, or it has none."""
+    return draft.situation.observed.obstacles.get(overlay.placement_hash) if overlay.workload is not None else None
+
+
 def cannot_start(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     """That its work, or an endpoint that it sets, cannot be started as it is: nobody gives way for it.
 
     None: nothing is known that would keep them from it.
     """
-    obstacles = draft.situation.observed.obstacles
-    found = obstacles.get(overlay.placement_hash) if overlay.workload is not None else None
+    obstacles, found = draft.situation.observed.obstacles, obstacle_of(draft, overlay)
     told = [f"its work cannot be started: {found.message}"] if found is not None else []
     hints = [found.hint] if found is not None else []
     for endpoint in running(overlay):

@@ -183,8 +183,7 @@ def test_wait_streams_the_log_and_exits_with_the_code_of_the_job(busy_desk):
     assert busy_desk.run("overlay", "submit", "--wait", "--", *command, "0").returncode == 0
     gone = busy_desk.run("overlay", "submit", "--name", "gone", "--wait", "--", "/nowhere/program")
     assert gone.returncode == 1
-    assert "gone waits: its work cannot be started: /nowhere/program is not there" in gone.stderr
-    assert "correct the path, or install it; `reconciler overlay cancel gone` takes it back" in gone.stderr
+    assert "overlay gone is failed: its work cannot be started: /nowhere/program is not there" in gone.stderr
     assert busy_desk.run("logs", "three", "-n", "2").stdout == "line 1\nline 2\n"
     (log,) = (busy_desk.state / "logs").glob("workload-three.*.log")
     log.unlink()

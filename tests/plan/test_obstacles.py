@@ -22,21 +22,30 @@ def blocked(run: Run, name: str) -> Blocked | None:
     return next((b for b in run.decide().blocked if b.subject.name == name), None)
 
 
-def test_work_that_cannot_be_started_displaces_nobody_and_begins_once_it_can() -> None:
+def test_work_that_cannot_be_started_fails_in_its_place_and_displaces_nobody() -> None:
     run = settled(ASK)
     run.plant.obstacles = {WORK.placement_hash: GONE}
     run.spec = spec(ASK, WORK)
-    run.settle()
-    assert run.ledger.overlays["work"].state == "pending"
-    assert run.stops() == []
     said = blocked(run, "work")
     assert said is not None
     assert (said.reason, said.message) == ("CannotStart", "its work cannot be started: tool is not on PATH")
-    assert (said.alternatives, said.transient) == (("install it",), False)
-    run.plant.obstacles = {}
-    run.settle(until=overlay_state("work", "active"))
+    assert said.alternatives == ("install it",)
     run.settle()
-    assert run.ledger.overlays["work"].state == "done"
+    record = run.ledger.overlays["work"]
+    assert (record.state, record.reason) == ("failed", "its work cannot be started: tool is not on PATH")
+    assert run.stops() == []
+
+
+def test_work_that_waits_for_a_place_does_not_fail_for_what_is_not_there_meanwhile() -> None:
+    run = settled(ASK)
+    meek = replace(WORK, priority=50)
+    run.plant.obstacles = {meek.placement_hash: GONE}
+    run.spec = spec(ASK, meek)
+    run.settle()
+    assert run.ledger.overlays["work"].state == "pending"
+    run.plant.obstacles = {}
+    run.spec = spec(meek)
+    run.settle(until=overlay_state("work", "active"))
 
 
 def test_others_that_wait_are_not_kept_by_one_that_cannot_be_started() -> None:
@@ -46,6 +55,8 @@ def test_others_that_wait_are_not_kept_by_one_that_cannot_be_started() -> None:
     run.spec = spec(ASK, WORK, other)
     run.settle(until=overlay_state("other", "active"))
     assert run.ledger.overlays["work"].state == "pending"
+    run.settle()
+    assert (run.ledger.overlays["other"].state, run.ledger.overlays["work"].state) == ("done", "failed")
 
 
 def test_an_endpoint_that_an_overlay_sets_is_looked_at_unless_it_runs_like_that() -> None:
