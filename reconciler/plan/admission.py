@@ -12,6 +12,7 @@ from reconciler.plan.asking import (
     can_stop,
     cannot_start,
     consents_of,
+    heirs_of,
     no_provider,
     no_such_gpu,
     not_preemptible,
@@ -29,10 +30,10 @@ from reconciler.plan.lacks import Refusal
 from reconciler.plan.ledger import Lease
 from reconciler.plan.moving import begin
 from reconciler.plan.observed import Subject
-from reconciler.plan.overlays import OverlayStep, enter, finish, predicted_end
+from reconciler.plan.overlays import OverlayStep, enter, finish
 from reconciler.plan.placement import Placement
 from reconciler.plan.rehousing import rehouse
-from reconciler.plan.reservations import Fits, next_slot, reserve, window_taken
+from reconciler.plan.reservations import Fits, next_slot, reserve, slot_after, window_taken
 from reconciler.plan.seating import seat
 from reconciler.plan.together import Seat, begins_before, foreseen_moves, seat_together
 from reconciler.plan.why import tell
@@ -182,6 +183,9 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
     subject = Subject("workload", overlay.name)
     unfit = _unfit(draft, overlay)
     if unfit is not None:
+        if unfit.reason == "SetByAnother":
+            slot = slot_after(draft, overlay, {*rivals_of(draft, overlay), *heirs_of(draft, overlay)}, fits)
+            unfit = replace(unfit, earliest_start=slot)
         draft.block(unfit)  # 1, 2, 3
         if unfit.reason == "CannotStart":
             _fail_in_vain(draft, overlay)
@@ -274,10 +278,9 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
         return Blocked(subject, "GpuUnknown", message, ("see `reconciler status`",), transient=True)  # 2
     rivals = rivals_of(draft, overlay)
     if rivals:
-        message = f"{', '.join(rivals)} set the same endpoint otherwise"
-        steps = [draft.steps[n] for n in rivals]
-        ends = [predicted_end(s.record, s.spec.makespan, draft.now.wall) for s in steps if s.spec is not None]
-        return Blocked(subject, "SetByAnother", message, (), max(ends, default=None), transient=True)  # 3
+        done = "sets the same endpoint otherwise, or runs" if len(rivals) == 1 else "set the same otherwise, or run"
+        message = f"{', '.join(rivals)} {done} on it"
+        return Blocked(subject, "SetByAnother", message, transient=True)  # 3
     return cannot_start(draft, overlay)  # 3
 
 

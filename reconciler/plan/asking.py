@@ -131,6 +131,15 @@ def rivals_of(draft: Draft, overlay: OverlaySpec) -> list[str]:
     return sorted(holding | {other.name for other in in_force if runs & set(other.endpoints)})
 
 
+def heirs_of(draft: Draft, overlay: OverlaySpec) -> list[str]:
+    """Overlays in force that will go on with a standby endpoint which this one sets, once whoever runs it is over."""
+    base = draft.situation.spec.endpoints
+    engines = [base[n] for n in overlay.endpoints if n in base and draft.leased(Subject("endpoint", n))]
+    lent = {c for engine in engines if engine.state == "standby" for c in engine.capabilities}
+    in_force = [s.spec for s in draft.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
+    return sorted(other.name for other in in_force if lent & set(other.requires))
+
+
 def would_stop(draft: Draft, overlay: OverlaySpec, name: str) -> bool:
     """Whether what the overlay sets for an endpoint ends the process that runs now."""
     current, new = draft.standings[name].current, overlay.endpoints[name]

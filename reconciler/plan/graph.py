@@ -428,6 +428,7 @@ class Graph:
         endpoint, names = back.endpoint, ", ".join(sorted(back.holders))
         item = Arriving(
             Subject("endpoint", endpoint.name), back.gpus, back.memory_bytes, back.exclusive, endpoint.process_hash,
-            f"{names} no longer needs its place", Cause("restore", endpoint.source, back.holders[0]),
+            f"{names} no longer {'needs' if len(back.holders) == 1 else 'need'} its place",
+            Cause("restore", endpoint.source, back.holders[0]),
         )  # fmt: skip
         self._endpoint_start(item, [action for o in back.after for action in self._ended_by[o]])

@@ -17,7 +17,7 @@ from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, Endpo
 from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.answers import Answers
-from reconciler.plan.draft import OVERRIDING, Draft
+from reconciler.plan.draft import HOLDING, OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
 from reconciler.plan.moving import remembered
@@ -273,13 +273,24 @@ def _restate(draft: Draft, views: dict[str, EndpointView]) -> None:
     """Note each endpoint's new state in its record, with an event for a change; forget evictions that are over."""
     for name, view in views.items():
         record = draft.records[name]
-        if view.state == "healthy" and record.evicted_by and not draft.evicted_from(name):
-            record = replace(record, evicted_by=None)
+        if record.evicted_by is not None:
+            record = replace(record, evicted_by=_kept_away_by(draft, name, view, record.evicted_by))
         if view.state != record.state:
             cause = _why(draft, name)
             draft.say(view.state, name, view.reason or f"{record.state} -> {view.state}", cause)
             record = replace(record, state=view.state, state_since=draft.now)
         draft.records[name] = record
+
+
+def _kept_away_by(draft: Draft, name: str, view: EndpointView, before: str) -> str | None:
+    """The overlay on whose account an endpoint that was displaced is away now, or was last; None: it is back."""
+    holders, owner, keeper = draft.evicted_from(name), draft.owners.get(name), draft.kept_off.get(name)
+    if view.state == "healthy" and not holders:
+        return None
+    if before in holders:
+        return before
+    live = keeper is not None and draft.steps[keeper].record.state in HOLDING
+    return next((n for n in (*sorted(holders), owner, keeper if live else None) if n is not None), before)
 
 
 def _why(draft: Draft, name: str) -> Cause:

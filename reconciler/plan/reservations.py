@@ -182,6 +182,22 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> f
     return None
 
 
+def slot_after(draft: Draft, overlay: OverlaySpec, others: Iterable[str], fits: Fits) -> float | None:
+    """The first moment at which these live overlays are predicted to be over and this one to have a place, epoch s.
+
+    None: there is none in sight, or nobody knows when one of them will be over.
+    """
+    ends = []
+    for step in (draft.steps[name] for name in others):
+        if step.spec is None:
+            return None
+        end = predicted_end(step.record, step.spec.makespan, draft.now.wall)
+        if end <= draft.now.wall and step.record.state in OVERRIDING:
+            return None
+        ends.append(end)
+    return next_slot(draft, overlay, max(ends, default=draft.now.wall), fits)
+
+
 def moment(wall: float) -> str:
     """A moment for people, in UTC to the second, its date included: windows may be days away."""
     return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

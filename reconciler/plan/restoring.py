@@ -21,7 +21,7 @@ class Return:
 
     endpoint: EndpointSpec
     holders: tuple[str, ...]
-    """Overlays that displaced it, which are over by then."""
+    """Overlays that displaced it, or set it aside since, which are over by then."""
     after: tuple[str, ...]
     """Overlays that have to be over first: also those that only hold a GPU which it comes back to."""
     nap: Nap | None = None
@@ -43,9 +43,12 @@ def returning(draft: Draft, ending: frozenset[str]) -> list[Return]:
         if current is not None:
             board.add(Tenant(endpoint_key(lease.subject.name), 0, holds_of(current)))
     displaced = {n for step in draft.steps.values() for n in step.record.evicted if n in baseline}
+    displaced |= {n for n in draft.owners if n in baseline and draft.records[n].evicted_by is not None}
     for name in sorted(displaced, key=lambda n: (-baseline[n].priority, n)):
         endpoint = baseline[name]
-        holders = tuple(o for o in draft.evicted_from(name) if o in ending)
+        holders, owner = tuple(o for o in draft.evicted_from(name) if o in ending), draft.owners.get(name)
+        if owner is not None and owner not in holders:
+            holders = (*holders, owner) if owner in ending else ()
         subject = Subject("endpoint", name)
         current = draft.standings[name].current
         placed = subject in draft.arriving or (current is not None and current.id not in draft.leaving)

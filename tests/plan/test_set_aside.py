@@ -187,3 +187,59 @@ def test_nobody_displaces_work_that_has_yet_to_start_the_provider_which_both_req
     run.spec = spec(helper, sketch, paint)
     run.settle(until=overlay_state("sketch", "done"))
     assert run.starts().count("sketch") == 1
+
+
+def test_who_waits_for_another_version_to_end_is_told_when_there_is_a_place_as_well_or_nothing() -> None:
+    first = overlay(
+        "first", None, duration=300.0, workload=False, sets=[replace(ASK, process_hash="a", gpus=GpuPins((1,)))]
+    )
+    other = overlay("other", None, priority=100, duration=300.0, workload=False, sets=[replace(ASK, process_hash="b")])
+    stays = overlay("stays", [0], priority=900, duration=5000.0, workload=False)
+    run = settled(ASK, gpus=2)
+    run.spec = spec(ASK, first)
+    run.settle(until=overlay_state("first", "active"))
+    run.spec = spec(ASK, first, other)
+    said, now = why(run.decide(), "other"), run.plant.now.wall
+    assert (said.reason, said.message) == ("SetByAnother", "first sets the same endpoint otherwise, or runs on it")
+    assert said.earliest_start == pytest.approx(now + 300, abs=5.0)
+    run.spec = spec(ASK, first, stays)
+    run.settle(until=overlay_state("stays", "active"))
+    run.spec = spec(ASK, first, stays, other)
+    late = why(run.decide(), "other").earliest_start
+    assert late == pytest.approx(run.plant.now.wall + 5000, abs=5.0)
+    run.spec = spec(ASK, first, stays, replace(other, makespan=replace(other.makespan, deadline=now + 1000)))
+    assert why(run.decide(), "other").earliest_start is None
+
+
+def test_an_endpoint_that_goes_on_for_others_is_not_promised_at_the_end_of_its_first_user() -> None:
+    helper = endpoint("helper", [0], state="standby", capabilities=("draw",))
+    run = settled(helper, gpus=3)
+    brief = overlay("brief", [1], duration=300.0, requires=("draw",))
+    lasting = overlay("lasting", [2], duration=3000.0, requires=("draw",))
+    run.plant.behaviour.run_s = {"brief": 290.0, "lasting": 2900.0}
+    run.spec = spec(helper, brief, lasting)
+    run.settle(until=lambda d: all(r.state == "active" for r in d.ledger.overlays.values()))
+    now = run.plant.now.wall
+    other = [replace(helper, state="running", process_hash="other")]
+    run.spec = spec(helper, brief, lasting, overlay("other", None, workload=False, sets=other))
+    assert why(run.decide(), "other").earliest_start == pytest.approx(now + 3000, abs=5.0)
+
+
+def test_who_gave_way_and_is_set_aside_later_comes_back_after_both_on_account_of_the_last() -> None:
+    run = settled(ASK)
+    render, mend = overlay("render", [0], duration=300.0), aside(ASK, duration=1000.0)
+    run.spec = spec(ASK, render)
+    run.settle(until=overlay_state("render", "active"))
+    run.spec = spec(ASK, render, mend)
+    run.settle(until=overlay_state("mend", "active"))
+
+    def planned(decided: Plan) -> tuple[str, float]:
+        (start,) = [a for a in decided.actions if a.op == "start"]
+        return start.reason, round(start.expected[0] - now)
+
+    now = run.plant.now.wall
+    assert planned(run.decide()) == ("mend, render no longer need its place", 1000)
+    run.settle(until=overlay_state("render", "done"))
+    assert planned(run.decide()) == ("mend no longer needs its place", 1000)
+    last = run.settle(until=overlay_state("mend", "done"))
+    assert planned(last) == ("mend no longer needs its place", 1000)
