@@ -107,7 +107,7 @@ def window_taken(
     spans = []
     for window in windows:
         more = sum(w.name == window.name for w in found) - 1
-        spans.append(f"{window.name} ({_span(window, draft.now.wall)}{f', and {more} more' if more else ''})")
+        spans.append(f"{window.name} ({_span(draft, window)}{f', and {more} more' if more else ''})")
     hints = [f"its next free slot is {moment(slot)}"] if slot is not None else []
     hints += _bounded(draft, overlay, begin, found[0].opens)
     hints += _above(draft, overlay, windows)
@@ -152,10 +152,18 @@ def _above(draft: Draft, overlay: OverlaySpec, windows: Collection[Window]) -> l
     return [", and ".join(asked)] if asked else []
 
 
-def _span(window: Window, now: float) -> str:
+def _is_late(draft: Draft, window: Window) -> bool:
+    """Whether the time of a window has come and it has not begun: something keeps it waiting."""
+    return window.start < draft.now.wall and window.end < inf
+
+
+def _span(draft: Draft, window: Window) -> str:
+    if _is_late(draft, window):
+        blocked = draft.blocked.get(Subject("workload", window.name))
+        return f"due since {moment(window.start)}" + (f" and kept waiting: {blocked.reason}" if blocked else "")
     if window.end < inf:
         return f"{moment(window.start)} to {moment(window.end)}"
-    known = window.start > now + MEMORY_RETURN_S  # else who keeps that endpoint away should be over, and is not
+    known = window.start > draft.now.wall + MEMORY_RETURN_S  # else who keeps it away should be over, and is not
     return f"which is to be back {f'from {moment(window.start)} on' if known else 'as soon as it can'}"
 
 
@@ -164,10 +172,13 @@ def next_slot(draft: Draft, overlay: OverlaySpec, begin: float, fits: Fits) -> f
 
     Looked at are the predicted ends of live overlays and of windows, in order; None: none of the next `MOST_SLOTS`
     helps. It is the earliest: whoever else waits may be there first. Past the last window of a schedule that was looked
-    at nothing is told: there are more; nor past its own deadline.
+    at nothing is told: there are more; nor past its own deadline; nor where a window is late: when that begins, and so
+    when it ends, nobody knows.
     """
     ends, last = {w.end for w in draft.windows}, inf
     rivals = _touching(draft, overlay, not_to_hinder(draft, overlay))
+    if any(_is_late(draft, window) for window in rivals):
+        return None
     for name in {w.name for w in rivals if draft.situation.spec.overlays[w.name].makespan.schedule is not None}:
         last = min(last, max(w.start for w in rivals if w.name == name))
     for step in draft.steps.values():

@@ -654,3 +654,24 @@ def test_a_cool_down_that_lets_it_begin_soon_is_told_before_a_priority_that_keep
     assert said.earliest_start == ready_since.wall + 120
     run.settle(until=overlay_state("two", "active"))
     assert run.plant.now.wall <= ready_since.wall + 150
+
+
+def test_who_waits_for_a_window_that_is_late_is_told_what_keeps_that_one_and_no_slot() -> None:
+    run = settled(gpus=1)
+    extra, start = endpoint("extra", [0], port=9000), run.plant.now.wall + 100
+    night = overlay("night", None, workload=False, sets=[extra], priority=600, start=start, duration=60)
+    night = replace(night, makespan=replace(night.makespan, deadline=start + HOUR))
+    run.plant.ports = {9000: PortHolder(9000, 77, "squatter")}
+    lower = overlay("lower", [0], priority=5, duration=HOUR)
+    run.spec = spec(night, lower)
+    decided, _ = run.step()
+    said = blocked(decided, "lower")
+    assert said is not None
+    assert said.earliest_start is not None
+    run.plant.advance(500.0)
+    said = blocked(run.decide(), "lower")
+    assert said is not None
+    assert (said.reason, said.earliest_start) == ("WindowTaken", None)
+    assert f"night (due since {moment(start)} and kept waiting: PortInUse)" in said.message
+    run.settle(until=overlay_state("lower", "active"))
+    assert run.plant.now.wall == pytest.approx(start + HOUR, abs=1.0), "until its deadline"
