@@ -66,7 +66,9 @@ _SILENT_LOOK_S = 4.0  # where nothing tells of writes, and nothing is written
 _libc, _libc_with_gil = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None, use_errno=True)
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _offset_ns: int | None = None
-_TRIES = 60  # a second apart, during which a full disk may become writable again before the exit code is given up
+# Between two tries to record an end on a disk that is full, say: first and longest, they double.
+_RETRY_S, _MOST_RETRY_S = 1.0, 10.0
+_NOBODY_READS = (errno.ENOENT, errno.ESTALE)  # the folder of the records was removed
 
 
 def main() -> int:
@@ -195,23 +197,23 @@ def own_identity() -> str:
 def supervise(own: str, order: int, lock: int, ready: int) -> int:
     """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
-        leader, folder_fd, log_bytes, durable = start(own, order)
+        leader, folder_fd, log_bytes, durable, unrecorded = start(own, order)
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
     os.close(ready)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _WAKERS)  # blocked, they stay pending until waited for
     _signal.sigtimedwait((_signal.SIGCHLD,), _FIRST_STEPS_S)
-    watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd), durable=durable)
+    watch(leader, folder_fd, log_bytes, ask_for_notes(folder_fd), unrecorded, durable=durable)
     os.close(lock)
     return 0
 
 
-def start(own: str, order: int) -> tuple[int, int, int, bool]:
+def start(own: str, order: int) -> tuple[int, int, int, bool, str]:
     """Carry out the order; `own` is who this is.
 
     The answer: the leader's pid, the folder its end is recorded in, bytes of its log to keep, whether its end is to
-    outlive a power cut.
+    outlive a power cut, and its end itself if there is one that could not be recorded yet.
     """
     fields = os.pread(order, os.fstat(order).st_size, 0).split(b"\0")
     os.close(order)
@@ -247,12 +249,13 @@ def start(own: str, order: int) -> tuple[int, int, int, bool]:
     while chunk := os.read(failure_out, 4096):  # ends when the program is executed: the other end is closed by that
         failure += chunk
     os.close(failure_out)
+    unrecorded = ""
     if failure:
         code, _, error = failure.decode(errors="replace").partition(" ")
         os.waitpid(leader, 0)
         text = f'{{"at":{now()},"error":{quoted(error)},"exit_code":{int(code)}}}'
-        write_record(folder_fd, "exit.json", text, durable=bool(durable))
-    return leader, folder_fd, int(log_bytes), bool(durable)
+        unrecorded = record_exit(folder_fd, text, durable=bool(durable))
+    return leader, folder_fd, int(log_bytes), bool(durable), unrecorded
 
 
 def fork_leader(group: bytes) -> tuple[int, bool]:
@@ -393,31 +396,38 @@ def execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
     raise denied or FileNotFoundError(2, "no such program on PATH", program)
 
 
-def watch(leader: int, folder_fd: int, log_bytes: int, notes: int, *, durable: bool) -> None:
+def watch(leader: int, folder_fd: int, log_bytes: int, notes: int, unrecorded: str, *, durable: bool) -> None:
     """Collect every descendant that ends, record the leader's end, bound the log, return when nobody is left.
 
-    `notes`: tells by SIGIO that the log was written to; negative: its size is looked at by the clock.
+    `notes`: tells by SIGIO that the log was written to; negative: its size is looked at by the clock. `unrecorded`: an
+    end that is not recorded yet. Nobody else knows of it, so as long as it is not, as on a full disk, this goes on.
     """
     pause = min(_MOST_PAUSE_S, max(_LEAST_PAUSE_S, log_bytes / _FLOOD))
-    patience, seen, punched = pause, 0, 0
+    patience, seen, punched, retry = pause, 0, 0, _RETRY_S
     while True:
+        is_left = True
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
                 if ended[0] == leader:
-                    record_exit(folder_fd, os.waitstatus_to_exitcode(ended[1]), durable=durable)
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    unrecorded = f'{{"at":{now()},"error":null,"exit_code":{code}}}'
         except ChildProcessError:
-            trim_log(punched, log_bytes)
+            is_left = False
+        if unrecorded:
+            unrecorded, retry = record_exit(folder_fd, unrecorded, durable=durable), min(_MOST_RETRY_S, 2 * retry)
+        punched = trim_log(punched, log_bytes)
+        if not is_left and not unrecorded:
             say_over(folder_fd)
             return
-        punched = trim_log(punched, log_bytes)
         if notes >= 0:
-            if _signal.sigwaitinfo(_WAKERS).si_signo == _signal.SIGIO:
+            woken = _signal.sigtimedwait(_WAKERS, retry) if unrecorded else _signal.sigwaitinfo(_WAKERS)
+            if woken is not None and woken.si_signo == _signal.SIGIO:
                 _signal.sigtimedwait((_signal.SIGCHLD,), pause)  # one look for all that is written meanwhile
                 forget_notes(notes)  # before the look: what is written after this is told anew
             continue
         size = os.fstat(_LOG).st_size
         patience, seen = pause if size != seen else min(_SILENT_LOOK_S, patience * 2), size
-        _signal.sigtimedwait((_signal.SIGCHLD,), patience)
+        _signal.sigtimedwait((_signal.SIGCHLD,), min(patience, retry) if unrecorded else patience)
 
 
 def ask_for_notes(folder_fd: int) -> int:
@@ -491,18 +501,13 @@ def punch_hole(start: int, length: int) -> int:
     return 0 if done == 0 else ctypes.get_errno()
 
 
-def record_exit(folder_fd: int, code: int, *, durable: bool) -> None:
-    """Record the leader's end, if need be once the disk has room again."""
-    text = f'{{"at":{now()},"error":null,"exit_code":{code}}}'
-    for attempt in range(1, _TRIES + 1):
-        try:
-            write_record(folder_fd, "exit.json", text, durable=durable)
-        except OSError:
-            if attempt == _TRIES:
-                raise
-            time.sleep(1)
-        else:
-            return
+def record_exit(folder_fd: int, text: str, *, durable: bool) -> str:
+    """Record the leader's end; what is still to be recorded, if it could not be and somebody may read it yet."""
+    try:
+        write_record(folder_fd, "exit.json", text, durable=durable)
+    except OSError as problem:
+        return "" if problem.errno in _NOBODY_READS else text
+    return ""
 
 
 def write_record(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
@@ -512,7 +517,9 @@ def write_record(folder_fd: int, name: str, text: str, *, durable: bool) -> None
     fd = os.open(temporary, flags, 0o600, dir_fd=folder_fd)
     try:
         os.fchmod(fd, 0o600)
-        os.write(fd, text.encode() + b"\n")
+        line = text.encode() + b"\n"
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk is full")
         if durable:
             os.fsync(fd)
     finally:

@@ -147,25 +147,89 @@ def test_a_program_that_may_not_be_executed_is_looked_for_further_along_the_path
 # ---------------------------------------------------------------- afterwards
 
 
-@pytest.mark.parametrize("failures", [0, 2, shim._TRIES - 1])
-def test_the_exit_code_waits_for_a_full_disk_to_have_room_again(
-    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    tries, pauses = [], []
+def refused_so_often(monkeypatch: pytest.MonkeyPatch, failures: int, number: int = errno.ENOSPC) -> None:
+    """Have a record refused at first."""
+    tries: list[str] = []
     write = shim.write_record
 
-    def full_at_first(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
-        tries.append(name)
+    def refusing_at_first(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
+        tries.append(text)
         if len(tries) <= failures:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         write(folder_fd, name, text, durable=durable)
 
-    monkeypatch.setattr(shim, "write_record", full_at_first)
-    monkeypatch.setattr(shim.time, "sleep", pauses.append)
-    shim.record_exit(folder, 9, durable=True)
+    monkeypatch.setattr(shim, "write_record", refusing_at_first)
+    monkeypatch.setattr(shim, "_RETRY_S", 0.001)
+    monkeypatch.setattr(shim, "_MOST_RETRY_S", 0.002)
+
+
+def watched(folder: int, log: Path) -> str:
+    """A leader that ends with 9 at once, watched to its end."""
+
+    def supervise() -> str:
+        shim.become_reaper()
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        shim._signal.pthread_sigmask(shim._signal.SIG_BLOCK, shim._WAKERS)
+        leader = os.fork()
+        if leader == 0:
+            os._exit(9)
+        shim.watch(leader, folder, 1 << 20, shim.ask_for_notes(folder), "", durable=True)
+        return "it is over"
+
+    return in_child(supervise)
+
+
+@pytest.mark.parametrize("failures", [0, 2, 300])
+@pytest.mark.parametrize("told", [True, False], ids=["told of writes", "by the clock"])
+def test_the_exit_code_waits_for_a_full_disk_to_have_room_again(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, told: bool
+) -> None:
+    refused_so_often(monkeypatch, failures)
+    if not told:
+        monkeypatch.setattr(shim, "ask_for_notes", lambda _: -1)
+    assert watched(folder, tmp_path / "log") == "it is over"
     assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 9
-    assert pauses == [1] * failures
-    assert {p.name for p in tmp_path.iterdir()} == {"exit.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"exit.json", "log", "over"}
+
+
+def test_an_exit_code_that_nobody_can_read_any_more_is_not_waited_with(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the records was removed by hand: its shim would stay for ever, and its lock be held."""
+    refused_so_often(monkeypatch, 1_000_000, errno.ENOENT)
+    assert watched(folder, tmp_path / "log") == "it is over"
+
+
+def test_why_a_program_could_not_be_run_waits_for_room_as_well(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch = nursery.launch(("/nowhere/at/all",), subject=Subject("workload", "thinking"))
+    write_intent(nursery.state, nursery.actor()._intent(launch, None))
+    order = os.memfd_create("order")
+    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
+    write, tries = shim.write_record, []
+
+    def full(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
+        tries.append(name)
+        if name == "exit.json" and len(tries) < 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder_fd, name, text, durable=durable)
+
+    monkeypatch.setattr(shim, "write_record", full)
+    monkeypatch.setattr(shim, "_RETRY_S", 0.001)
+    monkeypatch.setattr(shim, "_MOST_RETRY_S", 0.002)
+    null = os.open(os.devnull, os.O_RDWR)
+
+    def supervise() -> int:
+        shim.become_reaper()
+        return shim.supervise(shim.own_identity(), order, os.dup(null), os.dup(null))
+
+    assert in_child(supervise) == "0"
+    os.close(order)
+    os.close(null)
+    assert nursery.exit_code(launch.incarnation) == 127
+    found: Any = nursery.records(launch.incarnation).exit
+    assert found.error == "/nowhere/at/all: No such file or directory"
 
 
 @pytest.mark.parametrize(("kind", "synced"), [("endpoint", []), ("workload", [".exit.json.tmp", "ID"])])
@@ -194,18 +258,14 @@ def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
     assert nursery.exit_code(launch.incarnation) == 0
 
 
-def test_a_disk_that_stays_full_ends_the_tries(folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-
-    def full(*_: object, durable: bool) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shim, "write_record", full)
-    monkeypatch.setattr(shim.time, "sleep", pauses.append)
-    with pytest.raises(OSError, match="No space left"):
-        shim.record_exit(folder, 9, durable=False)
-    assert len(pauses) == shim._TRIES - 1
-    assert list(tmp_path.iterdir()) == []
+def test_a_record_that_a_full_disk_takes_only_a_part_of_is_no_record(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(shim.os, "write", lambda fd, data: write(fd, data[:5]))
+    assert shim.record_exit(folder, '{"exit_code":9}', durable=False) == '{"exit_code":9}'
+    monkeypatch.undo()
+    assert not (tmp_path / "exit.json").exists()
 
 
 def test_word_that_nobody_is_left_is_not_left_through_a_link(folder: int, tmp_path: Path) -> None:
