@@ -24,7 +24,7 @@ from reconciler.act.forkserver import ForkServer
 from reconciler.act.target import Target, examine
 from reconciler.act.waiting import readable_within
 from reconciler.clock import Clock, Instant
-from reconciler.errors import ActError, is_shortage
+from reconciler.errors import ActError, StateError, is_shortage
 from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
@@ -163,8 +163,9 @@ class ProcessActor:
 
     def _take_lock(self, subject: Subject) -> int | None:
         try:
+            self._state.ensure_folder(self._state.locks)
             return take_lock(incarnations.lock_path(self._state, subject.kind, subject.name))
-        except OSError as error:
+        except (OSError, StateError) as error:
             raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
 
     def _spawn(self, launch: Launch, group: str | None, order: bytes, lock: int) -> int:
@@ -173,7 +174,7 @@ class ProcessActor:
         try:
             if launch.port is not None:
                 ports.prove_free(launch.port)
-            self._state.ensure_logs()
+            self._state.ensure_folder(self._state.logs)
             try:
                 if not self._tidy:  # once: a look at all records for each of 200 starts is a look at 40,000
                     incarnations.remove_drafts(self._state)

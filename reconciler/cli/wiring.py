@@ -259,7 +259,7 @@ def daemon(
 
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
-    with acquire_writer(state):
+    with acquire_writer(state) as held:
         simulated = prepare_node(simulated_node(options), state)
         journal = Journal.open(state.journal, clock)
         actor = ProcessActor(state, clock, boot_id(), groups_in=find_home().path, open_files=open_files)
@@ -279,6 +279,7 @@ def daemon(
                     pid=os.getpid(),
                     faces=[MetricsPage(), ServiceManager(os.environ)],
                     open_files=open_files,
+                    hold=held.keep,
                     leftovers=Leftovers(state, clock),
                     at_least_every_s=watchdog_s(os.environ, os.getpid()) or inf,
                 )

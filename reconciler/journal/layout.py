@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,14 +89,14 @@ class StateDir:
         for name in _FOLDERS:
             _ensure_private(self.path / name)
 
-    def ensure_logs(self) -> None:
-        """Have a folder for logs, which somebody may have removed to make room: nothing rests on what was in it.
+    def ensure_folder(self, folder: Path) -> None:
+        """Have one of its folders of which nothing is lost with what was in it: somebody may have removed it.
 
         Raises:
             StateError: as for `ensure`.
         """
-        if not self.logs.is_dir():
-            _ensure_private(self.logs)
+        if not folder.is_dir():
+            _ensure_private(folder)
 
     def ensure_root(self) -> None:
         """Create the directory itself, and those above it, if they are missing.
@@ -279,6 +279,20 @@ def _is_held(fd: int) -> bool:
     return False
 
 
+def _is_folder_held(path: Path) -> bool:
+    """Whether somebody holds the state directory whose lock file was removed, or is no longer the one that is held."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return _is_held(fd)
+    except OSError:  # a file system that locks no folders
+        return False
+    finally:
+        os.close(fd)
+
+
 # ---------------------------------------------------------------- the one writer
 
 
@@ -293,10 +307,45 @@ class WriterInfo:
 
 
 class WriterLock:
-    """The right to act and to write, until released or until this process ends."""
+    """The right to act and to write, until released or until this process ends.
 
-    def __init__(self, fd: int) -> None:
+    It is held twice: by the lock file, which says who holds it, and by the state directory itself, which nobody removes
+    by hand while something is in it. The latter only where the file system can (NFS cannot).
+    """
+
+    def __init__(self, state: StateDir, fd: int, folder: int | None) -> None:
+        self._state = state
         self._fd: int | None = fd
+        self._folder = folder
+
+    def keep(self) -> None:
+        """See to it that the lock file is there and is this one's: it may have been removed.
+
+        Raises:
+            StateError: another daemon took the state directory meanwhile.
+        """
+        path, held = self._state.daemon_lock, self._fd
+        if held is None:
+            return
+        try:
+            if os.path.samestat(path.lstat(), os.fstat(held)):
+                return
+        except FileNotFoundError:
+            if not self._state.path.is_dir():  # unmounted, or moved away for a moment
+                return
+        except OSError:
+            return  # not to be told now
+        try:
+            fd = _take_patiently(path)
+        except OSError:
+            return  # read-only or full by now: the directory itself is held
+        if fd is None:
+            message = f"{path}: another daemon took this state directory while this one ran on it"
+            raise StateError(message, hint="the lock file was removed by hand, or the directory exchanged")
+        with suppress(OSError):
+            _write_who(fd)
+        os.close(held)
+        self._fd = fd
 
     def release(self) -> None:
         """Give the state directory back; doing it twice does no harm."""
@@ -305,6 +354,9 @@ class WriterLock:
                 os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = None
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
     def __enter__(self) -> WriterLock:
         return self
@@ -322,31 +374,66 @@ def acquire_writer(state: StateDir) -> WriterLock:
         DaemonRunning: another process is.
         StateError: the lock file cannot be used.
     """
-    try:
-        fd = take_lock(state.daemon_lock)
-        for _ in range(_LOCK_TRIES):
+    with ExitStack() as undo:
+        fd: int | None = None
+        try:
+            folder = _lock_folder(state.path)
+            if folder is not None:
+                undo.callback(os.close, folder)
+                fd = _take_patiently(state.daemon_lock)
             if fd is not None:
-                break
+                undo.callback(os.close, fd)
+                _write_who(fd)
+        except OSError as error:
+            raise _unusable(state.daemon_lock, error) from error
+        if fd is None:
+            raise _running(state)
+        undo.pop_all()
+        return WriterLock(state, fd, folder)
+
+
+def _running(state: StateDir) -> DaemonRunning:
+    info = writer(state)
+    pid = info.pid if info else None
+    return DaemonRunning(
+        f"{state.path}: a daemon already runs on this state directory" + (f" (pid {pid})" if pid else ""),
+        pid=pid,
+        hint="`reconciler status` shows what it does; stop it first, or name another --state-dir",
+    )
+
+
+def _take_patiently(path: Path) -> int | None:
+    """As `take_lock`, past readers that test it."""
+    fd = take_lock(path)
+    for _ in range(_LOCK_TRIES):
+        if fd is not None:
+            break
+        time.sleep(_LOCK_PAUSE_S)
+        fd = take_lock(path)
+    return fd
+
+
+def _lock_folder(path: Path) -> int | None:
+    """A descriptor of the folder that holds it exclusively, where the file system can; None: somebody else does."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             time.sleep(_LOCK_PAUSE_S)
-            fd = take_lock(state.daemon_lock)
-    except OSError as error:
-        raise _unusable(state.daemon_lock, error) from error
-    if fd is None:
-        info = writer(state)
-        pid = info.pid if info else None
-        raise DaemonRunning(
-            f"{state.path}: a daemon already runs on this state directory" + (f" (pid {pid})" if pid else ""),
-            pid=pid,
-            hint="`reconciler status` shows what it does; stop it first, or name another --state-dir",
-        )
+        except OSError:
+            return fd
+        else:
+            return fd
+    os.close(fd)
+    return None
+
+
+def _write_who(fd: int) -> None:
+    """Say in the lock who holds it."""
     text = json.dumps({"pid": os.getpid(), "since": SystemClock().now().wall}) + "\n"
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, text.encode(), 0)
-    except OSError as error:
-        os.close(fd)
-        raise _unusable(state.daemon_lock, error) from error
-    return WriterLock(fd)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text.encode(), 0)
 
 
 def writer(state: StateDir) -> WriterInfo | None:
@@ -358,7 +445,7 @@ def writer(state: StateDir) -> WriterInfo | None:
     try:
         with _opened(state.daemon_lock) as fd:
             if fd is None or not _is_held(fd):
-                return None
+                return WriterInfo(None, None) if _is_folder_held(state.path) else None
             text = os.pread(fd, 4096, 0)
     except OSError as error:
         raise _unusable(state.daemon_lock, error) from error

@@ -42,6 +42,8 @@ class ControlServer:
         self._path = path
         self._handle = handle
         self._server: asyncio.Server | None = None
+        self._inode: int | None = None
+        """Of the socket's file, which somebody may remove."""
 
     async def open(self) -> None:
         """Start to listen. The caller holds the writer's lock, so what lies at the path is a dead daemon's.
@@ -61,9 +63,22 @@ class ControlServer:
                     listener.bind(address)
             finally:
                 os.umask(mask)
+            self._inode = self._path.lstat().st_ino
             self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST)
         except OSError as error:
             raise StateError(f"{self._path}: cannot listen: {error.strerror}") from error
+
+    async def keep(self) -> None:
+        """Listen anew if the socket is there no more; where it cannot be made, at another time."""
+        try:
+            is_there = self._path.lstat().st_ino == self._inode
+        except OSError:
+            is_there = False
+        if not is_there and self._path.parent.is_dir():
+            if self._server is not None:
+                self._server.close()
+            with suppress(StateError):
+                await self.open()
 
     async def close(self) -> None:
         """Stop listening and take the socket away."""

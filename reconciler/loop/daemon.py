@@ -105,6 +105,8 @@ class Parts:
     simulated: Mapping[str, str]
     """What a simulated node adds to a child's environment."""
     pid: int
+    hold: Callable[[], None] = lambda: None
+    """Sees to it that the state directory is still this daemon's own (`WriterLock.keep`)."""
     faces: Sequence[Face] = ()
     open_files: int | None = None
     """Soft limit of descriptors for what is run; None: this process's own."""
@@ -234,6 +236,8 @@ class Daemon:
 
     async def _tick(self) -> Tick:
         parts, began = self._parts, self._parts.clock.now()
+        parts.hold()
+        await self._control.keep()
         parts.actor.warm()
         in_force = self._load()
         options = self._look_options(parts.journal.ledger())

@@ -14,9 +14,9 @@ import pytest
 from forked import STRANGER, as_a_plain_user
 from refusals import refusing
 
-from reconciler.errors import StateError
+from reconciler.errors import DaemonRunning, StateError
 from reconciler.journal import layout
-from reconciler.journal.layout import StateDir, acquire_writer, is_locked, take_lock, writer
+from reconciler.journal.layout import StateDir, WriterInfo, acquire_writer, is_locked, take_lock, writer
 
 
 @pytest.fixture
@@ -141,4 +141,53 @@ def test_giving_the_directory_back_twice_does_not_take_it_from_the_next_writer(s
         found = writer(state)
         assert found is not None
         assert found.pid == os.getpid()
+    assert writer(state) is None
+
+
+def test_a_lock_file_that_was_removed_lets_nobody_in_and_is_made_again(state: StateDir) -> None:
+    with acquire_writer(state) as held:
+        state.daemon_lock.unlink()
+        assert writer(state) == WriterInfo(None, None)
+        with pytest.raises(DaemonRunning):
+            acquire_writer(state)
+        state.daemon_lock.unlink(missing_ok=True)
+        held.keep()
+        found = writer(state)
+        assert found is not None
+        assert found.pid == os.getpid()
+        inode = state.daemon_lock.stat().st_ino
+        held.keep()
+        assert state.daemon_lock.stat().st_ino == inode, "one that is there is left alone"
+    assert writer(state) is None
+
+
+def test_who_finds_another_writer_in_its_place_ends(state: StateDir, tmp_path: Path) -> None:
+    """The whole directory was exchanged, and a daemon begun on the new one."""
+    with acquire_writer(state) as held:
+        state.path.rename(tmp_path / "away")
+        held.keep()
+        state.ensure()
+        with acquire_writer(state), pytest.raises(StateError, match="another daemon took this state directory"):
+            held.keep()
+        held.keep()
+        found = writer(state)
+        assert found is not None
+        assert found.pid == os.getpid(), "and it is its own again once that one has ended"
+
+
+def test_where_folders_cannot_be_locked_the_lock_file_alone_counts(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = layout.fcntl.flock
+
+    def as_on_nfs(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(fd, operation)
+
+    monkeypatch.setattr(layout.fcntl, "flock", as_on_nfs)
+    with acquire_writer(state), pytest.raises(DaemonRunning):
+        acquire_writer(state)
+    with acquire_writer(state):
+        pass
     assert writer(state) is None

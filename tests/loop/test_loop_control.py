@@ -160,3 +160,27 @@ def test_a_daemon_that_hangs_up_or_does_not_answer_is_an_error_of_the_asker(
         server.close()
 
     asyncio.run(story())
+
+
+def test_a_socket_that_was_removed_or_exchanged_is_made_again_and_one_that_is_there_is_not(path: Path) -> None:
+    async def answered() -> bool:
+        return await asyncio.to_thread(ask, path, "status", name="chat") is not None
+
+    async def story() -> None:
+        server = ControlServer(path, _handle)
+        await server.open()
+        inode = path.stat().st_ino
+        await server.keep()
+        assert path.stat().st_ino == inode
+        path.unlink()
+        assert not await answered()
+        await server.keep()
+        assert await answered()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        path.unlink()
+        path.write_text("something else")
+        await server.keep()
+        assert await answered()
+        await server.close()
+
+    asyncio.run(story())
