@@ -55,10 +55,9 @@ def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
                 ),
                 transient=first.unusable == "GpuUnknown",
             )
-        biggest = max((r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms), default=0)
-        least = min(need.memory_bytes.values(), default=0)
-        if rooms and least > biggest:
-            message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(biggest)}"
+        offered = [r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms]
+        if offered and (least := min(need.memory_bytes.values())) > max(offered):
+            message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(max(offered))}"
             return Refusal("InsufficientMemory", message, ("ask for less memory",), transient=False)
         message = f"it wants {counted(need.count, 'GPU')}, and {len(rooms)} of this node may serve it"
         return Refusal("InsufficientGpus", message, ("ask for fewer GPUs",), transient=False)

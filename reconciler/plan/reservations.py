@@ -275,8 +275,7 @@ def _windows(
     victims = {kind: {k.partition("/")[2] for k in placement.victims if k.startswith(kind)} for kind in _KINDS}
     names = victims["endpoint/"] | set(overlay.endpoints)
     opens = start - lead_s(draft, names, victims["overlay/"])
-    if opens > draft.now.wall:
-        draft.wakes.append(draft.now.plus(opens - draft.now.wall))
+    draft.wakes.append(draft.now.plus(opens - draft.now.wall))
     gone = placement.victims | {f"endpoint/{n}" for n in overlay.endpoints}
     board = board.without(frozenset(gone))
     beside: dict[str, int] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from accounting import settled
-from builders import endpoint, overlay, spec
+from builders import NOW, endpoint, overlay, spec
 from plant import Run, overlay_state
 
 from reconciler.plan.actions import Blocked
@@ -124,3 +124,47 @@ def test_work_that_may_be_displaced_gives_way_if_it_is_less_important_and_those_
         assert said is not None
         assert said.reason == reason
     assert blocked(run, behind, polite, work()) is None
+
+
+def test_who_is_behind_displaced_work_counts_only_as_long_as_it_is_to_run() -> None:
+    polite = overlay("low", [0], priority=50, duration=9000.0, preemptible=True)
+    behind = replace(ASK, priority=40)
+    run = settled(behind)
+    run.spec = spec(behind, polite)
+    run.settle(until=overlay_state("low", "active"))
+    shy = work(evict=False)
+    assert (said := blocked(run, behind, polite, shy)) is not None
+    assert said.reason == "NoConsent"
+    assert blocked(run, replace(behind, state="stopped"), polite, shy) is None
+    assert blocked(run, polite, shy) is None, "it is in no file any more"
+
+
+def test_nobody_is_displaced_of_whom_something_is_not_seen() -> None:
+    gang = endpoint("gang", [0, 1], priority=40)
+    run = settled(gang, gpus=2)
+    assert blocked(run, gang, work()) is None
+    run.plant.overrides[1] = {"state": "unknown"}
+    assert (said := blocked(run, gang, work())) is not None
+    assert said.reason == "GpuUnknown", "one of its GPUs"
+    run = settled(ASK)
+    run.plant.incarnations = [replace(i, phase="unknown") for i in run.plant.incarnations]
+    assert (said := blocked(run, ASK, work())) is not None
+    assert said.reason == "GpuUnknown", "itself"
+
+
+def test_a_window_may_have_the_place_of_whom_an_overlay_keeps_stopped_until_then() -> None:
+    run = settled(ASK)
+    brief = overlay("sets", None, workload=False, sets=(replace(ASK, state="stopped"),), duration=600.0)
+    run.spec = spec(ASK, brief)
+    run.settle(until=overlay_state("sets", "active"))
+    assert (said := blocked(run, ASK, brief, work(start=NOW.wall + 7200.0))) is not None
+    assert said.reason == "NotYet"
+
+
+def test_a_window_may_not_have_the_place_of_whom_a_lasting_overlay_protects() -> None:
+    lasting = overlay("sets", None, workload=False, sets=(replace(ASK, preemptible=False),), duration=9000.0)
+    run = settled(ASK)
+    run.spec = spec(ASK, lasting)
+    run.settle(until=overlay_state("sets", "active"))
+    assert (said := blocked(run, ASK, lasting, work(start=NOW.wall + 7200.0, priority=700))) is not None
+    assert said.reason == "NotPreemptible"

@@ -169,6 +169,7 @@ def test_a_window_that_fits_only_after_a_move_is_told_so_and_begins_after_it(run
     decided = run.decide()
     (told,) = (b for b in decided.blocked if b.subject.name == "render")
     assert "it fits once code is moved, which is decided when it is due" in told.message
+    assert told.earliest_start == start
     assert decided.actions == ()
     run.settle(until=overlay_state("render", "active"))
     assert run.plant.now.wall - start < 30
