@@ -109,8 +109,8 @@ def submit(
     tail = Tail(wiring.state_dir(face.options), chosen, "workload")
     tail.skip()  # what runs before this one wrote; the new one may begin as soon as its file is there
     text = overlay_text(job)
-    path = write_overlay(texts, chosen, text)
     try:
+        path = write_overlay(texts, chosen, text)
         if shutil.which(command[0]) is None:  # the daemon may look elsewhere, so it is no error
             face.note(
                 f"warning: no program {command[0]!r} is found from here: if the daemon finds none either, it fails"
@@ -123,7 +123,8 @@ def submit(
         if wait:
             return _wait(face, chosen, tail)
     except KeyboardInterrupt:  # from the moment at which its file is there it may run
-        face.note(f"\n{chosen} goes on; `reconciler overlay cancel {chosen}` ends it")
+        if (texts.overlays_folder / f"{chosen}.yaml").exists():
+            face.note(f"\n{chosen} goes on; `reconciler overlay cancel {chosen}` ends it")
         raise
     if face.is_json:
         said = None if waits is None else blocked_data(waits)

@@ -197,6 +197,7 @@ def test_ctrl_c_while_waiting_leaves_the_job_running_and_says_how_to_end_it(busy
         return next((o for o in busy_desk.data("status")["overlays"] if o["state"] == "active"), None)
 
     pid = busy_desk.wait(job, "the job runs")["pid"]
+    assert any(line == b"overlay long is active\n" for line in waiting.stderr), "it waits for the end of the job"
     _, err = interrupt(waiting)
     assert waiting.returncode == 130, err
     assert "overlay cancel long" in err
@@ -244,6 +245,21 @@ def test_ctrl_c_while_it_is_looked_what_a_job_waits_for_says_how_to_end_it_as_we
     assert submit(desk, "--name", "long", *wait, "--", "sleep", "600") == 130
     assert "`reconciler overlay cancel long` ends it" in capsys.readouterr().err
     assert "long.yaml" in written(desk)
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["its file is there", "nothing is written yet"])
+def test_ctrl_c_at_the_very_moment_of_writing_says_how_to_end_what_may_begin(desk, monkeypatch, capsys, is_there):
+    real = overlay.write_overlay
+
+    def interrupted(*words):
+        if is_there:
+            real(*words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(overlay, "write_overlay", interrupted)
+    assert submit(desk, "--name", "long", "--", "sleep", "600") == 130
+    assert ("`reconciler overlay cancel long` ends it" in capsys.readouterr().err) is is_there
+    assert ("long.yaml" in written(desk)) is is_there
 
 
 def test_followers_see_what_happens_after_they_began(busy_desk):
