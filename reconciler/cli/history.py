@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from reconciler.cli import wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
-from reconciler.cli.waiting import changes
+from reconciler.cli.waiting import changes, while_read
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.status import agenda_data, incident_data, iso
 
@@ -125,7 +126,7 @@ def _past(face: Face, subject: str | None, count: int) -> tuple[JournalEvent, ..
 
 def _new(face: Face, subject: str | None, after: int | None) -> Iterator[JournalEvent]:
     """Events as they come; from the newest on when `after` is None."""
-    for _ in changes(wiring.state_dir(face.options).path, ".sqlite-wal"):
+    for _ in while_read(changes(wiring.state_dir(face.options).path, ".sqlite-wal"), sys.stdout.fileno()):
         with wiring.journal_reader(face.options) as journal:
             if after is None:
                 after = journal.last_event_id()

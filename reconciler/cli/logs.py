@@ -12,7 +12,7 @@ from reconciler.cli import wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.output_files import Tail, last_lines, names_with_output, outputs_of
-from reconciler.cli.waiting import changes
+from reconciler.cli.waiting import changes, while_read
 from reconciler.errors import UnknownName
 
 SHOWN = 200
@@ -53,7 +53,7 @@ def logs(
         face.note(f"{found[-1].path} is not there: removed by hand, or nothing was run")
     write_raw([text])
     if follow:
-        for _ in changes(state.logs, ".log"):
+        for _ in while_read(changes(state.logs, ".log"), sys.stdout.fileno()):
             write_raw(tail.new())
 
 

@@ -38,7 +38,8 @@ def validate(
 ) -> int:
     """Check set-point and overlay files; every error, not the first alone.
 
-    An overlay file is checked against the set points it belongs to. Warns of secrets in command lines. Exit 0 or 1.
+    An overlay file is checked against the set points it belongs to. Warns of secrets in command lines, and
+    of misspelt placeholders. Exit 0 or 1.
 
     Example: reconciler validate overlays/render.yaml
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,20 @@ from watchfiles import Change, watch
 SETTLE_MS = 50
 """Changes this close together are one: the journal commits several times in a tick."""
 _MISSING_S = 0.5
+
+
+def while_read(waits: Iterator[None], fd: int) -> Iterator[None]:
+    """The same, for as long as somebody reads `fd`: who has nothing to write would not hear that his reader has gone.
+
+    Raises:
+        BrokenPipeError: nobody does.
+    """
+    reader = select.poll()
+    reader.register(fd, 0)  # nothing is asked for: that the other end is closed is told in any case (poll(2))
+    for _ in waits:
+        if reader.poll(0):
+            raise BrokenPipeError
+        yield
 
 
 def changes(folder: Path, *suffixes: str, patience_s: float = 1.0) -> Iterator[None]:

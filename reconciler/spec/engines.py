@@ -15,6 +15,8 @@ from reconciler.spec.profiles import PROFILES
 from reconciler.spec.spec import EndpointSpec, MemoryBytes, MemoryFraction, WholeGpu
 
 HOST = "127.0.0.1"
+FILLED_IN_COMMANDS = ("port", "model", "gpus", "memory")
+"""In the command of a custom engine these alone: it may hold other braces of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,7 @@ def launch(
     sleeping = profile.sleeps and endpoint.evict.method == "sleep"
     parts: list[str] = []
     if profile.executable is None:
-        # only the four documented names: a custom command may hold other braces of its own
-        custom = {name: values[name] for name in ("port", "model", "gpus", "memory")}
-        parts += _fill(endpoint.command or (), custom)
+        parts += _fill(endpoint.command or (), {name: values[name] for name in FILLED_IN_COMMANDS})
     else:
         is_file = endpoint.model is not None and _looks_like_path(endpoint.model)
         parts.append(endpoint.executable or profile.executable)

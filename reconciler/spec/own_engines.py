@@ -12,6 +12,7 @@ from reconciler.errors import suggest
 from reconciler.spec.findings import Findings, clip, text_of
 from reconciler.spec.models import EngineCallModel, EngineModel, SleepLevelModel, SleepModel
 from reconciler.spec.profiles import (
+    NAME_IN_BRACES,
     PLACEHOLDERS,
     PROFILES,
     RESIDUAL,
@@ -31,8 +32,6 @@ _PLACES = (
     ("sleep", "env"),
 )
 """Where placeholders are filled in."""
-_PLACEHOLDER = re.compile(r"(?<![{$])\{([A-Za-z_]\w*)\}(?!\})")
-"""A name alone in single braces: JSON, `${SHELL}` and `{{ templates }}` are none."""
 
 
 def own_profiles(models: Mapping[str, EngineModel], text: Map, findings: Findings) -> dict[str, EngineProfile]:
@@ -87,7 +86,7 @@ def _check_placeholders(text: Map, name: str, findings: Findings) -> None:
         items = node.items if isinstance(node, Sequence) else ()
         values = [entry.node for entry in node.entries.values()] if isinstance(node, Map) else ()
         for item in (*items, *values):
-            for word in _PLACEHOLDER.findall(text_of(item)):
+            for word in NAME_IN_BRACES.findall(text_of(item)):
                 if word not in PLACEHOLDERS:
                     # the value of a variable is never repeated
                     what = f"placeholder {{{clip(word)}}}" if items else "placeholder in the value of a variable"

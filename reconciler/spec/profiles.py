@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -91,6 +92,8 @@ _RUST_FAILURES = (
     ),
 )
 
+NAME_IN_BRACES = re.compile(r"(?<![{$])\{([A-Za-z_]\w*)\}(?!\})")
+"""A placeholder, or what looks like one: JSON, `${SHELL}` and `{{ templates }}` do not."""
 PLACEHOLDERS = ("host", "port", "second_port", "model", "gpus", "gpu_count", "memory", "fraction", "drain")
 """Names that are filled in, written as `{name}`, in the arguments and the variables of a profile."""
 

@@ -276,6 +276,11 @@ def test_followers_see_what_happens_after_they_began(busy_desk):
         event = json.loads(followers[0].stdout.readline())
         assert {"id", "time", "kind", "subject", "message", "cause", "data"} == set(event)
         kinds.add(event["kind"])
+    unread = busy_desk.popen("logs", "first", "-f", "-n", "1")
+    assert unread.stdout.readline() == b"a\n"
+    unread.stdout.close()  # as `head -1` does; nothing more is written
+    assert unread.wait(20) == 1
+    assert unread.stderr.read() == b""
     for process in (followers[0], log):
         _, err = interrupt(process)
         assert process.returncode == 130

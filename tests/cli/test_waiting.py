@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from reconciler.cli import waiting
-from reconciler.cli.waiting import changes
+from reconciler.cli.waiting import changes, while_read
 
 LONG_S = 60.0
 
@@ -65,3 +66,22 @@ def test_where_nothing_can_be_watched_patience_is_all_there_is(tmp_path: Path, m
         next(follow)
         assert time.monotonic() - began >= 0.05
     follow.close()
+
+
+def test_who_follows_ends_once_nobody_reads_it_though_it_has_nothing_to_write(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    follow = while_read(changes(tmp_path, ".log", patience_s=0.05), writes)
+    next(follow)
+    next(follow)
+    os.close(reads)
+    with pytest.raises(BrokenPipeError):
+        next(follow)
+    os.close(writes)
+
+
+def test_a_file_is_always_read(tmp_path: Path) -> None:
+    with (tmp_path / "kept").open("w") as file:
+        follow = while_read(changes(tmp_path, ".log", patience_s=0.05), file.fileno())
+        for _ in range(3):
+            next(follow)
+        follow.close()
