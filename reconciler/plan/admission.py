@@ -9,12 +9,12 @@ from functools import partial
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Verdict
 from reconciler.plan.asking import (
+    badly_pinned,
     can_stop,
     cannot_start,
     consents_of,
     heirs_of,
     no_provider,
-    no_such_gpu,
     not_preemptible,
     obstacle_of,
     own_needs,
@@ -268,7 +268,7 @@ def _unfit(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     """Outcomes 1 to 3 of `_admit`: what keeps an overlay waiting wherever there is room."""
     subject = Subject("workload", overlay.name)
     if own_needs(draft, overlay) is None:
-        return no_such_gpu(overlay)  # 1
+        return badly_pinned(draft, overlay)  # 1
     firm = not_preemptible(draft, overlay)
     if firm is not None:
         return firm  # 2

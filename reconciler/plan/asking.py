@@ -9,6 +9,7 @@ from itertools import product
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Board, Need
 from reconciler.plan.draft import OVERRIDING, Draft
+from reconciler.plan.lacks import no_such_gpu
 from reconciler.plan.observed import Obstacle, Subject
 from reconciler.plan.overlays import predicted_end
 from reconciler.plan.preemption import Consents
@@ -179,10 +180,11 @@ def cannot_start(draft: Draft, overlay: OverlaySpec) -> Blocked | None:
     return Blocked(Subject("workload", overlay.name), "CannotStart", "; ".join(told), ways)
 
 
-def no_such_gpu(overlay: OverlaySpec) -> Blocked:
+def badly_pinned(draft: Draft, overlay: OverlaySpec) -> Blocked:
     """That what an overlay asks for is pinned to a GPU that this node does not have."""
-    message = "it is pinned to a GPU that this node does not have"
-    return Blocked(Subject("workload", overlay.name), "NoSuchGpu", message, ("correct gpus:",))
+    own = () if overlay.gpus is None else (overlay.gpus,)
+    message, hint = no_such_gpu(draft.situation, *own, *(e.gpus for e in running(overlay)))
+    return Blocked(Subject("workload", overlay.name), "NoSuchGpu", message, (hint,))
 
 
 def not_preemptible(draft: Draft, overlay: OverlaySpec) -> Blocked | None:

@@ -1,4 +1,4 @@
-"""What the box itself lacks for what somebody needs, whoever gives way."""
+"""What a box lacks for those who find no place on it, whoever gives way."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reconciler.plan.board import Need
-from reconciler.plan.situation import Situation
+from reconciler.plan.situation import Room, Situation
+from reconciler.spec.spec import GpuClaim, GpuPins
 from reconciler.units import counted, format_size
+
+_UNUSABLE = {
+    "GpuUnknown": (
+        "it cannot be read at the moment",
+        "wait: it is read again and again; `reconciler doctor` says more",
+    ),
+    "GpuLost": ("the driver has lost it", "reset GPU {index} (`nvidia-smi --gpu-reset -i {index}`), or reboot"),
+    "GpuUnhealthy": ("it has to be reset", "reset GPU {index} (`nvidia-smi --gpu-reset -i {index}`), or reboot"),
+    "Quarantined": ("its memory did not come back", "`reconciler reset {index}` once it is mended"),
+    "NotManaged": ("it is not among those of `node.gpus`", "add it to `node.gpus`, or choose other GPUs"),
+}
+"""Why a GPU cannot be used, where the driver does not say more, and what would mend that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +50,35 @@ def lacking(situation: Situation, needs: Sequence[Need]) -> Refusal:
         if occupied and len(fitting) + len(occupied) >= need.count:
             return Refusal(
                 "GpuOccupied",
-                _occupants(situation, [r.gpu.uuid for r in occupied]),
+                occupants(situation, [r.gpu.uuid for r in occupied]),
                 ("end the foreign process, or choose other GPUs",),
                 transient=True,
             )
         if broken and len(fitting) + len(occupied) + len(broken) >= need.count:
             first = broken[0]
-            quarantine = situation.ledger.quarantines.get(first.gpu.uuid)
-            why = quarantine.reason if quarantine else first.gpu.detail or first.unusable
-            return Refusal(
-                first.unusable or "GpuUnknown",
-                f"GPU {first.gpu.index} cannot be used: {why}",
-                (
-                    f"`reconciler reset {first.gpu.index}` once it is mended"
-                    if quarantine
-                    else "see `reconciler status`",
-                ),
-                transient=first.unusable == "GpuUnknown",
-            )
+            code, index = first.unusable or "GpuUnknown", first.gpu.index
+            hint = _UNUSABLE[code][1].format(index=index)
+            message = f"GPU {index} cannot be used: {why_unusable(situation, first)}"
+            return Refusal(code, message, (hint,), transient=code == "GpuUnknown")
         offered = [r.gpu.total_bytes - situation.spec.node.reserve_bytes for r in rooms]
         if offered and (least := min(need.memory_bytes.values())) > max(offered):
             message = f"it wants {format_size(least)} on a GPU; the largest offers {format_size(max(offered))}"
-            return Refusal("InsufficientMemory", message, ("ask for less memory",), transient=False)
+            hint = "ask for less memory, or leave `memory:` out and have a whole GPU"
+            return Refusal("InsufficientMemory", message, (hint,), transient=False)
         message = f"it wants {counted(need.count, 'GPU')}, and {len(rooms)} of this node may serve it"
         return Refusal("InsufficientGpus", message, ("ask for fewer GPUs",), transient=False)
     taken = ", ".join(names) or ", ".join(n.subject.name for n in needs)
     return Refusal("InsufficientGpus", f"no GPUs are left for {taken}", ("wait, or stop something",), transient=True)
 
 
-def _occupants(situation: Situation, gpus: Sequence[str]) -> str:
+def why_unusable(situation: Situation, room: Room) -> str:
+    """Why nothing is placed on a GPU, in words."""
+    quarantine = situation.ledger.quarantines.get(room.gpu.uuid)
+    return quarantine.reason if quarantine else room.gpu.detail or _UNUSABLE[room.unusable or "GpuUnknown"][0]
+
+
+def occupants(situation: Situation, gpus: Sequence[str]) -> str:
+    """Who holds memory on these GPUs that is not ours, and how much."""
     parts = []
     for uuid in gpus:
         gpu = situation.gpus[uuid]
@@ -76,3 +89,11 @@ def _occupants(situation: Situation, gpus: Sequence[str]) -> str:
         )
         parts.append(f"GPU {gpu.index}: {format_size(situation.rooms[uuid].foreign_bytes)} held by {who}")
     return "; ".join(parts)
+
+
+def no_such_gpu(situation: Situation, *claims: GpuClaim) -> tuple[str, str]:
+    """Which pin names a GPU that this node does not have, and what would help."""
+    pins = [ref for claim in claims if isinstance(claim, GpuPins) for ref in claim.refs]
+    missing = sorted({str(ref) for ref in pins if situation.resolve_pins(GpuPins((ref,))) is None})
+    there = ", ".join(str(gpu.index) for gpu in situation.observed.gpus) or "none"
+    return f"it is pinned to GPU {', '.join(missing)}; those of this node are {there}", "correct gpus:"

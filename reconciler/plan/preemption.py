@@ -139,11 +139,10 @@ class Consents:
         if kind == "overlay":
             other = self.overlays.get(name)
             preemptible = other is not None and other.workload is not None and other.workload.preemptible
-            base = self.situation.spec.endpoints
-            behind = [base[n] for n in self.displaced.get(name, ()) if n in base and base[n].state == "running"]
+            behind = [self.situation.spec.endpoints[n] for n in self._behind(name)]
             rules = {
                 "NoConsent": bool(behind) and not self.overlay.allow_baseline_eviction,
-                "PriorityTooLow": max([tenant.priority, *(e.priority for e in behind)]) >= self.overlay.priority,
+                "PriorityTooLow": self._weight(tenant) >= self.overlay.priority,
                 "NotPreemptible": not preemptible or not all(e.preemptible for e in behind),
             }
             return frozenset(rule for rule, holds in rules.items() if holds)
@@ -162,6 +161,17 @@ class Consents:
             "GpuUnknown": standing.state == "unknown" or not self.situation.sees(tenant.holds),
         }
         return frozenset(rule for rule, holds in rules.items() if holds)
+
+    def _behind(self, overlay: str) -> list[str]:
+        """Endpoints that another overlay keeps away, and that whoever takes its place would keep away as well."""
+        base = self.situation.spec.endpoints
+        return [n for n in self.displaced.get(overlay, ()) if n in base and base[n].state == "running"]
+
+    def _weight(self, tenant: Tenant) -> int:
+        """The priority above which one has to be to displace it, and those behind it."""
+        kind, _, name = tenant.key.partition("/")
+        behind = self._behind(name) if kind == "overlay" else []
+        return max([tenant.priority, *(self.situation.spec.endpoints[n].priority for n in behind)])
 
     def _tired(self, name: str) -> str | None:
         """Why an endpoint that runs may not be evicted again yet."""
@@ -330,11 +340,17 @@ class Consents:
 
     def _protected(self, rules: tuple[str, ...], placement: Placement, board: Board) -> Refusal:
         tenants = [board.tenants[key] for key in sorted(placement.victims)]
-        chosen = [self._told(rule, self._protected_by(rule, tenants), tenants) for rule in rules]
+        messages, hints, known = [], [], ""
+        for rule in rules:
+            names = self._protected_by(rule, tenants)
+            message, hint = self._told(rule, names, tenants, again=names == known)
+            messages.append(message)
+            hints.append(hint)
+            known = names
         return Refusal(
             reason=rules[0],
-            message="; and ".join(message for message, _ in chosen),
-            alternatives=tuple(hint for _, hint in chosen),
+            message="; and ".join(messages),
+            alternatives=tuple(hints),
             transient=rules[0] in ("NoEvictionLeft", "CoolDown", "GpuUnknown", "NotPreemptible"),
         )
 
@@ -343,22 +359,29 @@ class Consents:
         victims = {tenant.key.partition("/")[2]: self.broken_by(tenant) for tenant in tenants}
         if rule == "FloorWouldBreak":
             window = self.hinders(frozenset(tenant.key for tenant in tenants))
-            if window is not None:
-                return ", ".join(sorted({*victims, *self.vacated, *window.victims}))
-            return ", ".join(sorted({*victims, *self.vacated}))
+            gone = {*victims, *self.vacated, *(window.victims if window is not None else ())}
+            broken = self._broken_floors(frozenset(gone)) if window is None else set()
+            offering = {n for n in gone if n in self.endpoints and broken & set(self.endpoints[n].capabilities)}
+            return ", ".join(sorted(offering or gone))
         return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
 
-    def _told(self, rule: str, names: str, tenants: Sequence[Tenant]) -> tuple[str, str]:
-        """What stands in the way, and what would help."""
+    def _broken_floors(self, gone: frozenset[str]) -> set[str]:
+        """Capabilities of which too few providers would stay; of a window to come: none that is known."""
+        return {c for c, floor in self.floors.items() if floor and not self.floor_holds(c, floor, gone)}
+
+    def _told(self, rule: str, names: str, tenants: Sequence[Tenant], *, again: bool) -> tuple[str, str]:
+        """What stands in the way, and what would help; `again` whose place it is was told before."""
         place = f"it would need the place of {names}"
         match rule:
             case "NoConsent":
                 return f"{place}, and may not evict", "set allow_baseline_eviction: true"
             case "PriorityTooLow":
-                than = self.overlay.priority
-                return f"{place}, whose priority is not lower than {than}", f"give it a priority above that of {names}"
+                than = f"not lower than {self.overlay.priority}"
+                message = f"the priority of {names} is {than}" if again else f"{place}, whose priority is {than}"
+                return message, f"give it a priority above that of {names} ({max(map(self._weight, tenants))})"
             case "NotPreemptible":
-                return f"{place}, which may not be displaced", self._to_be_preemptible(tenants)
+                message = f"{names} may not be displaced" if again else f"{place}, which may not be displaced"
+                return message, self._to_be_preemptible(tenants)
             case "FloorWouldBreak" if lost := self._lost(tenants):
                 engines = "; ".join(f"{n}, which offers {', '.join(c)}, runs for {by}" for n, by, c in lost)
                 holders = ", ".join(sorted({by for _, by, _ in lost}))
@@ -367,7 +390,8 @@ class Consents:
                     f"wait for {holders} to end, or add a provider",
                 )
             case "FloorWouldBreak":
-                least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f)
+                broken = self._broken_floors(self.vacated.union(*(t.key.partition("/")[2:] for t in tenants)))
+                least = ", ".join(f"{c}: {f}" for c, f in sorted(self.floors.items()) if f and c in (broken or {c}))
                 if not least:
                     required = {*self.overlay.requires, *(c for window in self.windows for c in window.requires)}
                     return f"without {names} nothing would offer {', '.join(sorted(required))}", "add a provider"

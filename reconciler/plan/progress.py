@@ -8,6 +8,7 @@ from dataclasses import replace
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft
+from reconciler.plan.lacks import occupants, why_unusable
 from reconciler.plan.ledger import TERMINAL, Lease, Quarantine
 from reconciler.plan.naps import restless
 from reconciler.plan.observed import Incarnation, Subject
@@ -135,11 +136,14 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     name, now = step.record.name, draft.now
     bad = sorted({x.gpu for x in leases if x.gpu in draft.quarantines})
     if bad:
-        draft.move(name, finish(step.record, "failed", now, f"GPU {bad[0]} is quarantined"))
+        rooms = draft.situation.rooms
+        gpus = ", ".join(str(rooms[g].gpu.index) if g in rooms else g for g in bad)
+        draft.move(name, finish(step.record, "failed", now, f"GPU {gpus} is quarantined"))
         return False
     gone = [r for x in leases if (r := draft.situation.rooms.get(x.gpu)) is not None and r.unusable in BROKEN]
     if gone:  # another place may be found for what never began; what did has used up its tries elsewhere
-        why = f"GPU {gone[0].gpu.index} was leased and cannot be used any more: {gone[0].unusable}"
+        room, told = gone[0], why_unusable(draft.situation, gone[0])
+        why = f"{room.unusable}: GPU {room.gpu.index}, which it had leased, cannot be used any more: {told}"
         draft.move(name, finish(step.record, "failed" if step.record.failures else None, now, why))
         return False
     staying = _staying(draft, leases)
@@ -150,8 +154,10 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
     short = [x for x in leases if not _has_room(draft, x)]
     if not short:
         return True
-    if any(draft.situation.rooms[x.gpu].unusable == "GpuUnknown" for x in short if x.gpu in draft.situation.rooms):
-        message = "a leased GPU cannot be read at the moment"
+    tight = [r for x in short if (r := draft.situation.rooms.get(x.gpu)) is not None]
+    unseen = sorted({r.gpu.index for r in tight if r.unusable == "GpuUnknown"})
+    if unseen:
+        message = f"GPU {', '.join(map(str, unseen))}, which it has leased, cannot be read at the moment"
         draft.block(Blocked(Subject("workload", name), "GpuUnknown", message, transient=True))
         return False
     ends = [draft.records[v].exits[-1].at for v in step.record.evicted if draft.records[v].exits]
@@ -160,7 +166,9 @@ def _place_is_there(draft: Draft, step: OverlayStep, leases: Collection[Lease]) 
         draft.move(name, finish(step.record, "failed", now, "the memory it leased was taken by someone else"))
         return False
     draft.wakes.append(due)
-    message = "memory on a leased GPU is in use by someone else"
+    taken = list(dict.fromkeys(r.gpu.uuid for r in tight if r.foreign_bytes))
+    message = "memory that it has leased is in use by someone else"
+    message += f": {occupants(draft.situation, taken)}" if taken else ""
     draft.block(Blocked(Subject("workload", name), "GpuOccupied", message, transient=True))
     return False
 

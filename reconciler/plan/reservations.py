@@ -14,7 +14,7 @@ from math import inf
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
-from reconciler.plan.asking import cannot_start, no_provider, no_such_gpu, not_preemptible, own_needs
+from reconciler.plan.asking import badly_pinned, cannot_start, no_provider, not_preemptible, own_needs
 from reconciler.plan.board import Board, Hold, Need, Tenant
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.lacks import Refusal
@@ -90,7 +90,7 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
                 continue
             if refusal is None:  # 3
                 pinned = own_needs(draft, overlay) is not None
-                draft.block(no_provider(draft, overlay) if pinned else no_such_gpu(overlay))
+                draft.block(no_provider(draft, overlay) if pinned else badly_pinned(draft, overlay))
             else:
                 told = _conflict(draft, overlay, start, refusal, seek, fits)  # 2, 3
                 draft.block(_with_moves(told, start, moves(overlay, start, board, off)))
@@ -147,8 +147,8 @@ def _above(draft: Draft, overlay: OverlaySpec, windows: Collection[Window]) -> l
     if not all(e.preemptible for e in back):
         return []
     asked = ["set allow_baseline_eviction: true"] if back and not overlay.allow_baseline_eviction else []
-    above = [w.name for w in windows if w.priority >= overlay.priority]
-    asked += [f"give it a priority above that of {', '.join(above)}"] if above else []
+    above = {w.name: w.priority for w in windows if w.priority >= overlay.priority}
+    asked += [f"give it a priority above that of {', '.join(above)} ({max(above.values())})"] if above else []
     return [", and ".join(asked)] if asked else []
 
 

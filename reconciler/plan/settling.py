@@ -11,7 +11,7 @@ from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
-from reconciler.plan.lacks import lacking
+from reconciler.plan.lacks import lacking, no_such_gpu
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, predicted_end
@@ -50,8 +50,8 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
     else:
         need = need_elsewhere(draft, endpoint)
         if need is None:
-            message = "it is pinned to a GPU that this node does not have"
-            draft.block(Blocked(subject, "NoSuchGpu", message, ("correct gpus:",)))
+            message, hint = no_such_gpu(draft.situation, endpoint.gpus)
+            draft.block(Blocked(subject, "NoSuchGpu", message, (hint,)))
             return
         move = under_way(draft, endpoint.name)
         chosen = draft.places.get(endpoint.name, move.gpus if move is not None else ())

@@ -35,7 +35,7 @@ ONE_RULE = {
     "NoConsent": (ASK, work(evict=False), {}, f"{PLACE} ask, and may not evict", "set allow_baseline_eviction: true"),
     "PriorityTooLow": (
         replace(ASK, priority=600), work(priority=600), {},
-        f"{PLACE} ask, whose priority is not lower than 600", "give it a priority above that of ask",
+        f"{PLACE} ask, whose priority is not lower than 600", "give it a priority above that of ask (600)",
     ),
     "NotPreemptible": (
         replace(ASK, preemptible=False), work(), {},
@@ -75,9 +75,41 @@ def test_of_several_rules_all_are_named_with_a_hint_for_each() -> None:
     said = blocked(settled(ASK), replace(ASK, preemptible=False), work(evict=False))
     assert said is not None
     assert said.reason == "NoConsent"
-    assert said.message == f"{PLACE} ask, and may not evict; and {PLACE} ask, which may not be displaced"
+    assert said.message == f"{PLACE} ask, and may not evict; and ask may not be displaced"
     assert said.alternatives == ("set allow_baseline_eviction: true", "set preemptible: true on ask")
     assert not said.transient
+
+
+def test_of_a_floor_only_those_are_named_that_offer_what_would_be_missing() -> None:
+    other = endpoint("code", [1], priority=40, capabilities=("code",))
+    floors = {"ask": 1, "code": 0}
+    said = blocked(settled(ASK, other, gpus=2, floors=floors), ASK, other, overlay("work", [0, 1]), floors=floors)
+    assert said is not None
+    assert said.message == "without ask fewer providers would be ready than have to be (ask: 1)"
+
+
+def test_a_pin_to_a_gpu_that_is_not_there_is_named_beside_those_that_are() -> None:
+    said = blocked(settled(ASK, gpus=2), ASK, overlay("work", [0, 7]))
+    assert said is not None
+    assert said.message == "it is pinned to GPU 7; those of this node are 0, 1"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "why", "hint"),
+    [
+        ("unknown", "GpuUnknown", "it cannot be read at the moment", "wait: it is read again and again"),
+        ("lost", "GpuLost", "the driver has lost it", "reset GPU 0 (`nvidia-smi --gpu-reset -i 0`), or reboot"),
+    ],
+)
+def test_why_a_gpu_cannot_be_used_is_told_in_words_where_the_driver_says_nothing(
+    fault: str, code: str, why: str, hint: str
+) -> None:
+    run = settled(ASK)
+    run.plant.overrides = {0: {"state": fault}}
+    said = blocked(run, ASK, work())
+    assert said is not None
+    assert (said.reason, said.message) == (code, f"GPU 0 cannot be used: {why}")
+    assert said.alternatives[0].startswith(hint)
 
 
 FIRM = {

@@ -43,7 +43,8 @@ def test_a_second_attempt_is_not_made_on_a_lost_gpu_and_no_third_one_elsewhere()
     run.settle()
     assert run.starts() == ["work"]
     assert run.ledger.overlays["work"].state == "failed"
-    assert "GpuLost" in run.ledger.overlays["work"].reason
+    told = "GpuLost: GPU 0, which it had leased, cannot be used any more: the driver has lost it"
+    assert run.ledger.overlays["work"].reason == told
 
 
 def test_the_last_provider_keeps_its_place_while_it_restarts() -> None:

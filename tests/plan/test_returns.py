@@ -46,7 +46,7 @@ LONG = {
     "is less important": overlay("long", [0], memory=20, priority=40, duration=3000.0),
 }
 
-HELP = {900: "set allow_baseline_eviction: true", 40: "give it a priority above that of ask"}
+HELP = {900: "set allow_baseline_eviction: true", 40: "give it a priority above that of ask (40)"}
 """What would give each of them the right to the place, by its priority."""
 
 
@@ -128,7 +128,7 @@ def test_of_several_that_come_back_to_one_gpu_all_have_their_places() -> None:
     assert blocked.reason == "WindowTaken"
     back = r"\(which is to be back from 2026-11-23 \d\d:\d\d:\d\dZ on\)"
     assert re.fullmatch(f"the place it would need is kept for ask {back}, code {back}", blocked.message)
-    above = "set allow_baseline_eviction: true, and give it a priority above that of ask, code"
+    above = "set allow_baseline_eviction: true, and give it a priority above that of ask, code (40)"
     assert blocked.alternatives[-1] == above
     run.settle(until=lambda p: all(run.plant.is_ready(e.name) for e in both))
     assert "long" not in run.starts()
