@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reconciler.cli import converging, wiring
+from reconciler.cli import completion, converging, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.plan import finish
@@ -23,7 +23,10 @@ from reconciler.units import counted
 app = group()
 
 _Endpoints = Annotated[
-    list[str] | None, typer.Argument(metavar="[ENDPOINT]...", show_default=False, help="Default: all of them.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[ENDPOINT]...", autocompletion=completion.endpoints, show_default=False, help="Default: all of them."
+    ),
 ]
 _Timeout = Annotated[
     Seconds | None, typer.Option(parser=Seconds.parse, metavar="D", help="Give up after this long, such as 5m.")
@@ -125,7 +128,14 @@ def clean_start(
 @app.command()
 def reset(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Endpoint, finished overlay, or GPU (UUID, or index).")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=completion.subjects,
+            help="Endpoint, finished overlay, or GPU (UUID, or index).",
+        ),
+    ],
 ) -> None:
     """Clear what keeps an endpoint, overlay or GPU from being tried again.
 

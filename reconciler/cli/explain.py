@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import completion, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.history import event_data, event_line
@@ -38,6 +38,7 @@ def explain(
         str | None,
         typer.Argument(
             metavar="NAME",
+            autocompletion=completion.subjects,
             show_default=False,
             help="Endpoint, overlay, GPU by index, capability, or incident by id.",
         ),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import completion, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.waiting import changes, while_read
@@ -27,7 +27,10 @@ def events(
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new ones; Ctrl-C ends it.")] = False,
     subject: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only those of this endpoint, overlay or GPU.")
+        str | None,
+        typer.Option(
+            metavar="NAME", autocompletion=completion.subjects, help="Only those of this endpoint, overlay or GPU."
+        ),
     ] = None,
     count: Annotated[
         int, typer.Option("--lines", "-n", metavar="N", min=0, help="At most this many old ones.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import completion, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.output_files import Tail, last_lines, names_with_output, outputs_of
@@ -23,7 +23,9 @@ app = group()
 @app.command()
 def logs(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Endpoint or overlay.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", autocompletion=completion.subjects, help="Endpoint or overlay.")
+    ],
     *,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on with what is written, over restarts; Ctrl-C ends it.")

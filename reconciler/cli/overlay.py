@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from reconciler.cli import wiring
+from reconciler.cli import completion, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.local_time import LOCAL
@@ -158,7 +158,10 @@ def list_overlays(ctx: typer.Context) -> None:
 
 
 @overlay.command()
-def cancel(ctx: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+def cancel(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=completion.overlays)],
+) -> None:
     """Remove an overlay's file: what runs of it is ended, and the baseline comes back.
 
     Example: reconciler overlay cancel render
