@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reconciler.clock import Instant
-from reconciler.plan.actions import Action, Blocked, Event
+from reconciler.plan.actions import Action, Event
 from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
 from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
 from reconciler.plan.observed import Incarnation, Probe
@@ -211,8 +211,9 @@ def lie_down(draft: Draft, endpoint: EndpointSpec, current: Incarnation, leaving
     return None
 
 
-def rise(draft: Draft) -> None:
-    """Seat those that sleep and have to give way no more with all that they held, if there is room for it."""
+def rise(draft: Draft) -> list[Need]:
+    """Seat those that sleep and have to give way no more with all that they held; returns what has no room."""
+    short: list[Need] = []
     for name in sorted(draft.naps):
         nap, endpoint = draft.naps[name], draft.wanted[name]
         current = draft.standings[name].current
@@ -225,11 +226,11 @@ def rise(draft: Draft) -> None:
         need = Need(current.subject, current.gpus, len(sizes), sizes, current.exclusive, current.gpus)
         board = draft.board.without(frozenset({endpoint_key(name)}))
         if nap.waking is None and place([need], board) is None:
-            message = "it sleeps: the memory it had is in use"
-            draft.block(Blocked(current.subject, "GpuOccupied", message, transient=True))
+            short.append(need)
             continue
         holds = {gpu: Hold(size, current.exclusive) for gpu, size in sizes.items()}
         draft.board.add(Tenant(endpoint_key(name), endpoint.priority, holds))
+    return short
 
 
 def wakes(draft: Draft, name: str) -> bool:

@@ -327,6 +327,6 @@ def _is_back(draft: Draft, victim: str, overlay: str) -> bool:
         return True
     blocked = draft.blocked.get(Subject("endpoint", victim))
     placeless = blocked is not None and not blocked.transient
-    if (placeless or victim in draft.kept_off) and standing.current is None:
+    if (placeless or victim in draft.kept_off) and (standing.current is None or victim in draft.naps):
         return True
     return standing.state == "healthy" and standing.current is not None and standing.current.id not in draft.leaving

@@ -24,7 +24,7 @@ from reconciler.plan.naps import lie_down, rise
 from reconciler.plan.observed import Incarnation, Subject
 from reconciler.plan.placement import place
 from reconciler.plan.search import solve
-from reconciler.plan.settling import need_elsewhere, settle
+from reconciler.plan.settling import held_by_overlays, need_elsewhere, settle
 from reconciler.plan.windows import find_returns, place_owed
 from reconciler.plan.wishes import MOST_TOGETHER, Wish
 from reconciler.spec.spec import EndpointSpec, GpuPins
@@ -65,7 +65,9 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
             edited.append(endpoint)
         elif draft.records[name].failed is None:
             homeless.append(endpoint)
-    rise(draft)
+    for need in rise(draft):
+        occupied = Blocked(need.subject, "GpuOccupied", "it sleeps: the memory it had is in use", transient=True)
+        draft.block(held_by_overlays(draft, need) or occupied)
     away = [e.name for e in homeless if draft.records[e.name].evicted_by is not None]
     aside = [name for name in draft.owners if name in situation.running]
     draft.owed = {name: place_owed(draft, name) for name in (*away, *aside, *draft.naps)}

@@ -8,7 +8,7 @@ from math import inf
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause
-from reconciler.plan.board import Hold, Need, Tenant, endpoint_key
+from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
 from reconciler.plan.lacks import lacking, no_such_gpu
@@ -243,21 +243,29 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
     """Why a wanted endpoint has no place: an overlay holds it, something stranger does, or the box lacks it."""
     need = own_need(draft, endpoint)
     assert need is not None  # noqa: S101 - its pins exist, or it would not have come so far
-    overlays = frozenset(k for k in draft.board.tenants.came if k.startswith("overlay/"))  # no resident
-    if place([need], draft.board.without(overlays)) is not None:
-        steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
-        here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
-        names = ", ".join(s.record.name for s in here)
-        message = f"its place is held by {names}"
-        last, end = _back(draft, need, here)
-        if last is not None:
-            draft.kept_off[endpoint.name] = last
-        return Blocked(need.subject, "EvictedBy", message, (), end, transient=True)
+    held = held_by_overlays(draft, need)
+    if held is not None:
+        return held
     lack = lacking(draft.situation, [need])
     if lack.transient and lack.reason == "InsufficientGpus":
         message = f"its GPUs are held by {_holders(draft, need)}; endpoints do not displace each other"
         return Blocked(need.subject, "InsufficientGpus", message, ("free a GPU, or lower its claim",), transient=False)
     return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)
+
+
+def held_by_overlays(draft: Draft, need: Need) -> Blocked | None:
+    """That an endpoint would have its place without overlays, and which hold it; None: it would not."""
+    overlays = frozenset(k for k in draft.board.tenants.came if k.startswith("overlay/"))  # no resident
+    board = draft.board.without({endpoint_key(need.subject.name)})  # what it keeps while it sleeps is a part of it
+    if place([need], board.without(overlays)) is None:
+        return None
+    steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
+    here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]
+    names = ", ".join(s.record.name for s in here)
+    last, end = _back(draft, need, here, board)
+    if last is not None:
+        draft.kept_off[need.subject.name] = last
+    return Blocked(need.subject, "EvictedBy", f"its place is held by {names}", (), end, transient=True)
 
 
 def _holders(draft: Draft, need: Need) -> str:
@@ -270,10 +278,9 @@ def _holders(draft: Draft, need: Need) -> str:
     return ", ".join(sorted(found))
 
 
-def _back(draft: Draft, need: Need, holders: list[OverlayStep]) -> tuple[str | None, float | None]:
+def _back(draft: Draft, need: Need, holders: list[OverlayStep], board: Board) -> tuple[str | None, float | None]:
     """The overlay with whose end so many of these are over that there is a place, and that predicted end, epoch s."""
     ends = {s.record.name: _over_at(draft, s) for s in holders}
-    board = draft.board
     for name in sorted(ends, key=lambda n: (ends[n], n)):
         board = board.without(frozenset({f"overlay/{name}"}))
         if place([need], board) is not None:

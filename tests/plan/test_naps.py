@@ -467,3 +467,22 @@ def test_unknown_is_not_asleep() -> None:
     run.settle()
     assert ops(run, "ask") == ["start"]
     assert run.ledger.overlays["render"].state == "pending"
+
+
+def test_who_sleeps_while_a_second_overlay_has_its_place_is_away_on_account_of_that_one() -> None:
+    ask = sleeper()
+    run = warm(ask, plant=Plant(totals=[80 * GIB]))
+    first, second = overlay("first", [0], memory=30, duration=300.0), overlay("second", [0], memory=30, duration=900.0)
+    run.plant.behaviour.run_s = {"first": 290.0, "second": 890.0}
+    run.spec = spec(ask, first)
+    run.settle(until=overlay_state("first", "active"))
+    run.spec = spec(ask, first, second)
+    last = run.settle(until=overlay_state("first", "done"))
+    assert last.endpoints["ask"].state == "sleeping", "its way back waits for nobody any more"
+    assert last.endpoints["ask"].reason == "EvictedBy: its place is held by second"
+    (entry,) = last.ledger.agenda
+    assert (entry.overlay, entry.reason) == ("second", "its place is held by second")
+    assert last.now.wall + 500 < entry.until
+    run.settle()
+    assert run.plant.is_ready("ask")
+    assert run.starts().count("ask") == 1
