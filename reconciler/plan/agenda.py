@@ -156,11 +156,12 @@ def _moving(draft: Draft, name: str, action: Action | None, old: AgendaEntry | N
     again = not begins and old is not None and "stopping" not in old.expected_states  # edited while it came back
     if old is not None and old.reason == action.reason and old.overlay == action.cause.overlay and not again:
         return old
-    if old is not None and begins and old.until > draft.now.wall:
+    if old is not None and begins and old.until > draft.now.wall and "healthy" in old.expected_states:
         return old  # the second half of a move that is on the agenda already
     way = _way_s(draft, name) or SLACK_S
-    states = LEAVING_STATES
-    if not begins and name in draft.wanted:
+    current, states = draft.standings[name].current, LEAVING_STATES
+    leaves = current is not None and current.id in draft.leaving  # it was to be stopped, and is wanted after all
+    if (leaves or not begins) and name in draft.wanted:
         states = (*LEAVING_STATES, *RETURNING_STATES)
     elif begins:
         states = ("sleeping" if action.op == "wake" else "pending", *RETURNING_STATES)

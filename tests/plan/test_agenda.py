@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 from builders import NOW, endpoint, foreign, overlay, spec
 from hypothesis import given
-from plant import Plant, Run, overlay_state
+from plant import Behaviour, Plant, Run, overlay_state
 from worlds import World, examples, worlds
 
 from reconciler.errors import Problem
+from reconciler.health.assess import Facts, assess
+from reconciler.health.incident import Incident
 from reconciler.plan.actions import WAITS, Plan
 from reconciler.plan.agenda import (
     LEAVING_STATES,
@@ -23,6 +25,7 @@ from reconciler.plan.agenda import (
 from reconciler.plan.ledger import AgendaEntry, Timings
 from reconciler.plan.overlays import MEMORY_RETURN_S
 from reconciler.plan.requests import clean_start, stopped
+from reconciler.units import GIB
 
 ASK = endpoint("ask", [0], priority=100)
 RENDER = overlay("render", gpus=[0], priority=500, duration=300.0)
@@ -268,3 +271,25 @@ def test_while_several_overlays_keep_one_away_the_entry_is_on_the_account_of_the
     run.settle(until=overlay_state("tidy", "cancelled"))
     (entry,) = run.ledger.agenda
     assert entry.overlay == "render"
+
+
+def test_an_endpoint_that_is_wanted_again_while_it_stops_is_expected_to_start() -> None:
+    ask = endpoint("ask", [0])
+    run = Run(spec(ask), Plant(totals=[80 * GIB], behaviour=Behaviour(stop_s=20.0)))
+    run.settle()
+    incidents: tuple[Incident, ...] = ()
+
+    def judged(run: Run, decided: Plan) -> None:
+        nonlocal incidents
+        facts = Facts(run.spec, decided.endpoints, decided.ledger, run.plant.observe(), (), decided.blocked)
+        incidents, _ = assess(facts, incidents, decided.now)
+        assert incidents == ()
+
+    run.watch = judged
+    run.spec = spec(replace(ask, state="stopped"))
+    run.settle(until=lambda decided: decided.endpoints["ask"].state == "stopping")
+    run.plant.advance(1.0)
+    run.spec = spec(ask)
+    run.settle()
+    assert run.plant.is_ready("ask")
+    assert run.starts() == ["ask", "ask"]
