@@ -19,6 +19,7 @@ from reconciler.units import counted, format_duration
 
 KEPT_EXITS = 20
 EVICTION_WINDOW_S = 3600.0
+IN_THE_BACKGROUND = "its processes lived on: one that puts itself in the background has to stay in the foreground"
 NO_JITTER_BELOW_S = 1.0
 JITTER = 0.1
 """Part of a back-off by which it is spread, so that endpoints that died together do not return together."""
@@ -173,7 +174,10 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         planned = ended.stop is not None and record.unhealthy_since is None
         streak = record.streak if planned else (1 if calm else record.streak + 1)
         ended_for = record.ending if ended.stop is not None else None
-        end = Exit(ended.id, at, ended.exit_code, planned, None if planned else ended.failure, ended_for)
+        failure = ended.failure
+        if failure is None and ended.exit_code == 0 and ended.strays and record.ready_incarnation != ended.id:
+            failure = IN_THE_BACKGROUND
+        end = Exit(ended.id, at, ended.exit_code, planned, None if planned else failure, ended_for)
         record = replace(record, exits=(*record.exits, end)[-KEPT_EXITS:], streak=streak)
         record = replace(record, ready_since=None, unhealthy_since=None, ending=None)
         recent = [e for e in record.exits if not e.planned and at.since(e.at) <= restart.window_s]

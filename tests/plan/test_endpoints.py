@@ -9,6 +9,7 @@ from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec, uui
 
 from reconciler.plan.board import Hold, Tenant
 from reconciler.plan.endpoints import (
+    IN_THE_BACKGROUND,
     JITTER,
     Standing,
     as_tenant,
@@ -253,6 +254,20 @@ def test_where_nothing_runs_it_is_stopped_or_failed_with_what_it_failed_by() -> 
     assert (stands(quiet, None, ENDED).state, stands(quiet, None, ENDED).reason) == ("stopped", "")
     failed = replace(quiet, failed="6 ends", failed_hash=ASK.process_hash)
     assert (stands(failed, None, ENDED).state, stands(failed, None, ENDED).reason) == ("failed", "6 ends")
+
+
+def test_one_that_went_into_the_background_is_told_to_stay_in_the_foreground() -> None:
+    left = replace(ENDED, exit_code=0, strays=(4711,), failure=None)
+
+    def said(record: EndpointRecord, ended: Incarnation) -> str | None:
+        return stands(record, None, ended).record.exits[-1].failure
+
+    assert said(EndpointRecord("ask"), left) == IN_THE_BACKGROUND
+    assert said(WAS_READY, left) is None, "its engine may live on"
+    assert said(EndpointRecord("ask"), replace(left, exit_code=1)) is None
+    assert said(EndpointRecord("ask"), replace(left, strays=())) is None
+    assert said(EndpointRecord("ask"), replace(left, failure="BadArgument")) == "BadArgument"
+    assert said(EndpointRecord("ask"), replace(left, stop=ASKED)) is None, "it was to end"
 
 
 def test_one_without_a_port_is_ready_as_soon_as_it_runs() -> None:
