@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from reconciler.clock import Instant
 from reconciler.plan import solver
-from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Op, Plan, Symbol
+from reconciler.plan.actions import Action, Cause, EndpointView, Plan
 from reconciler.plan.admission import admit_all
 from reconciler.plan.agenda import forecast_entries, keep_agenda
 from reconciler.plan.answers import Answers
+from reconciler.plan.changes import cause_of, changes, drifts, is_converged
 from reconciler.plan.draft import HOLDING, OVERRIDING, Draft
 from reconciler.plan.graph import Graph
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
@@ -29,7 +30,6 @@ from reconciler.plan.spans import account
 from reconciler.spec.spec import Spec
 from reconciler.units import counted
 
-ENDINGS: frozenset[Op] = frozenset({"drain", "stop", "kill", "sleep", "stop_workload", "wait_memory"})
 MAX_ROUNDS = 100
 """Each round moves an overlay at least one state on, and there are four states to pass in one decision."""
 
@@ -86,9 +86,9 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
         spec_hash=spec.digest,
         observed_fingerprint=fingerprint(observed, situation),
         now=now,
-        converged=_converged(actions),
-        drift=_drift(draft, views),
-        changes=_changes(draft, actions, blocked),
+        converged=is_converged(actions),
+        drift=drifts(draft, views),
+        changes=changes(draft, actions, blocked),
         actions=actions,
         blocked=blocked,
         budgets=_budgets(draft),
@@ -276,7 +276,7 @@ def _restate(draft: Draft, views: dict[str, EndpointView]) -> None:
         if record.evicted_by is not None:
             record = replace(record, evicted_by=_kept_away_by(draft, name, view, record.evicted_by))
         if view.state != record.state:
-            cause = _why(draft, name)
+            cause = cause_of(draft, name)
             draft.say(view.state, name, view.reason or f"{record.state} -> {view.state}", cause)
             record = replace(record, state=view.state, state_since=draft.now)
         draft.records[name] = record
@@ -291,17 +291,6 @@ def _kept_away_by(draft: Draft, name: str, view: EndpointView, before: str) -> s
         return before
     live = keeper is not None and draft.steps[keeper].record.state in HOLDING
     return next((n for n in (*sorted(holders), owner, keeper if live else None) if n is not None), before)
-
-
-def _why(draft: Draft, name: str) -> Cause:
-    standing = draft.standings[name]
-    if standing.current is not None and standing.current.id in draft.leaving:
-        return draft.leaving[standing.current.id].cause
-    arriving = draft.arriving.get(Subject("endpoint", name))
-    if arriving is not None:
-        return arriving.cause
-    endpoint = draft.wanted.get(name) or draft.situation.spec.endpoints.get(name)
-    return Cause("setpoint", endpoint.source if endpoint else None)
 
 
 def _say_how_they_give_way(draft: Draft) -> None:
@@ -343,80 +332,6 @@ def _records(draft: Draft) -> dict[str, EndpointRecord]:
             move=remembered(draft, name),
         )
     return kept
-
-
-def _converged(actions: tuple[Action, ...]) -> bool:
-    """Whether all that is left is to wait for the ends of overlays, and what comes after them."""
-    behind: set[int] = set()
-    for action in actions:
-        begun = action.op == "wait_end" and not set(action.needs) - behind
-        if begun or set(action.needs) & behind:
-            behind.add(action.id)
-        else:
-            return False
-    return True
-
-
-def _drift(draft: Draft, views: Mapping[str, EndpointView]) -> tuple[Drift, ...]:
-    found = []
-    for name in draft.stirring():
-        view, wanted = views[name], name in draft.wanted
-        if wanted and view.state != "healthy":
-            found.append(Drift(Subject("endpoint", name), "running", view.state))
-        elif not wanted and draft.standings[name].current is not None:
-            found.append(Drift(Subject("endpoint", name), "stopped", view.state))
-    return tuple(found)
-
-
-def _changes(draft: Draft, actions: tuple[Action, ...], blocked: tuple[Blocked, ...]) -> tuple[Change, ...]:
-    """Per subject what happens to it, departures before arrivals, and what is blocked."""
-    behind: set[int] = set()
-    groups: dict[tuple[Subject, str], list[Action]] = {}
-    for action in actions:
-        later = bool(behind & set(action.needs))
-        if action.op == "wait_end" or later:
-            behind.add(action.id)
-        if action.op == "wait_end" or (action.op == "wait_memory" and later):
-            continue
-        phase = "ends" if action.op in ENDINGS else ("returns" if later else "begins")
-        groups.setdefault((action.subject, phase), []).append(action)
-    # Whose memory alone is waited for has left already: the box is still busy with it, we are not.
-    groups = {key: group for key, group in groups.items() if any(a.op != "wait_memory" for a in group)}
-    back = {a.subject: a.expected[1] for a in actions if a.op == "wait_ready" and a.id in behind}
-    changes: list[Change] = []
-    for (subject, phase), group in groups.items():
-        first, ids = group[0], tuple(a.id for a in group)
-        symbol = _symbol(first, phase, edited=(subject, "begins") in groups and (subject, "ends") in groups)
-        earlier = next((i for i, c in enumerate(changes) if symbol == "~" and c.subject == subject), None)
-        if earlier is not None:  # the second half of one edit
-            changes[earlier] = replace(changes[earlier], actions=(*changes[earlier].actions, *ids))
-            continue
-        expected_back = back.get(subject) if phase == "ends" else None
-        changes.append(Change(subject, symbol, ids, first.reason, first.cause, expected_back))
-    known = {c.subject for c in changes}
-    for item in blocked:
-        if item.subject not in known:
-            symbol = "?" if item.reason in ("GpuUnknown", "GpuOccupied") else "x"
-            cause = (
-                _why(draft, item.subject.name)
-                if item.subject.kind == "endpoint"
-                else Cause("overlay", overlay=item.subject.name)
-            )
-            changes.append(
-                Change(item.subject, symbol, (), f"{item.reason}: {item.message}", cause, item.earliest_start)
-            )
-    return tuple(changes)
-
-
-def _symbol(first: Action, phase: str, *, edited: bool) -> Symbol:
-    """The first rule that holds names the change."""
-    rules: tuple[tuple[bool, Symbol], ...] = (
-        (phase == "ends" and first.cause.kind == "evict", "!"),
-        (first.cause.kind == "restore", "<"),
-        (edited and first.cause.kind in ("edit", "overlay", "request", "drift", "move"), "~"),
-        (phase == "ends", "-"),
-    )
-    return next((symbol for holds, symbol in rules if holds), "+")
 
 
 def _budgets(draft: Draft) -> tuple[str, ...]:
