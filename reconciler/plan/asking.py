@@ -66,6 +66,7 @@ def provider_choices(
         base = draft.situation.spec.endpoints
         taken = {*after, *(x.subject.name for x in draft.leases if x.subject.kind == "endpoint")} - ending
         able = [e for e in base.values() if e.state == "standby" and capability in e.capabilities]
+        taken |= overlay.endpoints.keys()
         standby = [e for e in able if e.name not in taken and draft.records[e.name].failed is None]
         found = [*(base[n] for n in sorted(there)), *sorted(standby, key=lambda e: (-e.priority, e.name))]
         if not placeless:

@@ -180,6 +180,8 @@ def _asks_again(record: OverlayRecord, spec: OverlaySpec, now: Instant) -> bool:
 
 def _withdrawn(record: OverlayRecord, spec: OverlaySpec | None, now: Instant, why: str) -> OverlayRecord:
     """The file is gone (or counts as that, which `why` says), or was replaced by other work."""
+    if spec is None and record.state == "completing" and record.outcome is None:  # it was to run again
+        return replace(record, outcome="cancelled", reason=why)
     if record.state in TERMINAL or record.state in ("completing", "restoring"):
         return record
     if spec is None:

@@ -288,12 +288,14 @@ def _completing(draft: Draft, step: OverlayStep) -> None:
                 continue
             if incarnation.alive or not situation.memory_returned(incarnation):
                 return
+    if step.record.outcome is None and step.spec is None:  # its file cannot be read: who knows whether it runs again
+        return
     if _runs_again_at_once(draft, step) and situation.incarnations(Subject("workload", name)):
         draft.wakes.append(draft.now.plus(PUT_AWAY_S))  # nobody is restored in between, only to be displaced again
         return
     draft.drop_leases(name)
     if step.record.outcome is None:
-        assert step.spec is not None  # noqa: S101 - an overlay without a file is cancelled, which is an outcome
+        assert step.spec is not None  # noqa: S101 - see above
         fresh = open_record(step.spec, draft.now)
         again = replace(fresh, window_start=step.record.window_start, seen=step.record.seen)
         draft.move(name, replace(again, reason=step.record.reason))

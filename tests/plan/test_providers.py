@@ -137,3 +137,11 @@ def test_whoever_waits_for_an_overlay_to_end_is_told_that_the_provider_ends_with
     assert (said.reason, said.transient) == ("NoProvider", True)
     assert said.message == "it requires draw, and what offers it has no place: helper (ends with sketch)"
     run.settle(until=overlay_state("later", "done"))
+
+
+def test_what_an_overlay_sets_aside_itself_is_no_provider_for_it() -> None:
+    run = settled(HELPER, SKETCH)
+    run.spec = spec(HELPER)
+    run.settle()
+    run.spec = spec(HELPER, overlay("torn", [0], requires=("draw",), sets=[replace(HELPER, state="stopped")]))
+    assert why(run.decide(), "torn").reason == "NoProvider"

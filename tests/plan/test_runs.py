@@ -527,3 +527,16 @@ def test_down_in_the_moment_when_a_job_ends_does_not_have_it_run_again():
     run.settle()
     assert run.ledger.overlays["job"].state == "done"
     assert len(run.plant.begun) == 1
+
+
+def test_the_file_of_work_that_is_being_displaced_may_be_removed() -> None:
+    run = settled(endpoint("ask", [1]))
+    rough, final = overlay("rough", [0], priority=100, preemptible=True), overlay("final", [0], priority=600)
+    with_overlays(run, rough)
+    run.settle(until=overlay_state("rough", "active"))
+    with_overlays(run, rough, final)
+    run.settle(until=overlay_state("rough", "completing"))
+    with_overlays(run, final)
+    last = run.settle(until=overlay_state("final", "active"))
+    assert last.ledger.overlays["rough"].state == "cancelled"
+    assert last.ledger.overlays["rough"].reason == "its file was removed"
