@@ -86,6 +86,7 @@ class Watching:
 
     def close(self) -> None:
         """Let go of threads and descriptors."""
+        self._observer.close()
         self._prober.close()
         self._processes.close()
         self._nvml.close()
@@ -122,7 +123,11 @@ def look_once(state: StateDir, spec: Spec, ledger: Ledger, environment: Mapping[
         ready = [r.ready_incarnation for r in ledger.endpoints.values() if r.ready_incarnation]
         probes = _AskedOnce(processes.owns_listener)
         unstartable = partial(not_startable, environment=environment)
-        return Observer(nvml, processes, probes, clock, unstartable).observe(spec, ObserveOptions(ready_before=ready))
+        observer = Observer(nvml, processes, probes, clock, unstartable)
+        try:
+            return observer.observe(spec, ObserveOptions(ready_before=ready))
+        finally:
+            observer.close()
     finally:
         processes.close()
         nvml.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,12 +14,15 @@ from reconciler.observe.gpus import NvmlReader
 from reconciler.observe.nvml import CACHED, ReadOptions
 from reconciler.observe.probe import ProbeTarget
 from reconciler.observe.process import ProcessReader
+from reconciler.observe.worker import DeadlineThread, StillHanging
 from reconciler.plan.observed import Gpu, GpuProcess, Incarnation, Observed, Obstacle, PortHolder, Probe
 from reconciler.spec.profiles import LOG_TAIL_BYTES
 from reconciler.spec.spec import EndpointSpec, Spec
 
 MOST_FAILURES = 200
 """Remembered readings of logs; ended incarnations are put away within a tick or two."""
+LOOKUP_DEADLINE_S = 1.0
+"""To look for programs takes a ms or two; longer takes only a disk that does not answer."""
 CLOCK_JUMP_S = 60.0
 """The wall clock may move this far against the monotonic one between two looks (semantics: Time)."""
 
@@ -64,7 +68,9 @@ class Observer:
         obstacles: Callable[[Spec, tuple[Incarnation, ...]], Mapping[str, Obstacle]] = lambda _spec, _running: {},
     ) -> None:
         """`obstacles`: what is certain to keep something from being started (`act.programs.not_startable`)."""
-        self._obstacles = obstacles
+        self._find_obstacles = obstacles
+        self._obstacles: Mapping[str, Obstacle] = {}
+        self._lookups = DeadlineThread("programs", clock)
         self._nvml = nvml
         self._processes = processes
         self._prober = prober
@@ -101,8 +107,24 @@ class Observer:
             gpus_known=readings.known,
             gpus_detail=readings.detail,
             host_available_bytes=host_available(),
-            obstacles=self._obstacles(spec, incarnations),
+            obstacles=self._obstacles_of(spec, incarnations),
         )
+
+    def close(self) -> None:
+        """Let go of its thread."""
+        self._lookups.close()
+
+    def _obstacles_of(self, spec: Spec, incarnations: tuple[Incarnation, ...]) -> Mapping[str, Obstacle]:
+        """What cannot be started, where somebody would have to end for it.
+
+        A program may lie on a file system whose server is away, and whoever looks there waits for it: the last answer
+        counts meanwhile.
+        """
+        if not spec.overlays and not any(_is_edited(spec, i) for i in incarnations):
+            return {}
+        with suppress(StillHanging):
+            self._obstacles = self._lookups.call(lambda: self._find_obstacles(spec, incarnations), LOOKUP_DEADLINE_S)
+        return self._obstacles
 
     def _reading(self, options: ObserveOptions, incarnations: Iterable[Incarnation]) -> ReadOptions:
         """How to read the GPUs: as the loop wants it, and of those that somebody left, what is younger than that."""
@@ -149,6 +171,13 @@ class Observer:
     def _has_jumped(self, now: Instant) -> bool:
         last, self._last = self._last, now
         return last is not None and abs((now.wall - last.wall) - now.since(last)) > CLOCK_JUMP_S
+
+
+def _is_edited(spec: Spec, incarnation: Incarnation) -> bool:
+    """Whether an endpoint runs otherwise than the baseline has it."""
+    endpoint = spec.endpoints.get(incarnation.subject.name)
+    is_endpoint = incarnation.subject.kind == "endpoint"
+    return is_endpoint and endpoint is not None and endpoint.process_hash != incarnation.process_hash
 
 
 def host_available() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,13 @@ from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
 from reconciler.identity import read_stat
 from reconciler.journal.incarnations import StopRecord, write_stop
+from reconciler.observe import snapshot
 from reconciler.observe.gpus import NvmlReader
 from reconciler.observe.nvml import ReadOptions
 from reconciler.observe.prober import Prober
 from reconciler.observe.process import ProcessReader
 from reconciler.observe.snapshot import ObserveOptions, Observer, probe_targets, wanted_ports
-from reconciler.plan.observed import Incarnation, Subject
+from reconciler.plan.observed import Incarnation, Obstacle, Subject
 from reconciler.sim import faults
 from reconciler.sim.node import engine_environment
 from reconciler.spec.profiles import PROFILES
@@ -285,3 +287,38 @@ def test_ports_of_living_incarnations_are_not_looked_at():
     living = [incarnation("a", port=1), incarnation("d", port=3, phase="unknown")]
     ended = [incarnation("b", port=2, phase="exited"), incarnation("e", port=4, phase="vanished")]
     assert wanted_ports(spec, living + ended) == {2, 4}
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_look_and_what_was_known_of_programs_stays(
+    state, sim_dir, monkeypatch, wait_until
+):
+    """A program on a file system whose server is away: whoever looks there waits for it."""
+    monkeypatch.setattr(snapshot, "LOOKUP_DEADLINE_S", 0.05)
+    answers, asked = threading.Event(), []
+    answers.set()
+
+    def obstacles(_spec, _running):
+        asked.append(True)
+        answers.wait(20)
+        return {"p": Obstacle(f"missed {len(asked)} times", None)}
+
+    clock = SystemClock()
+    nvml, processes = NvmlReader(clock), ProcessReader(state, clock)
+    prober = Prober(clock, lambda: None, owns=processes.owns_listener)
+    observer = Observer(nvml, processes, prober, clock, obstacles)
+    try:
+        assert observer.observe(spec_of(endpoint("chat"))).obstacles == {}
+        assert asked == [], "nobody would have to end for anything"
+        wanted = spec_of(overlays=[overlay("job")])
+        wait_until(lambda: observer.observe(wanted).obstacles, "an answer in time")
+        known = observer.observe(wanted).obstacles
+        answers.clear()
+        assert [observer.observe(wanted).obstacles for _ in range(3)] == [known] * 3
+        answers.set()
+        wait_until(lambda: observer.observe(wanted).obstacles != known, "a new answer")
+    finally:
+        answers.set()
+        observer.close()
+        prober.close()
+        processes.close()
+        nvml.close()
