@@ -159,8 +159,7 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
     if item["desired"] != (spec.state if spec else None):
         yield f"At this moment it should be {item['desired']}."
     if item["pid"] is not None:
-        gpus = ", ".join(map(str, item["gpus"])) or "none"
-        yield f"It runs as pid {item['pid']} on GPU {gpus}, port {item['port'] or '-'}."
+        yield f"It runs as pid {item['pid']} on {_place(seen, item)}, port {item['port'] or '-'}."
     for told in (f"{condition['type']}: {condition['reason']}" for condition in item["conditions"]):
         if told != item["reason"]:
             yield f"  {told}"
@@ -198,6 +197,8 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
     leavers += [f"It had {', '.join(item['moved'])} moved."] if item["moved"] else []
     if leavers:
         yield " ".join([*leavers, *([record.why] if record.why else [])])
+    if record.state == "pending":
+        yield from _tell_victims_to_be(seen, name)
     yield from _tell_makespan("This run: ", item["makespan"])
     yield from _tell_makespan("The run before: ", item["last_run"])
     if item["exit_code"] is not None:
@@ -212,6 +213,24 @@ def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
             if blocked.earliest_start is not None:
                 word = "it begins at" if blocked.reason == "NotYet" else "not before"
                 yield f"  {word} {clock(iso(blocked.earliest_start))}"
+
+
+def _place(seen: wiring.Look, item: dict[str, Any]) -> str:
+    """On which GPUs an endpoint runs: one that cannot be read has no index to be named by."""
+    unseen = len(seen.plan.endpoints[item["name"]].gpus) - len(item["gpus"])
+    told = [f"GPU {', '.join(map(str, item['gpus']))}"] if item["gpus"] else []
+    told += [f"{counted(unseen, 'GPU')} that cannot be read now"] if unseen else []
+    return " and ".join(told) or "no GPU"
+
+
+def _tell_victims_to_be(seen: wiring.Look, name: str) -> Iterator[str]:
+    """Who will give way to an overlay that is to begin, at each of its windows that are looked at."""
+    windows: dict[float, list[str]] = {}
+    for entry in seen.plan.agenda:
+        if entry.overlay == name and entry.start > seen.plan.now.wall:
+            windows.setdefault(entry.start, []).append(entry.endpoint)
+    for start, endpoints in sorted(windows.items()):
+        yield f"From {clock(iso(start))} on, {', '.join(sorted(endpoints))} will give way to it."
 
 
 def _tell_makespan(which: str, spans: list[dict[str, Any]]) -> Iterator[str]:
@@ -269,8 +288,11 @@ def _tell_gpu(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         + (f": {item['detail']}" if item["detail"] else "")
         + "."
     )
-    used = "unknown" if item["memory_used_mib"] is None else f"{item['memory_used_mib']} MiB"
-    yield f"Used {used} of {item['memory_total_mib']} MiB; {item['memory_planned_mib']} MiB are promised."
+    if item["memory_used_mib"] is None:
+        yield "How much of its memory is used cannot be read now."
+    else:
+        used = f"{item['memory_used_mib']} of {item['memory_total_mib']} MiB"
+        yield f"Used {used}; {item['memory_planned_mib']} MiB are promised."
     for process in item["processes"]:
         owner = process["owner"] or "foreign, never signalled"
         yield f"  pid {process['pid']}: {owner}; {process['user'] or '?'}; {process['command'] or '?'}"

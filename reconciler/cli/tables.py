@@ -110,7 +110,7 @@ def gpus_table(gpus: Sequence[Mapping[str, Any]]) -> Table:
             else f"foreign {p['pid']} {p['user'] or '?'} {_short(p['command'])}"
             for p in g["processes"]
         ]
-        total = f"{memory(g['memory_used_mib'])} / {memory(g['memory_total_mib'])}"
+        total = f"{memory(g['memory_used_mib'])} / {memory(g['memory_total_mib'] or None)}"
         planned = memory(g["memory_planned_mib"]) if g["memory_planned_mib"] else "-"
         listed = ", ".join(owners) + (f" [{g['detail']}]" if g.get("detail") else "")
         table.add_row(

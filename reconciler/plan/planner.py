@@ -185,12 +185,16 @@ def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
 
 
 def fingerprint(observed: Observed, situation: Situation) -> str:
-    """Hash of the observed facts that a decision reads; utilisation, times and small changes of memory are none."""
-    step = 256 << 20
+    """Hash of the observed facts that a decision reads; utilisation, times and small changes of memory are none.
+
+    Nor is what strangers hold of the reserve, which is not planned: a desktop takes and gives back all the time.
+    """
+    step, reserve = 256 << 20, situation.spec.node.reserve_bytes
+    strange = {uuid: max(0, room.foreign_bytes - reserve) // step for uuid, room in situation.rooms.items()}
     facts = (
         observed.boot_id,
         observed.gpus_known,
-        tuple((g.uuid, g.state, g.healthy, situation.rooms[g.uuid].foreign_bytes // step) for g in observed.gpus),
+        tuple((g.uuid, g.state, g.healthy, strange[g.uuid]) for g in observed.gpus),
         _digest([i.id for i in observed.incarnations]),
         tuple(
             (i.id, i.phase, i.strays, i.exit_code, i.stop is not None)

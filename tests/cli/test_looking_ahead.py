@@ -13,7 +13,7 @@ priority: 900
 allow_baseline_eviction: true
 makespan: {schedule: "%d %d * * *", timezone: UTC, duration: 3h}
 gpus: 4
-workload: {command: [train]}
+workload: {command: [sleep, "60"]}
 """
 
 
@@ -66,3 +66,17 @@ def test_a_job_that_can_begin_is_not_told_to_wait(desk: Desk) -> None:
         "overlay", "submit", "--gpus", "1", "--for", "1m", "--name", "now", "--format", "json", "--", "true"
     )
     assert json.loads(told.stdout)["data"]["waits"] is None
+
+
+def test_explain_tells_whom_a_window_will_displace_and_of_gpus_that_cannot_be_read_no_index(desk: Desk) -> None:
+    nightly_in_an_hour(desk)
+    assert desk.run("apply", "--yes").returncode == 0
+    try:
+        assert "on, big will give way to it." in desk.run("explain", "nightly").stdout
+        desk.run("sim", "fault", "unknown", "--gpu", "0")
+        assert "on GPU 1 and 1 GPU that cannot be read now, port" in desk.run("explain", "big").stdout
+        assert "How much of its memory is used cannot be read now." in desk.run("explain", "0").stdout
+        assert "? / ?" in desk.run("status").stdout
+    finally:
+        desk.run("sim", "fault", "mend")
+        desk.run("down")

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from builders import RESERVE, endpoint, foreign, spec
 from hypothesis import given
 from hypothesis import strategies as st
-from plant import Run
+from plant import Plant, Run
 from test_properties_in_time import timed_worlds
 from worlds import World, examples, worlds
 
@@ -17,6 +18,7 @@ from reconciler.errors import StalePlanError
 from reconciler.plan.actions import Plan
 from reconciler.plan.observed import Observed
 from reconciler.plan.planner import plan
+from reconciler.units import GIB
 
 MIB = 1 << 20
 
@@ -94,3 +96,19 @@ def test_26_memory_that_grows_inside_a_claim_makes_no_plan_stale(world: World, g
 
     run = Run(world.before, world.plant(), watch=check)
     run.settle()
+
+
+def test_26_a_stranger_inside_the_reserve_makes_no_plan_stale_and_one_beyond_it_does() -> None:
+    run = Run(spec(endpoint("ask", [0], memory=20)), Plant())
+    run.settle()
+    assert run.spec.node.reserve_bytes == RESERVE == GIB
+
+    def looked(held: int) -> tuple[Plan, Observed]:
+        run.plant.foreign = {0: [foreign(900, held)]}
+        seen = run.plant.observe()
+        return plan(run.spec, seen, run.ledger, run.plant.now), seen
+
+    desktop = looked(250 * MIB)
+    assert not refused(desktop, looked(260 * MIB))
+    assert not refused(desktop, looked(GIB - MIB))
+    assert refused(desktop, looked(2 * GIB))
