@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -62,19 +63,26 @@ class ForkServer:
         ours.settimeout(0.0)  # one that is stopped must not stop its daemon
         self._control = ours
 
-    def fork_shim(self, order: int, lock: int, ready: int) -> None:
+    def fork_shim(self, order: int, lock: int, ready: int, go: int) -> bool:
         """Have a shim forked that gets these descriptors; the caller closes its own. Nobody waits here.
 
-        A server that has died meanwhile is replaced: what could not be handed over was not begun.
+        A server that has died meanwhile is replaced: what could not be handed over was not begun. False: there is no
+        room for one more at the moment, on its socket or, without privileges, for descriptors under way (unix(7)).
 
         Raises:
             OSError: nobody took them.
         """
         try:
-            self._send(order, lock, ready)
-        except (BrokenPipeError, ConnectionResetError):
-            self.kill()
-            self._send(order, lock, ready)
+            try:
+                self._send(order, lock, ready, go)
+            except (BrokenPipeError, ConnectionResetError):
+                self.kill()
+                self._send(order, lock, ready, go)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ETOOMANYREFS) and self._process is not None:
+                return False
+            raise
+        return True
 
     def _send(self, *fds: int) -> None:
         self.open()

@@ -10,6 +10,7 @@ and acting on it nothing else runs, so two calls for one incarnation cannot both
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from reconciler.spec.spec import Logs, Questions, Stop
 
 _LOCK_S = 1.0
 """How long a start waits for its subject's lock: the shim of a predecessor leaves some ms after it recorded the end."""
+_CROWD_S = 10.0
+"""How long a fork server may take to have room for one more order: hundreds at once are more than its socket holds."""
 _START_S = 30.0
 """How long a shim may take to report; it takes some ms, and seconds on a box that swaps."""
 _LINGER_S = 0.5
@@ -94,6 +97,8 @@ class ProcessActor:
         self._boot_id = boot_id
         self._forks = ForkServer(open_files)
         self._starts: dict[str, asyncio.Future[None]] = {}
+        self._go: tuple[int, int] | None = None
+        """What the starts of this turn of the event loop wait for; None: there are none yet."""
         self._tidy = False
         """Drafts of earlier daemons are cleared away."""
 
@@ -106,7 +111,7 @@ class ProcessActor:
         2. Its start is under way: wait for that.
         3. Its subject's lock is held: refused, its predecessor runs or is still ending.
         4. Its port is taken: refused.
-        5. Otherwise: intent, shim, record.
+        5. Otherwise: intent, shim, record. Programs of starts in one turn of the event loop begin at its end.
 
         Raises:
             PortInUse: 4.
@@ -132,7 +137,11 @@ class ProcessActor:
                 )
             await self._clock.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
-        ready = self._spawn(launch, group, order, lock)
+        try:
+            self._record(launch, group)
+            ready = await self._hand_over(launch, lock, order)
+        finally:
+            os.close(lock)  # the shim has its own copy
         start = asyncio.ensure_future(self._report(launch, ready))
         self._starts[launch.incarnation] = start
         start.add_done_callback(lambda done: self._forget_start(launch.incarnation, done))
@@ -168,35 +177,43 @@ class ProcessActor:
         except (OSError, StateError) as error:
             raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
 
-    def _spawn(self, launch: Launch, group: str | None, order: bytes, lock: int) -> int:
-        """Port, intent, control group, shim, in this order, under the lock; the pipe that the shim will close."""
+    def _record(self, launch: Launch, group: str | None) -> None:
+        """Port, intent, control group, in this order, under the lock."""
         subject = launch.subject
+        if launch.port is not None:
+            ports.prove_free(launch.port)
+        self._state.ensure_folder(self._state.logs)
         try:
-            if launch.port is not None:
-                ports.prove_free(launch.port)
-            self._state.ensure_folder(self._state.logs)
-            try:
-                if not self._tidy:  # once: a look at all records for each of 200 starts is a look at 40,000
-                    incarnations.remove_drafts(self._state)
-                    self._tidy = True
-                incarnations.write_intent(self._state, self._intent(launch, group))
-            except OSError as error:
-                raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
-            if group is not None:
-                with suppress(OSError):  # the shim cannot join it then, says so in the log and goes on without
-                    Path(group).mkdir(0o755)
-            try:
-                return self._spawn_shim(lock, order)
-            except OSError as error:
-                reason = f"its shim could not be started: {error}"
-                if is_shortage(error):  # nobody took the order, and somebody may in a moment
-                    incarnations.remove_intent(self._state, launch.incarnation)
-                    raise ActError(f"{subject}: {reason}") from error
-                with suppress(OSError):
-                    incarnations.write_exit(self._state, launch.incarnation, Exit(126, self._clock.now(), reason))
-                raise ActError(f"{subject}: {reason}") from error
-        finally:
-            os.close(lock)  # the shim has its own copy
+            if not self._tidy:  # once: a look at all records for each of 200 starts is a look at 40,000
+                incarnations.remove_drafts(self._state)
+                self._tidy = True
+            incarnations.write_intent(self._state, self._intent(launch, group))
+        except OSError as error:
+            raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
+        if group is not None:
+            with suppress(OSError):  # the shim cannot join it then, says so in the log and goes on without
+                Path(group).mkdir(0o755)
+
+    async def _hand_over(self, launch: Launch, lock: int, order: bytes) -> int:
+        """The pipe that the shim will close which has this order now.
+
+        Nothing is waited for, unless the fork server has no room for one more order.
+        """
+        deadline = self._clock.now().plus(_CROWD_S)
+        try:
+            while (ready := self._spawn_shim(lock, order)) is None:
+                if self._clock.now().since(deadline) >= 0:
+                    raise OSError(errno.EAGAIN, "the fork server takes no more orders")  # noqa: TRY301 - told as others are
+                await self._clock.sleep(_LOOKS_S[1])
+        except OSError as error:
+            reason = f"its shim could not be started: {error}"
+            if is_shortage(error):  # nobody took the order, and somebody may in a moment
+                incarnations.remove_intent(self._state, launch.incarnation)
+                raise ActError(f"{launch.subject}: {reason}") from error
+            with suppress(OSError):
+                incarnations.write_exit(self._state, launch.incarnation, Exit(126, self._clock.now(), reason))
+            raise ActError(f"{launch.subject}: {reason}") from error
+        return ready
 
     def _intent(self, launch: Launch, group: str | None) -> Intent:
         subject = launch.subject
@@ -219,23 +236,41 @@ class ProcessActor:
             questions=launch.questions,
         )
 
-    def _spawn_shim(self, lock: int, order: bytes) -> int:
+    def _spawn_shim(self, lock: int, order: bytes) -> int | None:
+        """The pipe that it will close; None: the fork server has no room for one more order at the moment."""
         memory = os.memfd_create("order", os.MFD_CLOEXEC)  # no disk, and no pipe that fills up before the shim reads
+        taken = False
         try:
             with open(memory, "wb", closefd=False) as file:
                 file.write(order)
             os.lseek(memory, 0, os.SEEK_SET)
+            go = self._go_at_the_end_of_this_turn()
             ready, report = os.pipe()
             try:
-                self._forks.fork_shim(memory, lock, report)
-            except BaseException:
-                os.close(ready)
-                raise
+                taken = self._forks.fork_shim(memory, lock, report, go)
             finally:
                 os.close(report)
+                if not taken:
+                    os.close(ready)
         finally:
             os.close(memory)
-        return ready
+        return ready if taken else None
+
+    def _go_at_the_end_of_this_turn(self) -> int:
+        """A pipe that comes to its end with this turn of the event loop: all that starts in it begins at once.
+
+        Begun one by one, the first engines would take the processors from this daemon and from the fork server, who
+        have yet to start the others: beside a hundred interpreters each of the two gets a hundredth of a core.
+        """
+        if self._go is None:
+            self._go = os.pipe()
+            asyncio.get_running_loop().call_soon(self._let_go)
+        return self._go[0]
+
+    def _let_go(self) -> None:
+        go, self._go = self._go, None
+        for fd in go or ():
+            os.close(fd)
 
     async def _report(self, launch: Launch, ready: int) -> None:
         """Wait until the shim closes its pipe; what it wrote there is why it failed."""
@@ -339,6 +374,7 @@ class ProcessActor:
 
     def close(self) -> None:
         """Nothing more will be started by this one; what runs is left running."""
+        self._let_go()
         self._forks.close()
 
 

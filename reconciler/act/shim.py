@@ -8,7 +8,7 @@ advance. OPEN_FILES is the soft limit of descriptors for all that follow.
 One shim is alive per incarnation, and shares what it does not change with all others; hence no json, enum, pathlib or
 subprocess, which would be paid for by each.
 
-A message brings three descriptors:
+A message brings four descriptors:
 
 order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, whether its end is to
             outlive a power cut (empty: no), control group to join (empty: none), working directory, whom to run as
@@ -16,10 +16,11 @@ order       fields separated by NUL: records' folder, boot id, log file, bytes o
             NAME=VALUE. Memory without a name: secrets touch no disk.
 lock        an flock of the subject, held by being open here until the last descendant ended.
 ready       closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
+go          at its end once the program may begin: of many starts at once none does before all of them are handed over.
 
 Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` is
-written; the gate opens; the child executes the program. A shim killed before that closes the gate, and the child ends
-without having run anything, after it took `run.json` back.
+written; once `go` is at its end, also because the daemon died, the gate opens; the child executes the program. A shim
+killed before that closes the gate, and the child ends without having run anything, after it took `run.json` back.
 
 The log is bounded here, since this process lives exactly as long as anything that writes to it, with or without a
 daemon: the oldest part is given back to the disk (a hole is punched into the file), nothing is moved. What is kept is
@@ -47,7 +48,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 _CLONE3 = 435  # as on every architecture
 _CLONE_INTO_CGROUP = 1 << 33
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
-_GIVEN = 3  # descriptors with each message: order, lock, ready
+_GIVEN = 4  # descriptors with each message: order, lock, ready, go
 _CALM_S = 0.05  # nobody asks for so long: time to fork the next one in advance, the last is through with its start
 _FIRST_STEPS_S = 0.03  # nobody is in the way of a program that begins, on a small box not even who watches its log
 _PAUSE_S = 0.2  # before that is tried again where it failed, or was killed
@@ -142,7 +143,7 @@ def hand_over(control: _socket.socket, spare: _socket.socket | None, descriptors
     try:
         fork_shim(control, descriptors).close()
     except OSError as error:
-        os.write(descriptors[-1], f"it cannot be forked: {error}".encode())
+        os.write(descriptors[2], f"it cannot be forked: {error}".encode())
 
 
 def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket:
@@ -194,10 +195,10 @@ def own_identity() -> str:
     return f'"pid_namespace":{pid_namespace()},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)}'
 
 
-def supervise(own: str, order: int, lock: int, ready: int) -> int:
+def supervise(own: str, order: int, lock: int, ready: int, go: int) -> int:
     """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
-        leader, folder_fd, log_bytes, durable, unrecorded = start(own, order)
+        leader, folder_fd, log_bytes, durable, unrecorded = start(own, order, go)
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
@@ -209,8 +210,8 @@ def supervise(own: str, order: int, lock: int, ready: int) -> int:
     return 0
 
 
-def start(own: str, order: int) -> tuple[int, int, int, bool, str]:
-    """Carry out the order; `own` is who this is.
+def start(own: str, order: int, go: int) -> tuple[int, int, int, bool, str]:
+    """Carry out the order, the program's begin as soon as `go` is at its end; `own` is who this is.
 
     The answer: the leader's pid, the folder its end is recorded in, bytes of its log to keep, whether its end is to
     outlive a power cut, and its end itself if there is one that could not be recorded yet.
@@ -240,6 +241,8 @@ def start(own: str, order: int) -> tuple[int, int, int, bool, str]:
         f'"session_id":{leader},"start_ticks":{start_ticks(leader)}}}',
         durable=False,
     )
+    os.read(go, 1)
+    os.close(go)
     try:  # noqa: SIM105 - contextlib would be paid for by each shim
         os.write(gate_in, b"1")
     except BrokenPipeError:

@@ -14,7 +14,6 @@ import typer
 from reconciler.cli import completion, converging, wiring
 from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
-from reconciler.cli.plan import finish
 from reconciler.cli.values import Seconds
 from reconciler.errors import DaemonRunning
 from reconciler.journal.layout import writer
@@ -65,6 +64,7 @@ def down(ctx: typer.Context, *, endpoints: _Endpoints = None, timeout: _Timeout 
 
     Example: reconciler down coding
     """
+    from reconciler.cli.plan import finish
     from reconciler.cli.progress import Progress  # spinners, which the daemon does without
 
     face = Face.of(ctx)
@@ -100,6 +100,7 @@ def clean_start(
 
     Example: reconciler clean-start thinking --dry-run
     """
+    from reconciler.cli.plan import finish
     from reconciler.cli.progress import Progress
 
     face = Face.of(ctx)

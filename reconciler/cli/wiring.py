@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,24 +246,28 @@ def daemon(
     """
     from math import inf
 
-    from reconciler.act.engine import EngineActor
     from reconciler.act.process import ProcessActor
     from reconciler.cgroup import find_home
-    from reconciler.cli.service import ServiceManager, watchdog_s
     from reconciler.identity import boot_id
-    from reconciler.journal.journal import Journal
-    from reconciler.loop.daemon import Daemon, Parts
-    from reconciler.loop.leftovers import Leftovers
-    from reconciler.loop.specs import SpecKeeper
-    from reconciler.metrics.page import MetricsPage
 
     state, clock, path = state_dir(options), SystemClock(), setpoints_path(options)
     state.ensure()
-    with acquire_writer(state) as held:
+    with (
+        acquire_writer(state) as held,
+        closing(ProcessActor(state, clock, boot_id(), groups_in=find_home().path, open_files=open_files)) as actor,
+    ):
+        actor.warm()  # on another processor, while this one loads what follows
+
+        from reconciler.act.engine import EngineActor
+        from reconciler.cli.service import ServiceManager, watchdog_s
+        from reconciler.journal.journal import Journal
+        from reconciler.loop.daemon import Daemon, Parts
+        from reconciler.loop.leftovers import Leftovers
+        from reconciler.loop.specs import SpecKeeper
+        from reconciler.metrics.page import MetricsPage
+
         simulated = prepare_node(simulated_node(options), state)
-        journal = Journal.open(state.journal, clock)
-        actor = ProcessActor(state, clock, boot_id(), groups_in=find_home().path, open_files=open_files)
-        try:
+        with closing(Journal.open(state.journal, clock)) as journal:
             remembered = journal.texts()
             yield Daemon(
                 Parts(
@@ -284,9 +288,6 @@ def daemon(
                     at_least_every_s=watchdog_s(os.environ, os.getpid()) or inf,
                 )
             )
-        finally:
-            actor.close()
-            journal.close()
 
 
 def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:

@@ -52,7 +52,7 @@ def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest
     monkeypatch.setattr(shim.os, "fork", fork)
     ready, report = os.pipe()
     unused: Any = None
-    shim.hand_over(unused, None, [-1, -1, report])
+    shim.hand_over(unused, None, [-1, -1, report, -1])
     os.close(report)
     with os.fdopen(ready, "rb") as pipe:
         assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")
@@ -65,7 +65,7 @@ def test_the_order_for_a_shim_that_died_in_advance_goes_to_a_fresh_one(monkeypat
     given: list[list[int]] = []
     monkeypatch.setattr(shim, "fork_shim", lambda _, descriptors: given.append(descriptors) or fresh)
     with Path(os.devnull).open() as null:
-        order = [null.fileno()] * 3
+        order = [null.fileno()] * 4
         shim.hand_over(unused, spare, order)
     assert given == [order]
     assert spare.fileno() == fresh.fileno() == -1, "the server keeps nothing of either"
@@ -74,7 +74,7 @@ def test_the_order_for_a_shim_that_died_in_advance_goes_to_a_fresh_one(monkeypat
 def test_a_shim_whose_server_died_before_it_asked_to_be_told_takes_no_order() -> None:
     server, waits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with server, waits, Path(os.devnull).open() as null:
-        socket.send_fds(server, [b"+"], [null.fileno()] * 3)
+        socket.send_fds(server, [b"+"], [null.fileno()] * 4)
         assert shim.wait_in_advance(waits, os.getpid()) == [], "its parent is not that one any more"
 
 
@@ -222,7 +222,7 @@ def test_why_a_program_could_not_be_run_waits_for_room_as_well(
 
     def supervise() -> int:
         shim.become_reaper()
-        return shim.supervise(shim.own_identity(), order, os.dup(null), os.dup(null))
+        return shim.supervise(shim.own_identity(), order, os.dup(null), os.dup(null), os.dup(null))
 
     assert in_child(supervise) == "0"
     os.close(order)
@@ -250,7 +250,8 @@ def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
 
         shim.os.fsync = note
         shim.become_reaper()
-        shim.supervise(shim.own_identity(), order, os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY))
+        lock, ready, go = (os.open(os.devnull, os.O_RDWR) for _ in range(3))
+        shim.supervise(shim.own_identity(), order, lock, ready, go)
         return ["ID" if name == launch.incarnation else name for name in names]
 
     assert in_child(supervise) == str(synced)

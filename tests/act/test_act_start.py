@@ -29,7 +29,7 @@ from reconciler.journal.layout import is_locked
 from reconciler.plan.observed import Subject
 
 SPAWNER = """
-import asyncio, json, os, sys
+import asyncio, json, os, sys, time
 from pathlib import Path
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import SystemClock
@@ -45,6 +45,8 @@ print("go", flush=True)
 if order["die"]:
     spawn = actor._spawn_shim
     actor._spawn_shim = lambda *a: (spawn(*a), os.kill(os.getpid(), 9))
+if order["hang"]:
+    actor._let_go = lambda: time.sleep(600)
 asyncio.run(actor.ensure_started(launch))
 """
 
@@ -52,9 +54,13 @@ asyncio.run(actor.ensure_started(launch))
 both_ways = pytest.mark.parametrize("groups_in", ["grouped", "ungrouped"], indirect=True)
 
 
-def spawner(nursery: Nursery, launch: Launch, *, die: bool) -> subprocess.Popen[bytes]:
-    """A daemon in a process of its own that starts `launch`; with `die` it kills itself as soon as the shim exists."""
-    order = json.dumps({"id": launch.incarnation, "argv": launch.argv, "die": die, "groups_in": nursery.groups_in})
+def spawner(nursery: Nursery, launch: Launch, *, die: bool, hang: bool = False) -> subprocess.Popen[bytes]:
+    """A daemon in a process of its own that starts `launch`.
+
+    With `die` it kills itself as soon as the shim exists, with `hang` it hangs in that turn of its event loop.
+    """
+    how = {"die": die, "hang": hang, "groups_in": nursery.groups_in}
+    order = json.dumps({"id": launch.incarnation, "argv": launch.argv, **how})
     return subprocess.Popen([sys.executable, "-c", SPAWNER, str(nursery.state.path), order], stdout=subprocess.PIPE)
 
 
@@ -408,8 +414,8 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
     if supervisor == 0:
         shim.write_record = kill_once_recorded
         shim.become_reaper()
-        null = os.open("/dev/null", os.O_WRONLY)
-        os._exit(shim.supervise(shim.own_identity(), order, os.dup(null), null))
+        lock, ready, go = (os.open(os.devnull, os.O_RDWR) for _ in range(3))
+        os._exit(shim.supervise(shim.own_identity(), order, lock, ready, go))
     os.close(order)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
     assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL
@@ -544,6 +550,81 @@ def test_a_shim_that_was_forked_in_advance_and_killed_is_replaced(nursery: Nurse
     actor.warm()
     spare = killed_spare_of(actor)
     assert spare_of(actor) != spare
+
+
+def test_of_starts_in_one_turn_no_program_begins_before_all_are_handed_over(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    launches = [nursery.launch(OBEDIENT, name=f"endpoint-{number}") for number in range(3)]
+    begun: list[set[int]] = []
+    spawn = actor._spawn_shim
+
+    def spawn_and_look(lock: int, order: bytes) -> int | None:
+        ready = spawn(lock, order)
+        first = launches[0].incarnation
+        until(lambda: nursery.records(first).run, "the first to be at its gate")
+        begun.append(nursery.marked(first))
+        return ready
+
+    actor._spawn_shim = spawn_and_look  # type: ignore[method-assign]
+
+    async def start_all() -> None:
+        await asyncio.gather(*(actor.ensure_started(launch) for launch in launches))
+
+    nursery.run(start_all())
+    assert begun == [set(), set(), set()]
+    for launch in launches:
+        assert nursery.marked(launch.incarnation) == {nursery.run_record(launch.incarnation).pid}
+
+
+def test_a_program_begins_also_when_its_daemon_died_before_it_said_so(nursery: Nursery) -> None:
+    launch = nursery.launch(OBEDIENT)
+    daemon = spawner(nursery, launch, die=False, hang=True)
+    until(lambda: nursery.records(launch.incarnation).run, "its leader to be at the gate")
+    assert nursery.marked(launch.incarnation) == set()
+    daemon.kill()
+    daemon.wait()
+    until(lambda: nursery.marked(launch.incarnation), "its program to run")
+    assert nursery.marked(launch.incarnation) == {nursery.run_record(launch.incarnation).pid}
+
+
+def test_more_orders_than_a_fork_server_has_room_for_wait_for_it(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    server, control = actor._forks.pid, actor._forks._control
+    assert server is not None
+    assert control is not None
+    os.kill(server, signal.SIGSTOP)
+    until(lambda: (stat := read_stat(server)) is not None and stat.state == "T", "it to stand still")
+    with suppress(BlockingIOError):
+        while control.send(b"?"):
+            pass
+    launch = nursery.launch(OBEDIENT)
+
+    async def start_and_go_on() -> None:
+        start = asyncio.ensure_future(actor.ensure_started(launch))
+        while not (nursery.state.run / launch.incarnation).exists():
+            await asyncio.sleep(0)
+        for _ in range(3):  # the order has been refused
+            await asyncio.sleep(0)
+        assert not start.done()
+        os.kill(server, signal.SIGCONT)
+        await start
+
+    nursery.run(start_and_go_on())
+    assert is_running(nursery.run_record(launch.incarnation).pid)
+    assert actor._forks.pid == server
+
+
+def test_a_fork_server_that_never_has_room_again_fails_the_start_which_leaves_nothing(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_CROWD_S", 0.05)
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    monkeypatch.setattr(actor._forks, "fork_shim", lambda *_: False)
+    with pytest.raises(ActError, match="takes no more orders"):
+        nursery.run(actor.ensure_started(launch))
+    assert not (nursery.state.run / launch.incarnation).exists(), "it was handed to nobody"
+    assert not is_locked(lock_path(nursery.state, "endpoint", "thinking"))
 
 
 def test_a_shim_that_is_stopped_before_it_has_its_order_never_carries_it_out(
