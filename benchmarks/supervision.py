@@ -10,7 +10,8 @@ edit     rename of edited set points → the old process is in the handler of it
          endpoint that the edit adds.
 up       start of the daemon → first instruction of the last of 20 and of 200 endpoints; floor: as many Popens in a row.
 idle     20 and 200 healthy endpoints at the default cadence, left alone: CPU of the daemon, its fork server and all
-         shims; PSS of the daemon and of everything else per endpoint. Floor of the CPU: as many bare httpx probes.
+         shims; PSS of the daemon and of everything else per endpoint. Floor of the CPU: as many bare probes with
+         http.client.
 flap     kill -9 of one endpoint 200 times: descriptors, threads, zombies and PSS of the daemon before and after.
 """
 
@@ -36,18 +37,20 @@ SETTLE_S = 10.0
 FLAPS = 200
 
 PROBES = """
-import asyncio, sys, httpx
-async def probe(client, port, delay):
-    await asyncio.sleep(delay)
-    while True:
-        (await client.get(f"http://127.0.0.1:{port}/health")).raise_for_status()
-        await asyncio.sleep(float(sys.argv[1]))
-async def main():
-    ports = sys.argv[2:]
-    async with httpx.AsyncClient() as client:
-        step = float(sys.argv[1]) / len(ports)
-        await asyncio.gather(*(probe(client, port, i * step) for i, port in enumerate(ports)))
-asyncio.run(main())
+import http.client, sys, time
+ports, interval_s = sys.argv[2:], float(sys.argv[1])
+due = time.monotonic()
+while True:
+    for port in ports:
+        due += interval_s / len(ports)
+        time.sleep(max(0.0, due - time.monotonic()))
+        asked = http.client.HTTPConnection("127.0.0.1", int(port))
+        asked.request("GET", "/health")
+        answer = asked.getresponse()
+        if answer.status != 200:
+            sys.exit(f"port {port}: {answer.status}")
+        answer.read()
+        asked.close()
 """
 
 

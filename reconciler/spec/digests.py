@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from reconciler.spec.profiles import EngineProfile
 from reconciler.spec.spec import EndpointSpec, Spec
 
+_PLAIN = (str, int, float)
 _NO_MEANING = frozenset({"source", "problems", "digest", "change_pending", "withdrawn"})
 
 
@@ -23,6 +24,8 @@ def digest(value: object) -> str:
 
 def canonical(value: object) -> object:
     """Plain data; dataclasses carry their name (claims differ by it), models only what was written."""
+    if value is None or isinstance(value, _PLAIN):  # most of all, and to be a `Mapping` or not is dear to find out
+        return value
     match value:
         case BaseModel():
             return {name: canonical(getattr(value, name)) for name in value.model_fields_set}
@@ -30,8 +33,6 @@ def canonical(value: object) -> object:
             return {str(key): canonical(item) for key, item in value.items()}
         case list() | tuple():
             return [canonical(item) for item in value]
-        case None | bool() | int() | float() | str():
-            return value
     if is_dataclass(value):
         parts = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if f.name not in _NO_MEANING}
         return {"": type(value).__name__, **parts}

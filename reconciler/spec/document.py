@@ -142,11 +142,6 @@ class _Composer:
     def _take(self, event: yaml.Event) -> None:
         at = _at(event.start_mark, self.file)
         match event:
-            case yaml.DocumentStartEvent():
-                if self.root is not None:
-                    self._fail(at, "a second document begins here", "one file holds one document: remove the `---`")
-            case yaml.AliasEvent():
-                self._place(self._alias(event.anchor, at), at)
             case yaml.ScalarEvent():
                 built = self._scalar(event, at)
                 if event.anchor:
@@ -157,6 +152,11 @@ class _Composer:
                 self._begin(event, at)
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
                 self._end()
+            case yaml.DocumentStartEvent():
+                if self.root is not None:
+                    self._fail(at, "a second document begins here", "one file holds one document: remove the `---`")
+            case yaml.AliasEvent():
+                self._place(self._alias(event.anchor, at), at)
 
     def _begin(self, event: yaml.SequenceStartEvent | yaml.MappingStartEvent, at: Source) -> None:
         self._check_tag(event, at)
@@ -240,7 +240,7 @@ class _Composer:
     def _scalar(self, event: yaml.ScalarEvent, at: Source) -> _Built:
         self._check_tag(event, at)
         text: str = event.value
-        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        if "\0" in text or (not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)):
             self._fail(at, "the text contains a NUL or half a surrogate pair", "remove the escape")
         tag = (event.tag or "").removeprefix(_STANDARD)
         is_plain = event.implicit[0] and not event.style
