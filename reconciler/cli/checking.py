@@ -73,7 +73,7 @@ def _check_setpoints(path: Path) -> Checked:
 def _never_moved(spec: Spec) -> Iterator[Problem]:
     """Endpoints that may be moved, where nothing is installed that could tell whom to move."""
     for name, endpoint in sorted(spec.endpoints.items()):
-        if endpoint.movable and not solver.is_available():
+        if endpoint.movable and not (solver.is_available() and solver.can_be_imported()):
             at, message = endpoint.source, f'`movable: true` of endpoint "{name}" has no effect without the solver'
             yield Problem(at.file, at.line, at.column, message, f"{solver.INSTALL}, where reconciler is installed")
 

@@ -100,6 +100,15 @@ def is_available() -> bool:
     return find_spec("ortools") is not None
 
 
+def can_be_imported() -> bool:
+    """Whether ortools really can be imported; it is, which takes half a second."""
+    try:
+        from ortools.sat.python import cp_model
+    except ImportError:
+        return False
+    return cp_model is not None
+
+
 @cache
 def version() -> str:
     """Which ortools is installed: a word for people, empty if none is."""
@@ -123,7 +132,10 @@ def propose(problem: Problem, hint: Choice, tried: Sequence[Places], work: Work)
     """
     if work.left < TOO_LITTLE:
         return None
-    model = _Model(problem, tried, work)
+    try:
+        model = _Model(problem, tried, work)
+    except ImportError:  # it is there, and its library does not fit this box: no reason for a daemon to end
+        return None
     model.hint(hint)
     return model.solve()
 

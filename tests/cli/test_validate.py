@@ -97,8 +97,10 @@ def test_a_file_that_no_daemon_would_read_is_not_valid(desk, capsys):
 def test_what_may_be_moved_is_warned_of_where_nothing_can_tell_whom_to_move(desk, capsys, monkeypatch):
     desk.write("setpoints.yaml", "version: 1\nendpoints:\n  b: {model: m, port: 1, movable: true}\n")
     assert validate(desk, capsys)[1]["warnings"] == []
-    monkeypatch.setattr(solver, "is_available", lambda: False)
-    code, data = validate(desk, capsys)
-    assert code == 0
-    (warning,) = data["warnings"]
+    for lacks in ("can_be_imported", "is_available"):
+        monkeypatch.setattr(solver, lacks, lambda: False)
+        code, data = validate(desk, capsys)
+        assert code == 0
+        (warning,) = data["warnings"]
+        monkeypatch.undo()
     assert (warning["line"], warning["hint"]) == (3, "pip install 'reconciler[solver]', where reconciler is installed")

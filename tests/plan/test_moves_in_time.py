@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,15 @@ def test_without_the_solver_nobody_is_moved_and_the_plan_says_what_is_missing(
     (note,) = decided.notes
     assert "code may be moved" in note
     assert "pip install 'reconciler[solver]'" in note
+
+
+def test_a_solver_that_is_there_and_cannot_be_imported_moves_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    run.spec = asked(run)
+    decided = run.decide()
+    assert decided.ledger.overlays["render"].state == "pending"
+    assert decided.actions == ()
+    assert not solver.can_be_imported()
 
 
 def test_what_fits_without_a_move_asks_no_solver(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
