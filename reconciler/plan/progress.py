@@ -205,7 +205,8 @@ def _has_room(draft: Draft, lease: Lease) -> bool:
 def _starting(draft: Draft, step: OverlayStep) -> None:
     """Begin once what it requires is ready; without a workload that is all there is to begin.
 
-    Where all that would provide that has failed, it gives back its place, and is looked at anew.
+    Where nothing would provide that any more, or all that would has failed, it gives back its place, and is looked at
+    anew.
     """
     name, overlay = step.record.name, step.spec
     if overlay is None:
@@ -213,7 +214,8 @@ def _starting(draft: Draft, step: OverlayStep) -> None:
     missing = [c for c in overlay.requires if not _ready(draft, c)]
     lost = [c for c in missing if _failed(draft, c)]
     if lost:
-        why = f"what offers {', '.join(lost)} has failed"
+        offered = any(set(lost) & set(e.capabilities) for e in draft.wanted.values())
+        why = f"what offers {', '.join(lost)} has failed" if offered else f"nothing offers {', '.join(lost)} any more"
         draft.move(name, finish(step.record, "failed" if step.record.failures else None, draft.now, why))
     elif missing:
         message = f"waits for a ready provider of {', '.join(missing)}"
@@ -232,9 +234,9 @@ def _ready(draft: Draft, capability: str) -> bool:
 
 
 def _failed(draft: Draft, capability: str) -> bool:
-    """Whether something wanted offers it, and all that does has been given up."""
+    """Whether nothing wanted offers it, or all that does has been given up."""
     offering = [draft.records[n] for n, e in draft.wanted.items() if capability in e.capabilities]
-    return bool(offering) and all(record.failed is not None for record in offering)
+    return all(record.failed is not None for record in offering)
 
 
 def _leaving(draft: Draft) -> set[str]:

@@ -145,3 +145,18 @@ def test_what_an_overlay_sets_aside_itself_is_no_provider_for_it() -> None:
     run.settle()
     run.spec = spec(HELPER, overlay("torn", [0], requires=("draw",), sets=[replace(HELPER, state="stopped")]))
     assert why(run.decide(), "torn").reason == "NoProvider"
+
+
+def test_work_whose_provider_is_edited_to_offer_something_else_before_it_began_gives_back_its_place() -> None:
+    chat = endpoint("chat", [0], priority=40, port=8003)
+    run = Run(spec(HELPER, chat), Plant(totals=[80 * GIB] * 2), watch=lawful)
+    run.settle()
+    run.spec = spec(HELPER, chat, SKETCH)
+    run.settle(until=overlay_state("sketch", "starting"))
+    edited = replace(HELPER, capabilities=("ask",))
+    run.spec = spec(edited, chat, SKETCH)
+    last = run.settle()
+    assert why(last, "sketch").message == "nothing offers draw"
+    assert run.plant.is_ready("chat")
+    run.spec = spec(HELPER, chat, SKETCH)
+    run.settle(until=overlay_state("sketch", "done"))
