@@ -208,7 +208,7 @@ def _must_leave(
     The first that holds:
 
     1. unknown: it stays, whatever the files say
-    2. an overlay displaced it
+    2. an overlay sets it aside, or displaced it
     3. nobody wants it (any more)
     4. it does not serve: its leader is gone, unhealthy for too long, or never ready
     5. it is moved
@@ -218,18 +218,17 @@ def _must_leave(
     situation = draft.situation
     if standing.state == "unknown":
         return None  # 1
+    owner = draft.owners.get(name)
+    if endpoint is None and owner is not None:
+        cause = Cause("overlay", draft.steps[owner].record.source, owner)
+        return Leaving(current, f"set aside by {owner}", cause, owner)  # 2
     for overlay, gpus in draft.evicted_from(name).items():
         if gpus & set(current.gpus):
             step = draft.steps[overlay]
             cause = Cause("evict", step.record.source, overlay)
             waits = any(x.overlay == overlay and x.gpu in current.gpus for x in draft.leases)
             return Leaving(current, f"gives way to {overlay}", cause, overlay if waits else None)  # 2
-    owner = draft.owners.get(name)
     if endpoint is None:  # 3
-        if owner is not None:
-            return Leaving(
-                current, f"set aside by {owner}", Cause("overlay", draft.steps[owner].record.source, owner), owner
-            )
         known = situation.spec.endpoints.get(name)
         if known is None:
             return Leaving(current, "no longer in the set points", Cause("removed"))

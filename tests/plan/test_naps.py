@@ -486,3 +486,14 @@ def test_who_sleeps_while_a_second_overlay_has_its_place_is_away_on_account_of_t
     run.settle()
     assert run.plant.is_ready("ask")
     assert run.starts().count("ask") == 1
+
+
+def test_maintenance_of_one_that_sleeps_for_another_overlay_begins_once_its_process_is_gone() -> None:
+    run = warm(sleeper())
+    add(run, render())
+    run.settle(until=overlay_state("render", "active"))
+    sets = [replace(sleeper(), state="stopped")]
+    mend = overlay("mend", None, priority=50, duration=900.0, workload=False, sets=sets)
+    add(run, render(), mend)
+    run.settle(until=overlay_state("mend", "active"))
+    assert run.plant.current("ask") is None
