@@ -13,6 +13,8 @@ import time
 from functools import cache
 
 _NS_PER_S = 1_000_000_000
+_FIRST_NAMESPACE = 0xEFFFFFFA
+"""Its inode on every kernel that has more than one (PROC_TIME_INIT_INO): there the clocks are as they are."""
 _LARGEST = (1 << 63) // _NS_PER_S * os.sysconf("SC_CLK_TCK")
 """Ticks: half of what a count of nanoseconds holds, 292 years."""
 
@@ -49,8 +51,17 @@ def offset_ticks() -> int:
 
 @cache
 def _offset_ns() -> int:
-    """Of CLOCK_BOOTTIME in this process's time namespace; 0 where the kernel has no such namespaces."""
+    """Of CLOCK_BOOTTIME in this process's time namespace; 0 where the kernel has no such namespaces.
+
+    The kernel tells the offsets of the namespace that children will be in, which is another one for who made it and has
+    not been forked since (on older kernels also once it has executed another program).
+    """
     try:
+        own, of_children = (os.stat(f"/proc/self/ns/{name}").st_ino for name in ("time", "time_for_children"))  # noqa: PTH116
+        if own == _FIRST_NAMESPACE:
+            return 0
+        if own != of_children:
+            raise OSError(errno.ERANGE, "the offset of this time namespace is not told")
         with open("/proc/self/timens_offsets", "rb") as file:  # noqa: PTH123
             lines = [line.split() for line in file]
     except FileNotFoundError:

@@ -64,3 +64,19 @@ def test_who_started_before_the_clock_of_the_namespace_began_is_unknown() -> Non
     shown = ((1 << 64) - 750_000_000) // (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
     with pytest.raises(OSError, match="before the clock"):
         boottime.ticks_after_boot(shown)
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_who_made_a_namespace_and_is_not_in_it_is_not_told_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of offsets is about its children."""
+    numbers = {"/proc/self/ns/time": boottime._FIRST_NAMESPACE, "/proc/self/ns/time_for_children": 7}
+    monkeypatch.setattr(boottime.os, "stat", lambda path: os.stat_result((0, numbers[path], *[0] * 8)))
+    boottime._offset_ns.cache_clear()
+    assert boottime.offset_ticks() == 0
+    boottime.offset_ticks.cache_clear()
+    boottime._offset_ns.cache_clear()
+    numbers["/proc/self/ns/time"] = 8
+    with pytest.raises(OSError, match="is not told"):
+        boottime.offset_ticks()
+    monkeypatch.undo()
+    boottime._offset_ns.cache_clear()

@@ -544,6 +544,8 @@ def boottime_offset() -> int:
     if _offset_ns is None:
         _offset_ns = 0
         try:
+            if os.stat("/proc/self/ns/time").st_ino == 0xEFFFFFFA:  # the first one: the clocks are as they are
+                return 0
             with open("/proc/self/timens_offsets", "rb") as file:
                 lines = [line.split() for line in file]
         except FileNotFoundError:  # a kernel without time namespaces
