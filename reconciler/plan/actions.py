@@ -133,6 +133,8 @@ class Verdict:
     moves: Mapping[str, str] = field(default_factory=dict)
     """Who is started on other GPUs → the overlay for which it makes room; both by name. The runner-up of a choice with
     moves is the best one without any."""
+    kept: tuple[str, ...] = ()
+    """Windows to come and returns, by name, for which GPUs are kept that are free now and would have done."""
 
 
 @dataclass(frozen=True, slots=True)

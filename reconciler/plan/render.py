@@ -237,6 +237,7 @@ def _verdict_data(verdict: Verdict) -> dict[str, object]:
         "optimal": verdict.optimal,
         "bound": dict(verdict.bound),
         "steps": verdict.steps,
+        "kept": list(verdict.kept),
     }
 
 

@@ -115,10 +115,21 @@ def seat_together(draft: Draft, overlays: Sequence[OverlaySpec]) -> Together:
         if not choice.victims:
             return None
         runner_up, all_seen = search.next_best(choice)
-        return judge(choice, runner_up, all_seen=all_seen)
+        kept = {name for seat in seats if seat.victims for name in _kept_from(draft, seat)}
+        return replace(judge(choice, runner_up, all_seen=all_seen), kept=tuple(sorted(kept)))
 
     unmoved = () if tried else tuple(key.partition("/")[2] for key in sorted(movers))
     return Together(seats, places, why, unmoved)
+
+
+def _kept_from(draft: Draft, found: Seat) -> set[str]:
+    """The windows for which GPUs are kept that have room for what this overlay needs, nobody giving way."""
+    windows = ahead_of(draft, found.overlay, draft.now.wall)
+    kept: set[str] = set()
+    for need in own_needs(draft, found.overlay) or ():
+        room = draft.board.room_for(need)
+        kept.update(w.name for w in windows if not room.keys() <= set(keeping_off([w])(need).candidates))
+    return kept
 
 
 def _nobody_waits(askers: Sequence[Asker], choice: Choice) -> bool:

@@ -81,6 +81,9 @@ def tell(verdict: Verdict) -> list[str]:
     else:
         bound = _cost(verdict.bound) or "nothing"
         told.append(f"Not proved: the search ended after {verdict.steps} steps; no choice costs less than {bound}.")
+    if verdict.kept:
+        before = "what is surely over before (`deadline`, or `on_overrun: stop`) may have them"
+        told.append(f"GPUs that are free are kept for {', '.join(verdict.kept)}: {before}.")
     return told
 
 

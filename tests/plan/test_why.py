@@ -57,6 +57,23 @@ def test_the_next_best_is_told_apart_by_what_it_costs_to_load_again() -> None:
     assert verdict.worse == "lost readiness 2m40s instead of 1m20s"
 
 
+def test_a_gpu_that_is_free_and_kept_for_a_window_is_told_with_what_would_let_it_be_used() -> None:
+    low = endpoint("low", [0], priority=30)
+    run = settled(low, gpus=2)
+    night = overlay("night", [1], priority=900, evict=False, start=NOW.wall + 7200)
+    run.spec = spec(low, night, overlay("render", 1, duration=60))
+    (verdict,) = run.decide().verdicts
+    assert verdict.victims == {"low": "render"}
+    assert verdict.kept == ("night",)
+    assert tell(verdict)[-1].startswith("GPUs that are free are kept for night: what is surely over before")
+    run.spec = spec(low, night, overlay("render", 1, duration=60, on_overrun="stop"))
+    assert run.decide().verdicts == (), "nobody gives way"
+    pinned = overlay("pinned", [0], duration=60)
+    run.spec = spec(low, night, pinned)
+    (verdict,) = run.decide().verdicts
+    assert verdict.kept == (), "the other GPU would not have done"
+
+
 def crowd(count: int) -> tuple[Board, list[Wish]]:
     """Many GPUs, each shared by a few with costs of their own, and gangs that want parts of them."""
     gpus = [f"gpu{i:02}" for i in range(count)]
