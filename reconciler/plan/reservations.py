@@ -15,14 +15,14 @@ from math import inf
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
 from reconciler.plan.asking import badly_pinned, cannot_start, no_provider, not_preemptible, own_needs
-from reconciler.plan.board import Board, Hold, Need, Tenant
+from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Draft, Window
 from reconciler.plan.lacks import Refusal
 from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import MEMORY_RETURN_S, OverlayStep, next_window, predicted_end
 from reconciler.plan.placement import Placement, place
 from reconciler.plan.settling import need_of
-from reconciler.plan.windows import ahead_of, hard_end, keeping_off, lead_s, not_to_hinder, surely_over
+from reconciler.plan.windows import ahead_of, hard_end, keeping_off, keeps_off, lead_s, not_to_hinder, surely_over
 from reconciler.spec.spec import OverlaySpec
 
 MOST_SLOTS = 16
@@ -79,7 +79,7 @@ def reserve(draft: Draft, seek: Seek, fits: Fits, moves: Moves) -> tuple[Window,
         refusal: Refusal | None = None
         for surely in (True, False):  # a place that nobody holds by then whatever happens, else one that is foreseen
             off = keeping_off(ahead_of(draft, overlay, start, away=surely))
-            board = _board_at(draft, start, surely=surely)
+            board = _board_at(draft, start, surely=surely, window=overlay)
             answer = seek(overlay, start, board, off)
             if isinstance(answer, tuple):
                 draft.windows += _windows(draft, coming, board, *answer)  # 1
@@ -232,9 +232,10 @@ def _to_come(draft: Draft) -> list[_Coming]:
     return found
 
 
-def _board_at(draft: Draft, wall: float, *, surely: bool) -> Board:
+def _board_at(draft: Draft, wall: float, *, surely: bool, window: OverlaySpec | None = None) -> Board:
     """Who will have a place then: without the overlays that are over, and with whom they keep away or set aside.
 
+    Who gave way to one, and would go elsewhere, goes nowhere that is kept for `window`: it has its own place, or none.
     With `surely` only those are over that something ends by then whatever they do; else those predicted to be. Of one
     that should have ended already nobody knows when it will.
     """
@@ -249,16 +250,21 @@ def _board_at(draft: Draft, wall: float, *, surely: bool) -> Board:
         return draft.now.wall < predicted_end(step.record, step.spec.makespan, draft.now.wall) <= wall
 
     over = {name for name, step in draft.steps.items() if is_over(step)}
-    board = draft.board.without(frozenset(f"overlay/{name}" for name in over))
+    base = draft.situation.spec.endpoints
+    arriving = [base[s.name] for s in draft.arriving if s.kind == "endpoint" and s.name in base]
+    away = {e.name for e in arriving if window is not None and keeps_off(window, e) and draft.evicted_from(e.name)}
+    board = draft.board.without({*map(endpoint_key, away), *(f"overlay/{name}" for name in over)})
     aside = {name for name, owner in draft.owners.items() if owner not in over}
-    baseline = draft.situation.spec.endpoints.values()
-    for endpoint in sorted(baseline, key=lambda e: (-e.priority, e.name)):
+    for endpoint in sorted(base.values(), key=lambda e: (-e.priority, e.name)):
         key, subject = f"endpoint/{endpoint.name}", Subject("endpoint", endpoint.name)
         if endpoint.state != "running" or key in board.tenants or draft.records[endpoint.name].failed is not None:
             continue
         if endpoint.name in aside:
             continue
-        need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, draft.records[endpoint.name].last_gpus)
+        home = draft.records[endpoint.name].last_gpus
+        need = need_of(draft.situation, subject, endpoint.gpus, endpoint.memory, home)
+        if need is not None and endpoint.name in away:
+            need = replace(need, candidates=tuple(g for g in need.candidates if g in home))
         placement = place([need], board) if need is not None else None
         if need is not None and placement is not None:
             holds = {g: Hold(need.memory_bytes[g], need.exclusive) for g in placement.gpus[subject]}
@@ -327,7 +333,8 @@ def _conflict(
 ) -> Blocked:
     rivals = ahead_of(draft, overlay, start)
     if rivals:  # what stands in the way beside the windows is told, not how little they leave
-        alone = seek(overlay, start, _board_at(draft, start, surely=False), lambda need: need)
+        board = _board_at(draft, start, surely=False, window=overlay)
+        alone = seek(overlay, start, board, lambda need: need)
         if isinstance(alone, tuple):
             return window_taken(draft, overlay, start, rivals, next_slot(draft, overlay, start, fits))  # 2
         refusal = alone or refusal

@@ -17,7 +17,7 @@ from reconciler.plan.observed import Subject
 from reconciler.plan.overlays import OverlayStep, predicted_end
 from reconciler.plan.placement import place
 from reconciler.plan.situation import Situation
-from reconciler.plan.windows import held_back, keeping_off, opening_soon, still_owed, to_be_back
+from reconciler.plan.windows import held_back, keeping_off, not_to_settle_on, opening_soon, still_owed, to_be_back
 from reconciler.spec.spec import EndpointSpec, GpuClaim, GpuCount, GpuPins, MemoryClaim, WholeGpu
 
 MOST_NAMED = 12
@@ -185,9 +185,13 @@ def need_elsewhere(draft: Draft, endpoint: EndpointSpec) -> Need | None:
     """What a wanted endpoint needs, on GPUs that nobody holds against it; None: a pin does not exist.
 
     Who gave way to an overlay has its place again before anybody else: where it would not fit beside the endpoint, that
-    one does not go, unless it is its own place.
+    one does not go, unless it is its own place. One that is away from its own goes to none, either, where a window to
+    come could not displace it.
     """
     need = _need_unleased(draft, endpoint)
+    if need is not None and draft.windows and draft.evicted_from(endpoint.name):
+        elsewhere = keeping_off(not_to_settle_on(draft, endpoint))(need).candidates
+        need = replace(need, candidates=tuple(g for g in need.candidates if g in elsewhere or g in need.prefer))
     owed = set().union(*draft.owed.values())
     return (
         None if need is None else _without(need, {c for c in need.candidates if c in owed and _owed_to(draft, need, c)})
@@ -228,6 +232,8 @@ def _kept_for(draft: Draft, endpoint: EndpointSpec, need: Need) -> Blocked | Non
     if anywhere is None or place([anywhere], draft.board) is None:
         return None
     names = {n for gpu in set(anywhere.candidates) - set(need.candidates) for n in _owed_to(draft, anywhere, gpu)}
+    if not names:
+        return None
     message = f"it would have the place of {', '.join(sorted(names))}, kept for its return"
     return Blocked(need.subject, "Held", message, ("wait for that return",), transient=True)
 

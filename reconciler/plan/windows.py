@@ -238,6 +238,19 @@ def _may_displace(draft: Draft, window: Window, endpoint: EndpointSpec) -> bool:
     return may_prolong(draft.situation.spec.overlays[window.name], endpoint) or endpoint.name in window.victims
 
 
+def keeps_off(overlay: OverlaySpec, endpoint: EndpointSpec) -> bool:
+    """Whether an endpoint that is away from its own place goes to none that is kept for this overlay's window.
+
+    It is less important, and the overlay may not displace it: it could not begin.
+    """
+    return overlay.priority > endpoint.priority and not may_prolong(overlay, endpoint)
+
+
+def not_to_settle_on(draft: Draft, endpoint: EndpointSpec) -> list[Window]:
+    """The windows to come that an endpoint which is away from its own place keeps off."""
+    return [w for w in draft.windows if keeps_off(draft.situation.spec.overlays[w.name], endpoint)]
+
+
 def held_back(subject: Subject, soon: Iterable[Window]) -> Blocked:
     """That an endpoint is not brought back in front of these windows."""
     last = max(soon, key=lambda w: w.end)

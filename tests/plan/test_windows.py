@@ -192,6 +192,21 @@ def test_a_window_that_outlasts_a_cool_down_is_what_is_told() -> None:
     assert waits.message == "ask has been ready for less than 2m since it was last evicted"
 
 
+def test_who_gave_way_does_not_go_where_a_window_to_come_could_not_displace_it() -> None:
+    gang = endpoint("gang", 2, priority=40)
+    run = settled(gang, gpus=3)
+    home = run.plant.incarnations[0].gpus
+    (free,) = {uuid(0), uuid(1), uuid(2)} - set(home)
+    night = overlay("night", [int(free[-1])], priority=800, evict=False, start=run.plant.now.wall + HOUR)
+    render = overlay("render", 1, duration=60)
+    run.spec = spec(gang, night, render)
+    run.settle(until=overlay_state("render", "done"))
+    assert [i.gpus for i in run.plant.incarnations] == [home]
+    decided = run.settle(until=overlay_state("night", "active"))
+    assert decided.ledger.overlays["night"].window_start == decided.ledger.overlays["night"].active_since.wall  # type: ignore[union-attr]
+    assert run.plant.is_ready("gang")
+
+
 def bounded(item: OverlaySpec, deadline: float) -> OverlaySpec:
     """The same overlay with a hard end."""
     return replace(item, makespan=replace(item.makespan, deadline=deadline))
