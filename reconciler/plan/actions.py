@@ -134,7 +134,7 @@ class Verdict:
     """Who is started on other GPUs → the overlay for which it makes room; both by name. The runner-up of a choice with
     moves is the best one without any."""
     kept: tuple[str, ...] = ()
-    """Windows to come and returns, by name, for which GPUs are kept that are free now and would have done."""
+    """Windows to come and returns, by name, for which GPUs are kept that have room now, if not for all of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,8 +251,10 @@ def _board_at(draft: Draft, wall: float, *, surely: bool, window: OverlaySpec | 
 
     over = {name for name, step in draft.steps.items() if is_over(step)}
     base = draft.situation.spec.endpoints
-    arriving = [base[s.name] for s in draft.arriving if s.kind == "endpoint" and s.name in base]
-    away = {e.name for e in arriving if window is not None and keeps_off(window, e) and draft.evicted_from(e.name)}
+    away: set[str] = set()
+    if window is not None:
+        arriving = [base[s.name] for s in draft.arriving if s.kind == "endpoint" and s.name in base]
+        away = {e.name for e in arriving if keeps_off(window, e) and draft.evicted_from(e.name)}
     board = draft.board.without({*map(endpoint_key, away), *(f"overlay/{name}" for name in over)})
     aside = {name for name, owner in draft.owners.items() if owner not in over}
     for endpoint in sorted(base.values(), key=lambda e: (-e.priority, e.name)):
