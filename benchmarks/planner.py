@@ -23,10 +23,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 
@@ -48,8 +50,7 @@ FIRM = 900
 """Priority of those who need not give way."""
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(Struct, frozen=True):
     """Nodes of so many GPUs each, with so many endpoints in all."""
 
     name: str
@@ -69,8 +70,7 @@ SIZES = (
 FLEET = Size("1000x8", 1000, 8, 50_000, 3)
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(Struct, frozen=True):
     """Who is where on one box, and what an overlay asks for."""
 
     board: Board

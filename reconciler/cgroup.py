@@ -14,7 +14,8 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _PREFIX = "reconciler-"
 _TYPE = "cgroup2"
@@ -27,8 +28,7 @@ _NOT_LISTED = (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
 """A group that has just gone, or a threaded one, whose processes are listed in the one above."""
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(Struct, frozen=True):
     """Where a process may make groups: its own group."""
 
     path: str | None
@@ -37,8 +37,7 @@ class Home:
     """Why nowhere, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
+class _Mount(Struct, frozen=True):
     """One line of /proc/PID/mountinfo."""
 
     device: int

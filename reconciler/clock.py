@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from reconciler import boottime
 
 
-@dataclass(frozen=True, slots=True)
-class Instant:
+class Instant(Struct, frozen=True):
     """One moment on both clocks.
 
     Windows (start, deadline, cron) are compared on `wall`; durations, grace and back-off on `mono`. `mono` is

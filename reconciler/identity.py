@@ -9,9 +9,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler import boottime
 
@@ -19,8 +20,7 @@ _STAT_BYTES = 4096
 """/proc/PID/stat is one line of some 300; the kernel gives all of it to one read that has room for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProcStat:
+class ProcStat(Struct, frozen=True):
     """The parts of /proc/PID/stat that identity needs (proc_pid_stat(5), fields 3, 4, 5, 6 and 22)."""
 
     pid: int

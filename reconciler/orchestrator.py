@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reconciler.cli import converging, wiring
 from reconciler.clock import SystemClock
@@ -16,8 +17,7 @@ from reconciler.plan.agenda import AgendaTracker
 from reconciler.plan.ledger import EndpointState
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointStatus:
+class EndpointStatus(Struct, frozen=True):
     """How one endpoint stands."""
 
     name: str
@@ -30,8 +30,7 @@ class EndpointStatus:
     uptime_seconds: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class CleanStartResult:
+class CleanStartResult(Struct, frozen=True):
     """How a clean start ended."""
 
     ok: bool

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.errors import ActError
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(Struct, frozen=True):
     """One user of this box, as the user database knows it at the moment of a start."""
 
     name: str

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from reconciler.clock import Clock
 from reconciler.errors import ActError, NotOurs
@@ -25,8 +26,7 @@ _SETTLE_S, _LOOK_S = 5.0, 0.1
 """How long an engine may take, after its calls returned, to say that it sleeps or is awake; and the pace of asking."""
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(Struct, frozen=True):
     """What one engine is to be told."""
 
     incarnation: str

@@ -14,9 +14,10 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from reconciler.act.environment import child_environment
 from reconciler.errors import ActError
@@ -46,8 +47,7 @@ class _RefusedError(ActError):
     """The answer will be the same next time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """What is sent, whichever the way."""
 
     body: bytes

@@ -15,7 +15,6 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from reconciler import census, cgroup
@@ -30,7 +29,7 @@ from reconciler.journal import incarnations
 from reconciler.journal.incarnations import Exit, Intent, StopRecord, Unreadable
 from reconciler.journal.layout import StateDir, is_locked, take_lock
 from reconciler.plan.observed import Subject
-from reconciler.spec.secrecy import redacted
+from reconciler.spec.secrecy import Discreet, redacted
 from reconciler.spec.spec import Logs, Questions, Stop
 
 _LOCK_S = 1.0
@@ -46,9 +45,10 @@ _LOOKS_S = (0.0002, 0.005)
 double. The shim of a predecessor mostly leaves in the very millisecond in which its end is seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(Discreet, frozen=True):
     """One start, complete: nothing is looked up any more."""
+
+    discreet_about = frozenset({"env"})
 
     incarnation: str
     subject: Subject
@@ -62,7 +62,7 @@ class Launch:
     """To be proven free; None: it needs none."""
     attempt: int
     argv: tuple[str, ...]
-    env: Mapping[str, str] = field(repr=False)
+    env: Mapping[str, str]
     """The leader's whole environment but for the markers (`environment.child_environment`)."""
     cwd: str
     account: Account | None = None

@@ -9,8 +9,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler.act.account import find_account
 from reconciler.act.environment import read_env_file
@@ -28,8 +29,7 @@ _FIRST_LINE_BYTES = 256
 """So much of a script the kernel looks at for its interpreter (execve(2))."""
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(Struct, frozen=True):
     """One thing that may be started."""
 
     name: str

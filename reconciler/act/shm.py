@@ -24,8 +24,10 @@ import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.act.target import Target, examine
 from reconciler.errors import ReconcilerError
@@ -45,8 +47,7 @@ _NAMED = 4
 _ANOTHERS = "another process had it, too"
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
+class Left(Struct, frozen=True):
     """A file that an ended incarnation left."""
 
     incarnation: str

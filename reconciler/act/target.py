@@ -7,8 +7,9 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler import census, cgroup, identity
 from reconciler.act.claims import contradiction
@@ -29,8 +30,7 @@ _PROCESS_GROUP = 1 << 2
 """PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9 (pidfd_send_signal(2))."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """An incarnation of this boot and this pid namespace, with readable records."""
 
     id: str

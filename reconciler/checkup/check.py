@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 Area = Literal["versions", "kernel", "driver", "GPUs", "files", "programs", "ports", "state", "leftovers", "service"]
 """In the order of the answer."""
@@ -18,8 +19,7 @@ unknown: could not be seen, which is not the same as ok
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(Struct, frozen=True):
     """What was found. `hint` says what to do next; a check that is not ok always has one, unless there is no way."""
 
     area: Area

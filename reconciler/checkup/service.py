@@ -7,8 +7,9 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from configparser import Error, RawConfigParser
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler.checkup.check import Check, Level
 from reconciler.spec.secrecy import names_secret
@@ -24,8 +25,7 @@ SYSTEM_FOLDERS = (
 """Where units lie, the most important first (systemd.unit(5)); SYSTEMD_UNIT_PATH stands in for all of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(Struct, frozen=True):
     """One service unit with its drop-ins."""
 
     path: Path
@@ -110,8 +110,7 @@ _YES = frozenset({"yes", "true", "1", "on", "y", "t"})
 _NO = frozenset({"", "no", "false", "0", "off", "n", "f"})
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class _Rule(Struct, frozen=True):
     """One setting that is not to have certain values."""
 
     setting: str

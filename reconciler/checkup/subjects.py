@@ -6,8 +6,9 @@ import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reconciler.act.programs import Program, obstacles, program_of
 from reconciler.act.shm import Left, told

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.cli import wiring
 from reconciler.cli.wiring import Options
@@ -22,8 +23,7 @@ _OVERLAY_KEYS = frozenset({"makespan", "workload", "requires", "allow_baseline_e
 """Keys that only an overlay has at its top."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """What a check found, in file order."""
 
     files: tuple[Path, ...]

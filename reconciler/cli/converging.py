@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import Struct
 
 from reconciler.cli import wiring
 from reconciler.clock import SystemClock
@@ -19,8 +20,7 @@ Converging = Literal["apply", "down", "clean_start"]
 Progress = Callable[["Plan", "Observed"], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How a convergence ended."""
 
     plan: Plan

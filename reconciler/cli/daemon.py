@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
 from reconciler.cli import completion, converging, wiring
 from reconciler.cli.arguments import group

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from msgspec import Struct
 from typer.core import TyperGroup
 
 from reconciler.cli.arguments import INTERRUPTED, Format, Globals, hoist, wants_json
@@ -28,8 +28,7 @@ GC_THRESHOLD = (100_000, 20, 20)
 """Loading modules allocates tens of thousands of objects that stay; the usual 700 would look through them often."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One command: where it lives, and what `--help` says of it."""
 
     module: str

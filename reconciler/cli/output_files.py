@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler.journal.incarnations import Intent, list_ended, list_ids, read
 from reconciler.journal.layout import StateDir
@@ -15,8 +16,7 @@ from reconciler.plan.observed import SubjectKind
 _BLOCK = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True):
     """Where one incarnation's output goes."""
 
     incarnation: str

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reconciler.cli.whole_file import write_whole
 from reconciler.errors import ReconcilerError, StalePlanError
@@ -18,8 +19,7 @@ _TIMELESS = ("id", "needs", "op", "subject", "gpus", "cause", "ready")
 """What makes an action the same one, whenever it is decided; reasons and predictions speak of times."""
 
 
-@dataclass(frozen=True, slots=True)
-class SavedPlan:
+class SavedPlan(Struct, frozen=True):
     """The grounds of a saved plan."""
 
     spec_hash: str

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import to_builtins
 
 from reconciler.cli import wiring
 from reconciler.cli.arguments import group
@@ -42,7 +42,7 @@ def status(ctx: typer.Context) -> None:
     face = Face.of(ctx)
     seen = report(_folder(face))
     if face.is_json:
-        face.answer(asdict(seen))
+        face.answer(to_builtins(seen))
     else:
         _print_report(face, seen)
 
@@ -117,7 +117,7 @@ def fault(
     else:
         faults.break_gpu(folder, gpu, kind.replace("-", "_"), seconds=duration.value if duration else 0.0)
     if face.is_json:
-        face.answer(asdict(report(folder)))
+        face.answer(to_builtins(report(folder)))
     else:
         _print_report(face, report(folder))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.cli.whole_file import write_whole
 from reconciler.errors import ReconcilerError, SpecError, UsageError
@@ -22,8 +23,7 @@ DEFAULT_DURATION = "1h"
 _LONGEST_STEM = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """What `overlay submit` was asked for; units as people write them."""
 
     command: tuple[str, ...]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from typing import Self
 
 import typer
+from msgspec import Struct
 
 from reconciler.cli.local_time import LOCAL
 from reconciler.units import FIRST_YEAR, LAST_YEAR, parse_duration, parse_size
 
 
-@dataclass(frozen=True, slots=True)
-class Seconds:
+class Seconds(Struct, frozen=True):
     """A duration as people write it: 30s, 5m, 1d12h."""
 
     value: float
@@ -39,8 +38,7 @@ class Seconds:
 TIME_HELP = "as 22:00 (the next one), +90m (from now), or 2026-11-24T22:00:00+01:00; without an offset it is local"
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """A point in time as people write it: the next 22:00, +90m, or ISO 8601; local where no offset is given."""
 
     wall: float
@@ -79,8 +77,7 @@ class Moment:
         return datetime.fromtimestamp(round(self.wall)).astimezone().isoformat()
 
 
-@dataclass(frozen=True, slots=True)
-class Bytes:
+class Bytes(Struct, frozen=True):
     """An amount of memory as people write it: 20GiB."""
 
     value: int

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from reconciler.cli.eyes import Watching, look_once, prepare_node
 from reconciler.clock import Instant, SystemClock
@@ -37,8 +38,7 @@ SWITCH_S = 0.0005
 """How long one thread of it keeps others waiting at most. The interpreter's own 5 ms is what a restart takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """What the command line says of where things are; None: the environment, then the defaults."""
 
     setpoints: Path | None = None
@@ -46,8 +46,7 @@ class Options:
     simulate: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """One look at the box, and what would be done about it."""
 
     spec: Spec

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.errors import Problem
 from reconciler.plan.actions import Blocked, EndpointView
@@ -12,8 +13,7 @@ from reconciler.plan.observed import Gpu, Observed
 from reconciler.spec.spec import EndpointSpec, Spec
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(Struct, frozen=True):
     """One tick: the spec in force, how its endpoints stand, the ledger once decided, and what was seen."""
 
     spec: Spec

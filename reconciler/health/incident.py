@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from reconciler.clock import Instant
 
@@ -34,8 +35,7 @@ Severity = Literal["info", "warning", "critical"]
 RANK: dict[Severity, int] = {"info": 0, "warning": 1, "critical": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Incident:
+class Incident(Struct, frozen=True):
     """One trouble of one subject, from its first sighting until it has stayed away for a while."""
 
     id: str

@@ -7,16 +7,16 @@ what could not be told stays due until it is told or no longer true.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from reconciler.health.incident import RANK, Incident, Severity
 
 Change = Literal["opened", "escalated", "resolved"]
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(Struct, frozen=True):
     """One thing to tell of one incident."""
 
     change: Change

@@ -6,9 +6,11 @@ A row without a kind says that the case is explained. A new case is a new row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.health.facts import Facts
 from reconciler.health.incident import IncidentKind, Severity
@@ -27,8 +29,7 @@ ESCALATE_AFTER_S = 300.0
 """Overdue for this long is critical: an entry's end already has the slack of twice the predicted time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing that is wrong at this moment."""
 
     kind: IncidentKind
@@ -38,8 +39,7 @@ class Finding:
     overlay: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(Struct, frozen=True):
     """One endpoint at one moment, with what could explain it."""
 
     view: EndpointView
@@ -81,8 +81,7 @@ class Case:
         return None if ready is not None and ready.wall > last.at.wall else last
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule(Generic[T]):
+class _Rule(Struct, Generic[T], frozen=True):
     """One row of a table: the first that holds names the incident, or explains why there is none."""
 
     holds: Callable[[T], bool]

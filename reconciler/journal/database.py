@@ -12,9 +12,10 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 from reconciler.errors import StateError
 
@@ -59,8 +60,7 @@ _COMPANIONS = ("-wal", "-shm")
 _DAMAGE = frozenset({"SQLITE_NOTADB", "SQLITE_CORRUPT"})
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(Struct, frozen=True):
     """A journal could not be used: it was put aside and a fresh one started. To be told, as event and in `status`."""
 
     reason: Literal["corrupt", "newer"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import dataclass, replace
 from functools import cache
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.journal.codec import decode, encode
@@ -26,8 +28,7 @@ DECISIONS_KEPT = 2_000
 PRUNE_DECISIONS_EVERY = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(Struct, frozen=True):
     """The four values that `plan()` was given."""
 
     spec: Spec
@@ -36,16 +37,14 @@ class Inputs:
     now: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
+class Made(Struct, frozen=True):
     """A decision that was just made: what went in, and what came out."""
 
     inputs: Inputs
     plan: Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """A decision of the past."""
 
     id: int

@@ -24,12 +24,13 @@ import re
 import shutil
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 from uuid import uuid4
+
+from msgspec import Struct
 
 from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
@@ -57,8 +58,7 @@ _LONGEST_NAME = 150
 """Bytes of a subject's name in a file name; the file systems' limit is 255."""
 
 
-@dataclass(frozen=True, slots=True)
-class Intent:
+class Intent(Struct, frozen=True):
     """What was about to be started; the decision, before the deed."""
 
     id: str
@@ -92,8 +92,7 @@ class Intent:
         return Subject(self.kind, self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Struct, frozen=True):
     """Who the leader and its shim are; ticks are clock ticks after boot."""
 
     pid: int
@@ -107,8 +106,7 @@ class Run:
     at: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(Struct, frozen=True):
     """How the leader ended."""
 
     exit_code: int
@@ -117,8 +115,7 @@ class Exit:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StopRecord:
+class StopRecord(Struct, frozen=True):
     """How far its stop has come."""
 
     requested: Instant
@@ -127,16 +124,14 @@ class StopRecord:
     """When the one stop signal was decided (recorded just before it was sent)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Undying:
+class Undying(Struct, frozen=True):
     """It was killed and goes on living, as a process does that the kernel waits for (state D)."""
 
     since: Instant
     """When SIGKILL was first sent to all of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class SharedFile:
+class SharedFile(Struct, frozen=True):
     """A file in /dev/shm that a process of an incarnation had mapped or open."""
 
     name: str
@@ -149,22 +144,19 @@ class SharedFile:
     """Nobody but the incarnation had it when it was seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class SharedFiles:
+class SharedFiles(Struct, frozen=True):
     """All of one incarnation, as far as they were seen."""
 
     files: tuple[SharedFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(Struct, frozen=True):
     """A record that is there, but torn, alien or not readable: unknown, never absent."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Records:
+class Records(Struct, frozen=True):
     """Everything recorded of one incarnation; None: no such record."""
 
     id: str

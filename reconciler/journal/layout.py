@@ -10,9 +10,11 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from reconciler.clock import SystemClock
 from reconciler.errors import DaemonRunning, StateError
@@ -27,14 +29,13 @@ _LOCK_PAUSE_S = 0.01
 """How often, and how far apart, a writer-to-be tries again."""
 
 
-@dataclass(frozen=True, slots=True)
-class StateDir:
+class StateDir(Struct, frozen=True):
     """Where everything durable lies. `path` is made absolute."""
 
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(os.path.abspath(self.path)))  # noqa: PTH100 - resolve() would follow links
+        force_setattr(self, "path", Path(os.path.abspath(self.path)))  # noqa: PTH100 - resolve() would follow links
 
     @property
     def journal(self) -> Path:
@@ -296,8 +297,7 @@ def _is_folder_held(path: Path) -> bool:
 # ---------------------------------------------------------------- the one writer
 
 
-@dataclass(frozen=True, slots=True)
-class WriterInfo:
+class WriterInfo(Struct, frozen=True):
     """The daemon that holds a state directory."""
 
     pid: int | None

@@ -6,9 +6,10 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from msgspec import Struct
 
 from reconciler.errors import StateError
 from reconciler.health.incident import Incident
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class JournalEvent:
+class JournalEvent(Struct, frozen=True):
     """One thing that was decided, done or seen, as the journal keeps it."""
 
     id: int
@@ -38,8 +38,7 @@ class JournalEvent:
     data: Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(Struct, frozen=True):
     """The last accepted files, so that a broken edit does not outlive a restart of the daemon."""
 
     files: Mapping[str, str]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Protocol
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.act.engine import EngineActor, Order
 from reconciler.act.notify import deliver
@@ -88,8 +90,7 @@ class Eyes(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(Struct, frozen=True):
     """Everything a daemon is made of; put together in `cli.wiring`."""
 
     state: StateDir
@@ -116,8 +117,7 @@ class Parts:
     """Somebody expects a tick this often, whatever the set points say of `resync`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Struct, frozen=True):
     """What one tick saw and decided."""
 
     spec: SpecInForce

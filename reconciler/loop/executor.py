@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import assert_never
+
+from msgspec import Struct
 
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import Clock
@@ -25,8 +26,7 @@ Key = tuple[str, str]
 """What an operation is about: its kind, and the incarnation (or, for a start, the subject)."""
 
 
-@dataclass(slots=True)
-class _Failure:
+class _Failure(Struct):
     """How often an action has failed in a row, and until when it is let be."""
 
     count: int

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, assert_never
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.journal.timings import Measure, p95
@@ -20,8 +22,7 @@ _NAP_MEASURES: Mapping[int, tuple[Measure, Measure]] = {1: ("sleep1", "wake1"), 
 """By level: falling asleep, and waking up."""
 
 
-@dataclass(slots=True)
-class _Learnt:
+class _Learnt(Struct):
     """What history foretells of one endpoint, in seconds; None: it has none yet."""
 
     load_s: float | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.errors import Problem, SpecError
 from reconciler.plan.ledger import LIVE, Ledger
@@ -12,8 +14,7 @@ from reconciler.spec.load import SourceText, Texts, merge_live_edit, read_texts,
 from reconciler.spec.spec import OverlaySpec, Spec
 
 
-@dataclass(frozen=True, slots=True)
-class SpecInForce:
+class SpecInForce(Struct, frozen=True):
     """The spec that decisions follow, and how it relates to the files."""
 
     spec: Spec

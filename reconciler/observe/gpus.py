@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Lock
 from typing import Literal, TypeVar
+
+from msgspec import Struct
 
 from reconciler.clock import Clock, Instant
 from reconciler.errors import DriverError
@@ -20,8 +21,7 @@ INIT_DEADLINE_S = 30.0
 """Without persistence mode nvmlInit wakes every GPU, seconds each."""
 
 
-@dataclass(frozen=True, slots=True)
-class RememberedGpu:
+class RememberedGpu(Struct, frozen=True):
     """What is known of a GPU even while it cannot be seen."""
 
     uuid: str
@@ -30,8 +30,7 @@ class RememberedGpu:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class GpuReadings:
+class GpuReadings(Struct, frozen=True):
     """One look at the GPUs, in index order. The processes have no owner, user or command yet."""
 
     gpus: tuple[Gpu, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
 from functools import cache
+
+from msgspec import Struct, field
 
 from reconciler import cgroup
 from reconciler.census import members
@@ -25,8 +26,7 @@ SWEEP_EVERY_S = 2.0
 """Without a shim, who descends from a dead leader is told only by a sweep of /proc: some 10 ms for 500 processes."""
 
 
-@dataclass(slots=True)
-class _Memory:
+class _Memory(Struct):
     """What is remembered of one incarnation between two looks."""
 
     never_started: bool = False

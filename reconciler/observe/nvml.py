@@ -10,10 +10,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.clock import Clock, Instant
 from reconciler.errors import DriverError
@@ -29,8 +31,7 @@ INIT_PAUSE_S = 0.1
 SIMULATE_HINT = "on a box without NVIDIA GPUs, try it on a simulated node: --simulate 4x80GiB"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
+class ReadOptions(Struct, frozen=True):
     """How old a part may be before the driver is asked again (seconds; 0: always ask).
 
     Memory costs 12 µs a GPU; the process lists 4.5 ms, and fast polling of them holds the driver's lock.
@@ -56,8 +57,7 @@ MOVED_BYTES = 16 * MIB
 age, so that nobody needs to poll it."""
 
 
-@dataclass(frozen=True, slots=True)
-class UnreadGpu:
+class UnreadGpu(Struct, frozen=True):
     """A GPU that is listed and could not be read."""
 
     index: int
@@ -67,8 +67,7 @@ class UnreadGpu:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
+class _Listing(Struct, frozen=True):
     """The processes on one GPU, and when they were listed."""
 
     processes: tuple[GpuProcess, ...] | None
@@ -77,8 +76,7 @@ class _Listing:
     """Of the GPU, then."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Traits:
+class _Traits(Struct, frozen=True):
     """What of one GPU hardly ever changes."""
 
     name: str

@@ -11,9 +11,10 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from reconciler.clock import Clock
 from reconciler.spec.profiles import SleepCheck
@@ -39,8 +40,7 @@ OwnsListener = Callable[[str, int], bool | None]
 """Whether the socket that listens on a port belongs to an incarnation's own processes; None: could not be seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeTarget:
+class ProbeTarget(Struct, frozen=True):
     """Whom to ask, and how."""
 
     incarnation: str
@@ -71,8 +71,7 @@ class ProbeTarget:
     """Only loopback by default: engines have calls without authentication."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What one question brought."""
 
     ready: bool | None

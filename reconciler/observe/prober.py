@@ -12,7 +12,9 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.clock import Clock, Instant
 from reconciler.observe.probe import Answer, Connection, OwnsListener, ProbeTarget
@@ -33,8 +35,7 @@ DRAIN_PACE_S = 0.25
 """Pace while draining: the end of the last request is what a stop waits for."""
 
 
-@dataclass(slots=True, eq=False)
-class _Watch:
+class _Watch(Struct, eq=False):
     """One endpoint being asked. Its fields change under the prober's lock, its connection only with `asking` set."""
 
     target: ProbeTarget

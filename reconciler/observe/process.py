@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+from msgspec import Struct
 
 from reconciler import cgroup
 from reconciler.census import MARKER
@@ -25,8 +26,7 @@ from reconciler.spec.secrecy import redacted
 _COMMAND_LENGTH = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(Struct, frozen=True):
     """Who a process is, for people and for the planner."""
 
     owner: Subject | None
@@ -36,8 +36,7 @@ class Description:
     """None: it is not in /proc (a pid of another namespace, or a dead one), or may not be seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(Struct, frozen=True):
     """The incarnations of the last look, by every way a process can lead to them.
 
     Replaced whole, never changed, so that the threads that probe may read it at any time.

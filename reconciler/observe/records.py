@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.errors import StateError
 from reconciler.journal.incarnations import Records, list_ids, read
@@ -15,8 +16,7 @@ _RACY_NS = 1_000_000_000
 clock, and would show the same time: it is read once more."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Cached:
+class _Cached(Struct, frozen=True):
     """The records of one folder, as of the time that it shows."""
 
     records: Records

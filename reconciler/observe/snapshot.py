@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.clock import Clock, Instant
 from reconciler.identity import boot_id
@@ -39,8 +41,7 @@ class Probes(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ObserveOptions:
+class ObserveOptions(Struct, frozen=True):
     """How to look."""
 
     gpus: ReadOptions = CACHED

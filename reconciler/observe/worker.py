@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
+
+from msgspec import Struct, field
 
 from reconciler.clock import Clock, Instant
 
@@ -21,8 +22,7 @@ class StillHanging(Exception):  # noqa: N818 - a state of the world; never leave
         self.for_s = for_s
 
 
-@dataclass(slots=True)
-class _Job(Generic[T]):
+class _Job(Struct, Generic[T]):
     """One call, and what came of it."""
 
     work: Callable[[], T]

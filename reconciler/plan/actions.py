@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.plan.ledger import AgendaEntry, EndpointState, Ledger
@@ -22,8 +23,7 @@ Symbol = Literal["+", "-", "!", "<", "~", "?", "x"]
 """start, stop, evict, restore, changed, unknown/foreign, blocked"""
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """Why: ends at a line of a file, an overlay, or an observed fact."""
 
     kind: Literal[
@@ -45,8 +45,7 @@ class Cause:
         return " ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(Struct, frozen=True):
     """One node of the graph. It may run only when every action in `needs` *succeeded*."""
 
     id: int
@@ -74,8 +73,7 @@ class Action:
     """Starts: the overlay it belongs to, if any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """What happens to one subject, for people."""
 
     subject: Subject
@@ -87,8 +85,7 @@ class Change:
     """Epoch seconds; for what is evicted: when it is predicted to be ready again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
+class Drift(Struct, frozen=True):
     """A difference between set point and observation."""
 
     subject: Subject
@@ -96,8 +93,7 @@ class Drift:
     observed: str
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(Struct, frozen=True):
     """Something wanted that cannot happen now, and what would unblock it."""
 
     subject: Subject
@@ -110,8 +106,7 @@ class Blocked:
     """It will be decided anew by itself (time, memory, another's end); nobody needs to act."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """Why overlays that are admitted together displace these and nobody else."""
 
     victims: Mapping[str, str]
@@ -137,8 +132,7 @@ class Verdict:
     """Windows to come and returns, by name, for which GPUs are kept that have room now, if not for all of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """One decision, for the journal: what changed in the ledger and why."""
 
     kind: str
@@ -147,8 +141,7 @@ class Event:
     cause: str
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointView:
+class EndpointView(Struct, frozen=True):
     """How one endpoint stands at this moment."""
 
     name: str
@@ -160,8 +153,7 @@ class EndpointView:
     """UUIDs it runs on or is placed on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """The whole decision for one moment."""
 
     spec_hash: str

@@ -9,7 +9,8 @@ is still ahead: an endpoint that is coming back is no longer expected to stop.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Action
 from reconciler.plan.draft import Draft, Window

@@ -6,8 +6,9 @@ The board shows every GPU as it will be once all that is leaving has left. It kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+
+from msgspec import Struct, field
 
 from reconciler.plan.observed import Subject
 
@@ -20,16 +21,14 @@ def endpoint_key(name: str) -> str:
     return f"endpoint/{name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """A tenant's part of one GPU."""
 
     memory_bytes: int
     exclusive: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(Struct, frozen=True):
     """One subject's all-or-nothing wish: so many GPUs, so many bytes on each."""
 
     subject: Subject
@@ -47,8 +46,7 @@ class Need:
         return {gpu: Hold(self.memory_bytes[gpu], self.exclusive) for gpu in gpus}
 
 
-@dataclass(slots=True)  # not frozen: a decision on a fleet makes 45,000, and to freeze one takes four times as long
-class Tenant:
+class Tenant(Struct, frozen=True):
     """Someone who holds, or is about to hold, parts of GPUs; never changed once it is made."""
 
     key: str
@@ -141,8 +139,7 @@ class Tenants(Mapping[str, Tenant]):
         yield from self.came.values()
 
 
-@dataclass(slots=True)
-class Board:
+class Board(Struct):
     """Every GPU with its capacity and its tenants.
 
     A copy costs what was changed, not what there is: residents are shared, and only GPUs on which somebody came or went
@@ -157,15 +154,11 @@ class Board:
     """The NVLink island of each GPU."""
     contested: Mapping[str, int] = field(default_factory=dict)
     """How many waiting pins name this GPU: taken last by those who may choose."""
-    residents: Residents = field(default_factory=Residents)
-    tenants: Tenants = field(init=False)
+    tenants: Tenants = field(default_factory=lambda: Tenants(Residents()))
     _on: dict[str, list[Tenant]] = field(default_factory=dict)
     """GPU on which somebody came or went → its tenants."""
     _held: dict[str, Hold | None] = field(default_factory=dict)
     """Of these GPUs: all that is held there, as far as it was asked for."""
-
-    def __post_init__(self) -> None:
-        self.tenants = Tenants(self.residents)
 
     def add(self, tenant: Tenant) -> None:
         """Seat a tenant; what it holds under the same key is replaced."""
@@ -188,12 +181,12 @@ class Board:
 
     def on(self, gpu: str) -> Sequence[Tenant]:
         """The tenants of one GPU, residents first and then in the order in which they were seated."""
-        return self._on[gpu] if gpu in self._on else self.residents.on.get(gpu, ())
+        return self._on[gpu] if gpu in self._on else self.tenants.residents.on.get(gpu, ())
 
     def held(self, gpu: str) -> Hold | None:
         """All that the tenants of one GPU hold together, exclusive if one of them is; None: there are none."""
         if gpu not in self._on:
-            return self.residents.held.get(gpu)
+            return self.tenants.residents.held.get(gpu)
         if gpu not in self._held:
             holds = [tenant.holds[gpu] for tenant in self._on[gpu]]
             size, alone = sum([hold.memory_bytes for hold in holds]), any(hold.exclusive for hold in holds)
@@ -213,7 +206,7 @@ class Board:
     def room_for(self, need: Need) -> dict[str, int]:
         """The GPUs that a need may have beside everybody → bytes that nobody holds there, in NVML order."""
         found: dict[str, int] = {}
-        shared, sizes, alone = self.residents.held, need.memory_bytes, need.exclusive
+        shared, sizes, alone = self.tenants.residents.held, need.memory_bytes, need.exclusive
         for gpu in need.candidates:
             capacity = self.capacity.get(gpu)
             if capacity is None:
@@ -240,8 +233,8 @@ class Board:
 
     def without(self, keys: Iterable[str]) -> Board:
         """The board after these tenants left; a copy."""
-        copy = Board(self.capacity, self.numa, self.islands, self.contested, self.residents)
-        copy.tenants = Tenants(self.residents, self.tenants.left, self.tenants.came)
+        tenants = Tenants(self.tenants.residents, self.tenants.left, self.tenants.came)
+        copy = Board(self.capacity, self.numa, self.islands, self.contested, tenants)
         copy._on, copy._held = dict(self._on), dict(self._held)
         for key in keys:
             copy.remove(key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Action, Blocked, Cause, Change, Drift, EndpointView, Op, Symbol
 from reconciler.plan.draft import Draft

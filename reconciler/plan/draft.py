@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause, Event, Verdict
@@ -22,8 +24,7 @@ HOLDING = (*OVERRIDING, "completing")
 """States in which an overlay keeps its leases, and those it displaced stay displaced."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leaving:
+class Leaving(Struct, frozen=True):
     """An incarnation that has to go."""
 
     incarnation: Incarnation
@@ -33,8 +34,7 @@ class Leaving:
     """The overlay it gives way to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arriving:
+class Arriving(Struct, frozen=True):
     """A subject that is to be started on these GPUs."""
 
     subject: Subject
@@ -49,8 +49,7 @@ class Arriving:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(Struct, frozen=True):
     """The place of one overlay whose time has not come. Moments are epoch seconds."""
 
     name: str
@@ -68,8 +67,7 @@ class Window:
     """Capabilities of which a provider has to be there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Return:
+class Return(Struct, frozen=True):
     """The place of one endpoint that is away on somebody's account, and that it is to have again."""
 
     endpoint: EndpointSpec
@@ -80,8 +78,7 @@ class Return:
     exclusive: bool
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(Struct):
     """Everything decided so far for one moment."""
 
     situation: Situation

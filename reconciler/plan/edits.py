@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Board, Tenant, endpoint_key

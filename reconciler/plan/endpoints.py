@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
 from functools import lru_cache
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.board import Hold, Tenant, endpoint_key
@@ -25,8 +27,7 @@ JITTER = 0.1
 """Part of a back-off by which it is spread, so that endpoints that died together do not return together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """One endpoint as observed, before anything is decided about it."""
 
     name: str

@@ -7,8 +7,9 @@ comes or goes. The same planner decides here as will decide then.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Plan
@@ -33,8 +34,7 @@ Place = tuple[str, str, Kind]
 """Whom a bar is about: GPU, name, kind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
+class Bar(Struct, frozen=True):
     """Somebody on one GPU for a while."""
 
     gpu: str
@@ -47,8 +47,7 @@ class Bar:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """Something that will happen."""
 
     at: float
@@ -58,8 +57,7 @@ class Moment:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Outage:
+class Outage(Struct, frozen=True):
     """A time in which an endpoint that should run does not answer."""
 
     endpoint: str
@@ -71,8 +69,7 @@ class Outage:
     """It goes on past the forecast."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(Struct, frozen=True):
     """The next hours."""
 
     begin: float
@@ -95,8 +92,7 @@ _NOT_TO_COME = frozenset({"active", "overrun", *TERMINAL})
 """That an overlay began, or was over, before the forecast is nothing that will happen."""
 
 
-@dataclass(slots=True)
-class _Tape:
+class _Tape(Struct):
     """What the decisions so far tell, as intervals that are open or closed."""
 
     spec: Spec

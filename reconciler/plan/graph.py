@@ -7,8 +7,10 @@ loads at a time, and nothing stops beside one that loads: engines measure free m
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Action, Cause, Op
 from reconciler.plan.departures import draining, stop_for
@@ -39,8 +41,7 @@ CALL_TIMEOUT_S = 120.0
 """How long an engine may take to sleep or to wake up: moving 140 GB of weights over PCIe takes half a minute."""
 
 
-@dataclass(slots=True)
-class Graph:
+class Graph(Struct):
     """Actions under construction; ids are ordinal and every need precedes its dependant."""
 
     draft: Draft

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.plan.board import Need
 from reconciler.plan.situation import Room, Situation
@@ -23,8 +24,7 @@ _UNUSABLE = {
 """Why a GPU cannot be used, where the driver does not say more, and what would mend that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True):
     """Why a set of needs finds no place."""
 
     reason: str

@@ -7,8 +7,9 @@ anything acts on it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.plan.observed import Subject
@@ -28,8 +29,7 @@ EndpointState = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(Struct, frozen=True):
     """A live overlay's hold on part of one GPU, on behalf of one of its subjects."""
 
     overlay: str
@@ -41,8 +41,7 @@ class Lease:
     since: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """One part of a run of an overlay: how long it was predicted to take when it began, and how long it took."""
 
     part: Literal["wait", "evict", "run", "restore"]
@@ -55,8 +54,7 @@ class Span:
     """None: it is not over."""
 
 
-@dataclass(frozen=True, slots=True)
-class OverlayRecord:
+class OverlayRecord(Struct, frozen=True):
     """Where one run of one overlay stands."""
 
     name: str
@@ -100,8 +98,7 @@ class OverlayRecord:
         return self.attempt - self.unstarted
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(Struct, frozen=True):
     """One observed end of one incarnation."""
 
     incarnation: str
@@ -115,8 +112,7 @@ class Exit:
     """What was wrong with it, so that it was ended; None: it ended by itself, or nothing was."""
 
 
-@dataclass(frozen=True, slots=True)
-class Nap:
+class Nap(Struct, frozen=True):
     """How far one incarnation has come with giving way by sleeping, and with waking up again."""
 
     incarnation: str
@@ -137,8 +133,7 @@ class Nap:
     """Why it sleeps at this level, in words, as told when it was decided."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(Struct, frozen=True):
     """Where an endpoint is started anew, so that another has room where it runs; recorded before it is stopped."""
 
     incarnation: str
@@ -150,8 +145,7 @@ class Move:
     since: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointRecord:
+class EndpointRecord(Struct, frozen=True):
     """What is remembered of one endpoint between ticks and over restarts of the daemon."""
 
     name: str
@@ -185,8 +179,7 @@ class EndpointRecord:
     """It is moved, until it is ready where it was to go."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantine:
+class Quarantine(Struct, frozen=True):
     """A GPU that nothing is placed on until `reset`."""
 
     gpu: str
@@ -194,8 +187,7 @@ class Quarantine:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgendaEntry:
+class AgendaEntry(Struct, frozen=True):
     """One planned transition of one endpoint. Inside it, and only for these states, nothing is an incident."""
 
     endpoint: str
@@ -209,8 +201,7 @@ class AgendaEntry:
     overlay: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Struct, frozen=True):
     """Predicted seconds for one endpoint or workload; learnt from history, engine defaults before that."""
 
     load_s: float
@@ -224,8 +215,7 @@ class Timings:
     """From its end until its memory is seen free; None: not measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ledger:
+class Ledger(Struct, frozen=True):
     """Everything durable that the planner reads and writes."""
 
     boot_id: str = ""

@@ -8,9 +8,11 @@ proposed by `solver`; without it nobody is moved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations, islice, product
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.plan.board import Board, Need, Tenant, endpoint_key
 from reconciler.plan.draft import Draft
@@ -37,8 +39,7 @@ FEW = 4
 KEPT = "move/"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What came of the search for moves."""
 
     choice: Choice
@@ -48,8 +49,7 @@ class Answer:
     """Key of a tenant that moves, or of a victim of who moves → the asker for whom it is."""
 
 
-@dataclass(slots=True)
-class _Budget:
+class _Budget(Struct):
     """What one decision may still spend on carrying proposals out."""
 
     left: int = STEPS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Cause
 from reconciler.plan.board import endpoint_key

@@ -8,8 +8,9 @@ restart. What happens in which order is the graph's business.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Action, Event

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.spec.spec import Questions, Stop
@@ -15,8 +16,7 @@ from reconciler.spec.spec import Questions, Stop
 SubjectKind = Literal["endpoint", "workload"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Subject:
+class Subject(Struct, frozen=True, order=True):
     """Whom an incarnation belongs to: an endpoint, or the workload of an overlay."""
 
     kind: SubjectKind
@@ -26,8 +26,7 @@ class Subject:
         return self.name
 
 
-@dataclass(frozen=True, slots=True)
-class GpuProcess:
+class GpuProcess(Struct, frozen=True):
     """One process that NVML names on one GPU."""
 
     pid: int
@@ -39,8 +38,7 @@ class GpuProcess:
     command: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(Struct, frozen=True):
     """One GPU as NVML shows it."""
 
     index: int
@@ -72,8 +70,7 @@ unknown:  the leader's identity could not be verified (unreadable /proc or recor
 """
 
 
-@dataclass(frozen=True, slots=True)
-class StopProgress:
+class StopProgress(Struct, frozen=True):
     """How far a stop has come; recorded durably so that a new daemon signals nobody twice."""
 
     requested: Instant
@@ -83,8 +80,7 @@ class StopProgress:
     """When the leader got its stop signal; None: not yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Incarnation:
+class Incarnation(Struct, frozen=True):
     """One start of one endpoint or workload, from its records and the process table."""
 
     id: str
@@ -127,8 +123,7 @@ class Incarnation:
         return self.phase in ("intent", "running", "unknown") or self.strays is None or bool(self.strays)
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """What an endpoint's HTTP port last said, for one incarnation."""
 
     incarnation: str
@@ -163,8 +158,7 @@ class Probe:
         return self.progress_at.since(self.moved)
 
 
-@dataclass(frozen=True, slots=True)
-class PortHolder:
+class PortHolder(Struct, frozen=True):
     """A process other than ours that listens on a port we need."""
 
     port: int
@@ -173,8 +167,7 @@ class PortHolder:
     command: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Obstacle:
+class Obstacle(Struct, frozen=True):
     """What is certain to keep something from being started: its program, folder, user or env_file."""
 
     message: str
@@ -182,8 +175,7 @@ class Obstacle:
     """What to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(Struct, frozen=True):
     """One look at the box."""
 
     at: Instant

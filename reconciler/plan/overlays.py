@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal
 from zoneinfo import ZoneInfo
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.exits import exit_words
@@ -32,8 +34,7 @@ def memory_return_s(times: Timings) -> float:
     return MEMORY_RETURN_S if times.memory_s is None else times.memory_s
 
 
-@dataclass(frozen=True, slots=True)
-class OverlayStep:
+class OverlayStep(Struct, frozen=True):
     """One overlay after the facts were taken in."""
 
     record: OverlayRecord

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.plan.board import Board, Need, Tenant, Victims
 from reconciler.plan.observed import Subject
@@ -11,8 +12,7 @@ from reconciler.plan.search import solve
 from reconciler.plan.wishes import BROKEN, CONTESTED, MOVES, TAIL, Cost, Proof, Wish
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """Where everything goes, and who gives way."""
 
     gpus: Mapping[Subject, tuple[str, ...]]

@@ -7,8 +7,9 @@ else happens. What is unknown now stays unknown, and strangers stay where they a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import WAITS, Action, Plan

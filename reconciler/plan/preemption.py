@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.plan.board import Board, Need, Tenant, Victims
@@ -37,8 +38,7 @@ class Asks(Protocol):
         """Capabilities of which it needs a provider."""
 
 
-@dataclass(frozen=True, slots=True)
-class Homeless:
+class Homeless(Struct, frozen=True):
     """An endpoint that has no place: it asks for moves alone."""
 
     priority: int
@@ -46,8 +46,7 @@ class Homeless:
     requires: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)  # no slots: some properties are cached
-class Consents:
+class Consents(Struct, frozen=True, dict=True):  # for the properties that are cached
     """The rules of displacement for one that asks, as questions about tenants."""
 
     situation: Situation

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from operator import itemgetter
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.plan.board import Board, Hold, Need, Tenant, Victims
 from reconciler.plan.bounds import minimal_sets
@@ -35,8 +37,7 @@ MOST_SETS = 200
 Lawful = Callable[[Victims, frozenset[str]], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(Struct, frozen=True):
     """What is decided so far."""
 
     cost: Cost
@@ -54,8 +55,7 @@ class Branch:
     """Wish → until when the last one that leaves its GPUs is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """What would have to leave a GPU."""
 
     must: Victims

@@ -7,7 +7,8 @@ is away on an overlay's account comes back when that is over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reconciler.plan import solver
 from reconciler.plan.board import Board, Need, Tenant, Victims, endpoint_key

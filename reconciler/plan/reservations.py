@@ -7,10 +7,12 @@ equals the one that was seen first; and where there is a place that is free what
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from math import inf
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Blocked
@@ -41,8 +43,7 @@ Seek = Callable[[OverlaySpec, float, Board, Callable[[Need], Need]], tuple[Place
 filter; why there is none; or None: its files ask for what cannot be."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Coming:
+class _Coming(Struct, frozen=True):
     """One window that needs a place."""
 
     step: OverlayStep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from reconciler.plan.board import Tenant, endpoint_key
 from reconciler.plan.draft import Draft
@@ -15,8 +15,7 @@ from reconciler.plan.settling import own_need
 from reconciler.spec.spec import EndpointSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Return:
+class Return(Struct, frozen=True):
     """One endpoint's way back."""
 
     endpoint: EndpointSpec

@@ -16,8 +16,9 @@ GPUs are tried cheapest first and then in NVML order, and ties keep the first: e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import repeat
+
+from msgspec.structs import replace
 
 from reconciler.plan.board import Board, Need
 from reconciler.plan.bounds import Bounds, Gang

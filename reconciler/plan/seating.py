@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
+from msgspec.structs import replace
+
 from reconciler.plan.actions import Blocked, Cause
-from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
+from reconciler.plan.board import Board, Hold, Need, Tenant, Tenants, endpoint_key
 from reconciler.plan.draft import Draft, Leaving
 from reconciler.plan.edits import carry_out as carry_out_edits
 from reconciler.plan.edits import is_as_wanted, seat_running
@@ -49,7 +50,7 @@ def _seat_one_by_one(draft: Draft) -> list[list[EndpointSpec]]:
         {u: r.capacity_bytes for u, r in rooms.items() if r.unusable is None and u not in draft.quarantines},
         {u: r.gpu.numa_node for u, r in rooms.items()},
         islands={u: r.gpu.nvlink_island for u, r in rooms.items()},
-        residents=draft.residents,
+        tenants=Tenants(draft.residents),
     )
     draft.board = board.without(map(endpoint_key, draft.roused))
     draft.leaving, draft.arriving, draft.blocked, draft.kept_off, draft.naps = {}, {}, {}, {}, {}

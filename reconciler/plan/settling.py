@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import Blocked, Cause

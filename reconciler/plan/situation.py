@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
+
+from msgspec import Struct
 
 from reconciler.clock import Instant
 from reconciler.plan.calm import calm_ones
@@ -32,8 +33,7 @@ MEMORY_TOLERANCE = 512 << 20
 A larger `node.reserve` raises it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """What one GPU can hold once everything that is leaving has left."""
 
     gpu: Gpu

@@ -11,10 +11,11 @@ Nothing of ortools is loaded before a proposal is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from reconciler.plan.board import Board, Hold, Need, Victims
 from reconciler.plan.wishes import DUE, LOST, MOVES, Choice, Cost, Levels, Wish
@@ -43,8 +44,7 @@ Places = Mapping[str, tuple[str, ...]]
 """Key of a tenant that moves → its new GPUs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mover:
+class Mover(Struct, frozen=True):
     """A tenant that may be started anew on other GPUs."""
 
     need: Need
@@ -53,8 +53,7 @@ class Mover:
     """The wishes that may have it moved."""
 
 
-@dataclass(frozen=True, slots=True)
-class Back:
+class Back(Struct, frozen=True):
     """An endpoint that has to have a place in the end."""
 
     need: Need
@@ -62,8 +61,7 @@ class Back:
     """What it holds once it is back where it is now, awake; None: it has no place now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """Who wants a place, who has one, who may be moved, and who has to be back in the end."""
 
     wishes: tuple[Wish, ...]
@@ -76,8 +74,7 @@ class Problem:
     lawful: Callable[[Victims, frozenset[str]], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(Struct, frozen=True):
     """Who moves where, and for whom."""
 
     places: Places
@@ -87,8 +84,7 @@ class Proposal:
     """Of the first parts, moves included: no answer that was not tried before costs less."""
 
 
-@dataclass(slots=True)
-class Work:
+class Work(Struct):
     """What one decision may still spend on proposals."""
 
     left: float = WORK
@@ -145,8 +141,7 @@ def compared(cost: Cost) -> Cost:
     return cost[: len(cost) + MOVES + 1]
 
 
-@dataclass(slots=True)
-class _Sum:
+class _Sum(Struct):
     """A part of the cost: a constant, and variables with their weights."""
 
     constant: int = 0

@@ -6,9 +6,10 @@ States are in lower case, GPUs are indices, memory is in MiB, times are ISO 8601
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
+
+from msgspec import Struct
 
 from reconciler.errors import Problem
 from reconciler.plan.actions import EndpointView, Plan
@@ -22,8 +23,7 @@ from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
 from reconciler.units import to_mib
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonInfo:
+class DaemonInfo(Struct, frozen=True):
     """Who converges this box."""
 
     running: bool

@@ -6,8 +6,10 @@ Nothing is taken here; `admission` carries the choice out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.plan import solver
 from reconciler.plan.actions import Verdict
@@ -30,8 +32,7 @@ MOST_CHOICES = 64
 """So many combinations of providers are tried for one overlay."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asker:
+class Asker(Struct, frozen=True):
     """A waiting overlay, with what it asks for."""
 
     overlay: OverlaySpec
@@ -41,8 +42,7 @@ class Asker:
     """Whom it may have started on other GPUs: the rules are those for victims, less that these need be preemptible."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
+class Seat(Struct, frozen=True):
     """What one overlay gets."""
 
     overlay: OverlaySpec
@@ -60,8 +60,7 @@ class Seat:
         return self.victims | {endpoint_key(name) for name in self.moves}
 
 
-@dataclass(frozen=True, slots=True)
-class Together:
+class Together(Struct, frozen=True):
     """The least choice for all of them."""
 
     seats: tuple[Seat, ...]

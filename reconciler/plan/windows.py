@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Blocked
 from reconciler.plan.board import Need, Tenant, endpoint_key

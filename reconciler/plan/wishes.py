@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.plan.board import Board, Need, Tenant, Victims
 from reconciler.plan.observed import Subject
@@ -31,8 +32,7 @@ SCALE = 12
 MayDisplace = Callable[[Tenant], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(Struct, frozen=True):
     """What one asker wants, all or nothing, and in which ways."""
 
     key: str
@@ -59,8 +59,7 @@ class Wish:
     none any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(Struct, frozen=True):
     """How sure it is that nothing less would do."""
 
     optimal: bool
@@ -69,8 +68,7 @@ class Proof:
     steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """The least way that was found."""
 
     seated: tuple[str, ...]

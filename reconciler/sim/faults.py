@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict, replace
 
 from reconciler.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class GpuFaults:
+class GpuFaults(Struct, frozen=True):
     """What is wrong with one GPU."""
 
     lost: bool = False
@@ -35,8 +36,7 @@ class GpuFaults:
     """A row remap waits for a reset: nothing new belongs on it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Faults:
+class Faults(Struct, frozen=True):
     """Everything that is wrong now."""
 
     no_driver: bool = False
@@ -48,7 +48,7 @@ class Faults:
         return self.gpus.get(index, GpuFaults())
 
 
-KINDS = tuple(f.name for f in fields(GpuFaults))
+KINDS = GpuFaults.__struct_fields__
 """Names of the faults that a GPU can have."""
 
 

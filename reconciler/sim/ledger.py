@@ -13,8 +13,9 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler import boottime, identity
 from reconciler.errors import ActError
@@ -23,8 +24,7 @@ from reconciler.units import format_size
 _NAME = re.compile(r"(\d{1,10})-(\d{1,20})", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Allocation:
+class Allocation(Struct, frozen=True, order=True):
     """Memory that one process holds, or held a moment ago, on one GPU."""
 
     pid: int
@@ -34,8 +34,7 @@ class Allocation:
     """False: the process is gone and the memory is on its way back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ledger:
+class Ledger(Struct, frozen=True):
     """Who holds how much of which simulated GPU."""
 
     sim_dir: Path

@@ -20,9 +20,10 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field, to_builtins
 
 from reconciler.errors import StateError
 
@@ -33,8 +34,7 @@ DEFAULT_RELEASE_DELAY_S = 0.3
 DEFAULT_DRIVER_VERSION = "580.95.05"
 
 
-@dataclass(frozen=True, slots=True)
-class SimGpu:
+class SimGpu(Struct, frozen=True):
     """One GPU of the simulated node."""
 
     name: str
@@ -46,8 +46,7 @@ class SimGpu:
     """Cards that have NVLink are joined to those of the same island."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFigures:
+class ModelFigures(Struct, frozen=True):
     """What is known of one model better than its name tells."""
 
     load_s: float | None = None
@@ -56,8 +55,7 @@ class ModelFigures:
     """Weights, summed over all its GPUs."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFault:
+class EngineFault(Struct, frozen=True):
     """One rule of the fault script: what breaks in which starts of which simulated engines, and when."""
 
     fault: str
@@ -77,8 +75,7 @@ class EngineFault:
     """How long it takes, before `time_scale`."""
 
 
-@dataclass(frozen=True, slots=True)
-class SimNode:
+class SimNode(Struct, frozen=True):
     """A box that does not exist."""
 
     gpus: tuple[SimGpu, ...]
@@ -206,7 +203,7 @@ def _wrapper(sim_dir: Path, source: Path) -> str:
 
 
 def _to_json(node: SimNode) -> str:
-    document = asdict(node)
+    document = to_builtins(node)
     for index, gpu in enumerate(document["gpus"]):
         gpu["uuid"] = node.uuid(index)
     return json.dumps(document, indent=1, sort_keys=True) + "\n"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from reconciler.sim import faults
 from reconciler.sim.ledger import Allocation, Ledger
 from reconciler.sim.node import load
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(Struct, frozen=True):
     """One process's memory on one GPU."""
 
     pid: int
@@ -22,8 +23,7 @@ class Holding:
     """False: on its way back."""
 
 
-@dataclass(frozen=True, slots=True)
-class GpuReport:
+class GpuReport(Struct, frozen=True):
     """One simulated GPU."""
 
     index: int
@@ -37,8 +37,7 @@ class GpuReport:
     """Names of the faults in force, `hang` with its seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeReport:
+class NodeReport(Struct, frozen=True):
     """The simulated node now."""
 
     sim_dir: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 
+from msgspec import Struct
 from pydantic import BaseModel
 
 from reconciler.spec.profiles import EngineProfile
@@ -23,7 +23,7 @@ def digest(value: object) -> str:
 
 
 def canonical(value: object) -> object:
-    """Plain data; dataclasses carry their name (claims differ by it), models only what was written."""
+    """Plain data; structs carry their name (claims differ by it), models only what was written."""
     if value is None or isinstance(value, _PLAIN):  # most of all, and to be a `Mapping` or not is dear to find out
         return value
     match value:
@@ -33,8 +33,8 @@ def canonical(value: object) -> object:
             return {str(key): canonical(item) for key, item in value.items()}
         case list() | tuple():
             return [canonical(item) for item in value]
-    if is_dataclass(value):
-        parts = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if f.name not in _NO_MEANING}
+    if isinstance(value, Struct):
+        parts = {n: canonical(getattr(value, n)) for n in value.__struct_fields__ if n not in _NO_MEANING}
         return {"": type(value).__name__, **parts}
     raise TypeError(type(value).__name__)
 

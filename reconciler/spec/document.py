@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NoReturn
 
 import yaml
+from msgspec import Struct
 
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.spec import Source
@@ -80,8 +80,7 @@ def _problem_in(before: str, file: str, message: str, hint: str) -> Problem:
     return Problem(file, len(lines), len(lines[-1]) + 1, message, hint)
 
 
-@dataclass(slots=True)
-class _Open:
+class _Open(Struct):
     """A collection whose end has not come yet."""
 
     at: Source
@@ -96,8 +95,7 @@ class _Open:
     height: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Built:
+class _Built(Struct, frozen=True):
     """A finished node with what it costs to expand it."""
 
     node: Node

@@ -6,8 +6,10 @@ import os
 import pwd
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.errors import suggest
 from reconciler.spec.digests import digest, process_hash
@@ -42,8 +44,7 @@ Raises:
 _PLACEHOLDER = re.compile(r"\{(port|model)\}")
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(Struct, frozen=True):
     """What names mean while one file is resolved."""
 
     findings: Findings

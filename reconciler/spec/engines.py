@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reconciler.spec.profiles import PROFILES
 from reconciler.spec.spec import EndpointSpec, MemoryBytes, MemoryFraction, WholeGpu
@@ -19,8 +20,7 @@ FILLED_IN_COMMANDS = ("port", "model", "gpus", "memory")
 """In the command of a custom engine these alone: it may hold other braces of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(Struct, frozen=True):
     """What is to be started."""
 
     argv: tuple[str, ...]

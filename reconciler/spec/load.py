@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.checks import check_floors, check_metrics_port, check_pins, check_ports

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.errors import Problem, SpecError, suggest
 from reconciler.spec.checks import check_pins, check_ports
@@ -20,8 +22,7 @@ from reconciler.spec.texts import SourceText
 from reconciler.spec.tree import Entry, Map, Node, Scalar, child, locate
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+class Baseline(Struct, frozen=True):
     """What an overlay is laid on."""
 
     endpoints: Mapping[str, EndpointSpec]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
+
+from reconciler.spec.secrecy import Discreet
 
 RESIDUAL = 3 << 29
 """1.5 GiB: vLLM keeps 1.1-1.2 GiB on each GPU while it sleeps, for its context and graphs (realities)."""
 
 
-@dataclass(frozen=True, slots=True)
-class FailurePattern:
+class FailurePattern(Struct, frozen=True):
     """A way in which an engine fails, told from the end of its log."""
 
     pattern: str
@@ -101,8 +103,7 @@ Word = bool | int | str
 """What a field of an engine's answer may hold that is compared with."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineCall:
+class EngineCall(Struct, frozen=True):
     """One call on an engine's own port."""
 
     path: str
@@ -123,8 +124,7 @@ class EngineCall:
         return None if not wrong else f"answered {', '.join(f'{name}: {found!r}' for name, found in wrong.items())}"
 
 
-@dataclass(frozen=True, slots=True)
-class SleepCheck:
+class SleepCheck(Struct, frozen=True):
     """How an engine is asked whether it sleeps: a GET whose answer is a JSON object with a field that tells."""
 
     path: str
@@ -156,8 +156,7 @@ def same(found: object, wanted: Word) -> bool:
     return type(found) is type(wanted) and found == wanted
 
 
-@dataclass(frozen=True, slots=True)
-class SleepLevel:
+class SleepLevel(Struct, frozen=True):
     """One way to give GPU memory back and keep the process."""
 
     sleep: tuple[EngineCall, ...]
@@ -180,9 +179,10 @@ class SleepLevel:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class EngineProfile:
+class EngineProfile(Discreet, frozen=True):
     """What is known of one engine. Its arguments and variables may hold `PLACEHOLDERS`, filled in at start."""
+
+    discreet_about = frozenset({"env"})
 
     name: str
     executable: str | None
@@ -197,7 +197,7 @@ class EngineProfile:
     """Added when it claims less than the whole GPU; empty: the engine has no such bound."""
     drain_args: tuple[str, ...] = ()
     """Added when requests in flight may finish: the engine's own drain, for those that are left at the signal."""
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    env: Mapping[str, str] = field(default_factory=dict)
     """Variables it is always started with."""
     sleep_args: tuple[str, ...] = ()
     """Added when it is to be evicted by sleep."""

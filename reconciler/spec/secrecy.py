@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
+
+from msgspec import Struct
 
 HIDDEN = "***"
 
@@ -40,6 +43,16 @@ _ISSUED = re.compile(
 )
 """Tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack and NVIDIA, and signed claims (RFC 7519)."""
 _PATH = re.compile(r"\.{0,2}/|~")
+
+
+class Discreet(Struct, frozen=True):
+    """A record some of whose fields may hold secrets: they stay out of its `repr`, and so out of messages and logs."""
+
+    discreet_about: ClassVar[frozenset[str]]
+
+    def __repr__(self) -> str:
+        shown = (name for name in self.__struct_fields__ if name not in self.discreet_about)
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 
 def names_secret(name: str) -> bool:

@@ -7,17 +7,18 @@ Every default is applied, every name (priority, profile, unit) looked up, every 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reconciler.errors import Problem
 from reconciler.spec.profiles import PROFILES, EngineProfile
+from reconciler.spec.secrecy import Discreet
 
 SetPoint = Literal["running", "standby", "stopped"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Source:
+class Source(Struct, frozen=True, order=True):
     """Where something was written: the cause of a decision ends here."""
 
     file: str
@@ -31,8 +32,7 @@ class Source:
 # ---------------------------------------------------------------- claims on GPUs
 
 
-@dataclass(frozen=True, slots=True)
-class GpuPins:
+class GpuPins(Struct, frozen=True):
     """Exactly these GPUs, by index in NVML order or by UUID."""
 
     refs: tuple[int | str, ...]
@@ -43,8 +43,7 @@ class GpuPins:
         return len(self.refs)
 
 
-@dataclass(frozen=True, slots=True)
-class GpuCount:
+class GpuCount(Struct, frozen=True):
     """Any GPUs, this many, all or none."""
 
     count: int
@@ -53,20 +52,17 @@ class GpuCount:
 GpuClaim = GpuPins | GpuCount
 
 
-@dataclass(frozen=True, slots=True)
-class WholeGpu:
+class WholeGpu(Struct, frozen=True):
     """The whole GPU, exclusively: its total less the node's reserve."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFraction:
+class MemoryFraction(Struct, frozen=True):
     """This part (0 < fraction <= 1) of each GPU's total memory."""
 
     fraction: float
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryBytes:
+class MemoryBytes(Struct, frozen=True):
     """This many bytes on each GPU."""
 
     bytes: int
@@ -78,8 +74,7 @@ MemoryClaim = WholeGpu | MemoryFraction | MemoryBytes
 # ---------------------------------------------------------------- endpoints
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+class Health(Struct, frozen=True):
     """How an endpoint is asked whether it is ready."""
 
     path: str = "/health"
@@ -96,8 +91,7 @@ class Health:
     prefill seconds (vllm#36451, #39863: `/health` stays green)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Questions:
+class Questions(Struct, frozen=True):
     """What a server is asked over HTTP, and where; recorded with each start, for when no file speaks of it any more."""
 
     health_path: str
@@ -113,8 +107,7 @@ class Questions:
     load_path: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """How a process is asked to end."""
 
     signal: str = "SIGTERM"
@@ -122,8 +115,7 @@ class Stop:
     grace_s: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Restart:
+class Restart(Struct, frozen=True):
     """Back-off between restarts and the budget after which an endpoint is failed."""
 
     initial_s: float = 1.0
@@ -133,8 +125,7 @@ class Restart:
     window_s: float = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Logs:
+class Logs(Struct, frozen=True):
     """How much of the output is kept; takes effect with the next start (`max_bytes`) and the next end (`keep`)."""
 
     max_bytes: int = 64 << 20
@@ -143,8 +134,7 @@ class Logs:
     """Past starts kept with their output: enough to see a pattern of crashes, little enough to need no janitor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(Struct, frozen=True):
     """How an endpoint gives way: `stop`, or `sleep` at an engine's sleep level."""
 
     method: Literal["stop", "sleep"] = "stop"
@@ -154,9 +144,10 @@ class Evict:
     """Host memory that its weights take at level 1; None: as much as it was planned on its GPUs, the most it can be."""
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointSpec:
+class EndpointSpec(Discreet, frozen=True):
     """A model server of the baseline, or a temporary one of an overlay."""
+
+    discreet_about = frozenset({"env"})
 
     name: str
     model: str | None
@@ -176,7 +167,7 @@ class EndpointSpec:
     args: tuple[str, ...]
     command: tuple[str, ...] | None
     """The whole command of `engine: custom`; {port} {model} {gpus} {memory} are filled in at start."""
-    env: Mapping[str, str] = field(repr=False)
+    env: Mapping[str, str]
     env_file: str | None
     """Absolute path; values never shown. Read by the shim's starter, not kept here."""
     cwd: str
@@ -213,8 +204,7 @@ class EndpointSpec:
 # ---------------------------------------------------------------- overlays
 
 
-@dataclass(frozen=True, slots=True)
-class Makespan:
+class Makespan(Struct, frozen=True):
     """When an overlay runs, and for how long."""
 
     start: float | None
@@ -230,12 +220,13 @@ class Makespan:
     starting_deadline_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
+class Workload(Discreet, frozen=True):
     """A command run to completion."""
 
+    discreet_about = frozenset({"env"})
+
     command: tuple[str, ...]
-    env: Mapping[str, str] = field(repr=False)
+    env: Mapping[str, str]
     env_file: str | None
     cwd: str
     retries: int
@@ -246,8 +237,7 @@ class Workload:
     """Whom it runs as; None: the daemon's user."""
 
 
-@dataclass(frozen=True, slots=True)
-class OverlaySpec:
+class OverlaySpec(Struct, frozen=True):
     """One file that changes the desired state for a while. Its name is the file's stem."""
 
     name: str
@@ -272,8 +262,7 @@ class OverlaySpec:
 # ---------------------------------------------------------------- the whole
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """What the files say of the box itself."""
 
     name: str
@@ -285,8 +274,7 @@ class Node:
     """Host memory that parked weights leave to everybody else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """Brakes against thrashing."""
 
     max_evictions_per_hour: int = 3
@@ -294,25 +282,25 @@ class Policy:
     resync_s: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Notifier:
+class Notifier(Discreet, frozen=True):
     """Whom incidents are told: exactly one of `webhook`, `webhook_file` and `command` is not None."""
+
+    discreet_about = frozenset({"webhook", "headers"})
 
     name: str
     severity: Literal["info", "warning", "critical"]
     """The least that is told."""
     format: Literal["json", "slack", "ntfy"]
-    webhook: str | None = field(repr=False)
+    webhook: str | None
     """Often a secret: never shown but for its host."""
     webhook_file: str | None
     """Absolute path of a file that holds the address; read at each delivery, not kept here."""
     command: tuple[str, ...] | None
-    headers: Mapping[str, str] = field(repr=False)
+    headers: Mapping[str, str]
     source: Source
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(Struct, frozen=True):
     """Everything people wrote, resolved; the planner's first argument."""
 
     node: Node

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from msgspec import Struct
 
 from reconciler.errors import Problem, SpecError
 from reconciler.spec.document import decode, parse
@@ -18,8 +19,7 @@ SUFFIXES = (".yaml", ".yml")
 DEFAULT_OVERLAYS = "overlays/"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SourceText:
+class SourceText(Struct, frozen=True, order=True):
     """One file: where it is, as messages name it, and what it says."""
 
     path: str
@@ -31,8 +31,7 @@ class SourceText:
         return Path(self.path).stem
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(Struct, frozen=True):
     """Everything people wrote, as read at one moment."""
 
     setpoints: SourceText

@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from nursery import Nursery, is_running, program, until
 
 from reconciler import census

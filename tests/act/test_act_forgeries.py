@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from nursery import BRIEF, IGNORING_SIGTERM, OBEDIENT, Nursery, is_running, program, until
 
 from reconciler.act import claims
@@ -36,7 +36,7 @@ def own_record(pid: int, /, **changes: object) -> Run:
         pid=pid, start_ticks=stat.start_ticks, boot_id=boot_id(), session_id=pid, shim_pid=4_000_000,
         shim_start_ticks=1, pid_namespace=Path("/proc/self/ns/pid").stat().st_ino, at=SystemClock().now(),
     )  # fmt: skip
-    return dataclasses.replace(truth, **changes)  # type: ignore[arg-type]
+    return replace(truth, **changes)  # type: ignore[arg-type]
 
 
 def forged(nursery: Nursery, run: Run | str | bytes) -> str:
@@ -83,7 +83,7 @@ def test_a_number_that_no_process_of_ours_can_have_is_an_unreadable_record(
     nursery: Nursery, field: str, pid: int
 ) -> None:
     run = own_record(os.getpid(), pid=4_000_001, session_id=4_000_001)
-    incarnation = forged(nursery, encode(dataclasses.replace(run, **{field: pid})))
+    incarnation = forged(nursery, encode(replace(run, **{field: pid})))
     assert isinstance(nursery.records(incarnation).run, Unreadable)
     end(nursery, incarnation, refused=True)
 
@@ -148,7 +148,7 @@ def test_a_record_that_names_the_shim_of_another_as_its_shim_is_refused(nursery:
 
 def test_a_record_that_names_the_leader_of_another_is_refused(nursery: Nursery, another: Run) -> None:
     end(nursery, forged(nursery, own_record(another.pid)), refused=True)
-    copied = dataclasses.replace(another)
+    copied = replace(another)
     end(nursery, forged(nursery, copied), refused=True)
 
 
@@ -182,7 +182,7 @@ def test_a_leader_that_is_no_child_of_its_true_shim_is_refused(nursery: Nursery,
     incarnation = nursery.started(OBEDIENT)
     truth = nursery.run_record(incarnation)
     record = nursery.state.run / incarnation / "run.json"
-    false = dataclasses.replace(truth, pid=another.pid, start_ticks=another.start_ticks, session_id=another.session_id)
+    false = replace(truth, pid=another.pid, start_ticks=another.start_ticks, session_id=another.session_id)
     record.write_text(encode(false))
     end(nursery, incarnation, refused=True)
     assert is_running(truth.pid)
@@ -364,7 +364,7 @@ def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a
 ) -> None:
     """As it is for some milliseconds of every end: the kernel has closed what a process had, and it is still there."""
     incarnation = nursery.started(OBEDIENT)
-    run, nobody = nursery.run_record(incarnation), dataclasses.replace(intent_of(nursery, incarnation), id="nobody")
+    run, nobody = nursery.run_record(incarnation), replace(intent_of(nursery, incarnation), id="nobody")
     monkeypatch.setattr(claims, "_ENDING_S", patience_s)
     source = f"import os, time; os.closerange(0, 1 << 10); time.sleep({lasts_s}); os._exit(0)"
     with subprocess.Popen([sys.executable, "-c", source]) as ending:
@@ -374,7 +374,7 @@ def test_a_shim_that_has_let_go_of_everything_is_waited_for_and_no_longer_than_a
             with suppress(OSError):  # it is gone already, which is as well
                 while list(Path(f"/proc/{ending.pid}/fd").iterdir()):
                     time.sleep(0.005)
-            claimed = dataclasses.replace(run, pid=1 << 22, shim_pid=ending.pid, shim_start_ticks=stat.start_ticks)
+            claimed = replace(run, pid=1 << 22, shim_pid=ending.pid, shim_start_ticks=stat.start_ticks)
             doubt = contradiction(nursery.state, nobody, claimed)
             assert doubt == (f"pid {ending.pid} is not its shim" if speaks_against_it else None)
         finally:

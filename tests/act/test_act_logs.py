@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import re
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from nursery import Argv, Nursery, OpenLog, is_running, program, until
 
 from reconciler.act import shim
@@ -201,7 +201,7 @@ def test_a_log_that_cannot_be_shortened_in_front_is_cut_off_and_keeps_its_end_in
     log = open_log(path)
     monkeypatch.setattr(shim, "punch_hole", lambda *_: errno.EOPNOTSUPP)
     intent = nursery.actor()._intent(nursery.launch(("true",)), None)
-    write_intent(nursery.state, dataclasses.replace(intent, log=str(path)))
+    write_intent(nursery.state, replace(intent, log=str(path)))
     tail, seen = Tail(nursery.state, "thinking"), bytearray()
     punched = 0
     for number in range(40_000):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from nursery import (
     BRIEF,
     COUNTING_SIGTERMS,
@@ -431,10 +431,10 @@ def record_of(nursery: Nursery, stranger: subprocess.Popen[bytes], forge: Forge,
 @pytest.mark.parametrize(
     "forge",
     [
-        pytest.param(lambda run: dataclasses.replace(run, start_ticks=run.start_ticks - 1), id="recycled pid"),
-        pytest.param(lambda run: dataclasses.replace(run, start_ticks=run.start_ticks + 1), id="younger record"),
-        pytest.param(lambda run: dataclasses.replace(run, boot_id="another"), id="another boot"),
-        pytest.param(lambda run: dataclasses.replace(run, pid_namespace=1), id="another pid namespace"),
+        pytest.param(lambda run: replace(run, start_ticks=run.start_ticks - 1), id="recycled pid"),
+        pytest.param(lambda run: replace(run, start_ticks=run.start_ticks + 1), id="younger record"),
+        pytest.param(lambda run: replace(run, boot_id="another"), id="another boot"),
+        pytest.param(lambda run: replace(run, pid_namespace=1), id="another pid namespace"),
     ],
 )
 def test_a_record_that_names_a_stranger_signals_nobody(
@@ -457,7 +457,7 @@ def test_an_intent_of_another_boot_signals_nobody(nursery: Nursery, stranger: su
 def test_pids_of_another_namespace_or_boot_with_a_living_shim_are_refused(
     nursery: Nursery, stranger: subprocess.Popen[bytes], told: str, other: dict[str, Any]
 ) -> None:
-    incarnation = record_of(nursery, stranger, lambda run: dataclasses.replace(run, **other))
+    incarnation = record_of(nursery, stranger, lambda run: replace(run, **other))
     lock = take_lock(lock_path(nursery.state, "endpoint", "thinking"))
     assert lock is not None
     try:

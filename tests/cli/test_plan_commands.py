@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from desk import Desk
+from msgspec.structs import replace
 
 from reconciler.cli import converging, wiring
 from reconciler.cli.main import run

@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 from threading import Lock
 from typing import Any
 
+from msgspec import Struct
 from watching import Point, Trap
 from world import World, Zygote
 
@@ -25,8 +26,7 @@ Seen = dict[str, Any]
 Look = Callable[[], Seen | None]
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(Struct, frozen=True):
     """One kind of turn."""
 
     name: str

@@ -18,8 +18,9 @@ import os
 import platform
 import signal
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 LISTENER_FD = 900
 """Where a process that was filtered has its end, until it is fetched."""
@@ -132,8 +133,7 @@ def unavailable() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """A call that a thread is about to make."""
 
     listener: int

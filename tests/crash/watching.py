@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import stopper
+from msgspec import Struct
 from stopper import Asked
 
 from reconciler.census import MARKER
@@ -54,8 +55,7 @@ ROLES = {"daemon": "fork server", "fork server": "shim", "shim": "leader", "lead
 """Of a process → of what it forks."""
 
 
-@dataclass(frozen=True, order=True)
-class Point:
+class Point(Struct, frozen=True, order=True):
     """A moment: a process of this role is about to do this, for the so-many-th time in its turn."""
 
     role: str

@@ -12,13 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 from files import put
+from msgspec.structs import replace
 from ports import free_ports
 from watching import Watcher
 

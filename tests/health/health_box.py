@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.errors import Problem
@@ -79,8 +81,7 @@ def gpu(index: int, state: Any = "ok", detail: str = "") -> Gpu:
     return Gpu(index, f"GPU-{index}", "RTX 4090", state, 24 << 30, 0, (), detail, healthy=True, at=T0)
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(Struct, frozen=True):
     """What stands where at one moment; everything left out is well."""
 
     views: tuple[EndpointView, ...] = ()

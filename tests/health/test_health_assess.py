@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from health_box import T0, Box, Life, asked, crash, entry, gpu, overlay_record, view
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.errors import Problem

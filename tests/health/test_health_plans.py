@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import endpoint, foreign, overlay, spec
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run
 
 from reconciler.health.assess import STABLE_S, assess

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import builders
@@ -10,6 +9,7 @@ import pytest
 from health_box import T0, Box, asked, crash, entry, gpu, killed, overlay_record, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from reconciler.errors import Problem
 from reconciler.health.assess import assess

@@ -9,11 +9,11 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.errors import DaemonRunning, StateError

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
@@ -349,7 +349,7 @@ def test_a_write_that_the_file_system_refuses_is_an_error_and_the_last_commit_st
     """A limit on file sizes (RLIMIT_FSIZE) makes write(2) fail with EFBIG, as a quota does."""
     code = """
         import resource, signal, sys
-        from dataclasses import replace
+        from msgspec.structs import replace
         from pathlib import Path
         from reconciler.clock import Instant, SystemClock
         from reconciler.errors import StateError

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.inspect import is_struct_type
+from msgspec.structs import fields, replace
 
 from reconciler.clock import Instant
 from reconciler.health.incident import Incident
@@ -25,7 +26,7 @@ KINDS = [
     kind
     for module in (spec, observed, ledger, actions)
     for kind in vars(module).values()
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == module.__name__
+    if is_struct_type(kind) and kind.__module__ == module.__name__
 ] + [Incident]
 
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
@@ -52,12 +53,10 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=2)
     if origin in (Union, types.UnionType):
         return st.one_of(*map(values, args))
-    hints = get_type_hints(kind)
-    return st.builds(kind, **{field.name: values(hints[field.name]) for field in dataclasses.fields(kind)})
+    return st.builds(kind, **{field.name: values(field.type) for field in fields(kind)})
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
+class Claims(Struct, frozen=True):
     """What the real types use in unions, in one place."""
 
     gpus: GpuPins | GpuCount | None
@@ -157,12 +156,12 @@ def test_text_that_is_no_such_value_is_refused(text: str | bytes, message: str) 
 @pytest.mark.parametrize(
     "wrong",
     [
-        dataclasses.replace(CLAIMS, level=3),  # type: ignore[arg-type]
-        dataclasses.replace(CLAIMS, memory=GpuCount(1)),  # type: ignore[arg-type]
-        dataclasses.replace(CLAIMS, ports={"80": "a"}),  # type: ignore[dict-item]
-        dataclasses.replace(CLAIMS, gpus=GpuCount(True)),
-        dataclasses.replace(CLAIMS, gpus=GpuPins((1.0,))),  # type: ignore[arg-type]
-        dataclasses.replace(CLAIMS, span=(0.0, "1")),  # type: ignore[arg-type]
+        replace(CLAIMS, level=3),  # type: ignore[arg-type]
+        replace(CLAIMS, memory=GpuCount(1)),  # type: ignore[arg-type]
+        replace(CLAIMS, ports={"80": "a"}),  # type: ignore[dict-item]
+        replace(CLAIMS, gpus=GpuCount(True)),
+        replace(CLAIMS, gpus=GpuPins((1.0,))),  # type: ignore[arg-type]
+        replace(CLAIMS, span=(0.0, "1")),  # type: ignore[arg-type]
     ],
 )
 def test_a_value_that_breaks_its_own_declaration_is_not_written(wrong: Claims) -> None:
@@ -176,8 +175,7 @@ def test_an_infinite_time_is_not_written() -> None:
 
 
 def test_a_type_without_a_text_is_named() -> None:
-    @dataclass
-    class Odd:
+    class Odd(Struct):
         path: bytes
 
     with pytest.raises(TypeError, match="bytes"):
@@ -185,23 +183,21 @@ def test_a_type_without_a_text_is_named() -> None:
 
 
 def test_a_declaration_whose_text_could_not_be_read_back_is_refused_before_anything_is_written() -> None:
-    @dataclass
-    class Keyed:
+    class Keyed(Struct):
         by_time: dict[float, str]
 
-    @dataclass
-    class Mixed:
+    class Mixed(Struct):
         either: GpuCount | int
 
-    for value, message in ((Keyed({}), "keys of type"), (Mixed(1), "scalars and dataclasses do not mix")):
+    for value, message in ((Keyed({}), "keys of type"), (Mixed(1), "scalars and structs do not mix")):
         with pytest.raises(TypeError, match=message):
             encode(value)
 
 
 def test_a_part_of_another_type_than_declared_is_not_written() -> None:
     record = OverlayRecord("o", "active", Instant(1, 1), 1.0, "h", 5, Source("f", 1, 2))
-    untimed: Any = dataclasses.replace(record, since=1.0)  # type: ignore[arg-type]
-    unplaced: Any = dataclasses.replace(record, source="f:1")  # type: ignore[arg-type]
+    untimed: Any = replace(record, since=1.0)  # type: ignore[arg-type]
+    unplaced: Any = replace(record, source="f:1")  # type: ignore[arg-type]
     for wrong, declared in ((untimed, "Instant"), (unplaced, "Source")):
         with pytest.raises(TypeError, match=f"stands where {declared} is declared"):
             encode(wrong)

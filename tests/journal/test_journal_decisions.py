@@ -5,10 +5,10 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.loop.history import Learner, predicted, record_durations, usual_runs

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from metrics_box import PORT_TEXT, T0, entry, incident, scrape, tick
+from msgspec.structs import replace
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 

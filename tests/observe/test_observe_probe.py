@@ -7,10 +7,10 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 from http_box import HttpBox, reply
+from msgspec.structs import replace
 
 from reconciler.observe.probe import Connection, ProbeTarget, sum_metrics
 from reconciler.observe.prober import probe_once

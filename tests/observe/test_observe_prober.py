@@ -6,10 +6,10 @@ import itertools
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from http_box import HttpBox
+from msgspec.structs import replace
 from ports import free_port
 from test_observe_probe import PAGE, target
 

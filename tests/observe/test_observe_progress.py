@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from http_box import HttpBox
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.observe.probe import PROGRESS_PACE_S, Answer, Connection, ProbeTarget

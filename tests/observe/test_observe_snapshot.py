@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import threading
-from dataclasses import replace
 
 import pytest
 from cradle import LONG_AGO
 from http_box import HttpBox
+from msgspec.structs import replace
 from ports import free_port
 
 from reconciler.clock import Instant, SystemClock

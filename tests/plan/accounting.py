@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 from builders import spec
+from msgspec import Struct
+from msgspec.structs import replace
 from plant import Plant, Run
 
 from reconciler.plan.actions import Action, Plan
@@ -21,8 +22,7 @@ from reconciler.units import GIB
 DESTRUCTIVE = ("drain", "stop", "kill", "sleep", "stop_workload")
 
 
-@dataclass(frozen=True)
-class _Share:
+class _Share(Struct, frozen=True):
     """A part of one GPU that somebody may hold at some moment of carrying out a plan."""
 
     who: str
@@ -35,8 +35,7 @@ class _Share:
     """Actions of which each says that it is held no more."""
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(Struct, frozen=True, dict=True):
     """One decision with its inputs."""
 
     spec: Spec

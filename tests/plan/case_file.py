@@ -28,12 +28,13 @@ Times in files: it is 2026-11-23T21:00:00Z when a case begins.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from builders import NOW, foreign, incarnation, uuid
+from msgspec import Struct
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.ledger import EndpointRecord, Exit, Quarantine
@@ -47,8 +48,7 @@ CASES = Path(__file__).parent / "cases"
 _EXPECTED = "\nplan: |\n"
 
 
-@dataclass
-class Case:
+class Case(Struct):
     """One file."""
 
     path: Path

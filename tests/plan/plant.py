@@ -8,9 +8,10 @@ the passing of time alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from builders import NOW, gpu, uuid
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.plan.actions import WAITS, Action, Plan

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import NOW, endpoint, foreign, overlay, spec
 from hypothesis import given
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 from worlds import World, examples, worlds
 

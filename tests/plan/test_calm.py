@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from builders import AN_HOUR_AGO, NOW, endpoint, gpu, incarnation, observed, overlay, ready, spec
 from hypothesis import given
+from msgspec.structs import replace
 from plant import Run
 from worlds import World, examples, worlds
 

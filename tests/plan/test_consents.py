@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from accounting import settled
 from builders import NOW, endpoint, overlay, spec
+from msgspec.structs import replace
 from plant import Run, overlay_state
 
 from reconciler.plan.actions import Blocked

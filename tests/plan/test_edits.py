@@ -3,12 +3,12 @@ one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 
 import pytest
 from accounting import settled
 from builders import claim, endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Run, describe, overlay_state
 
 from reconciler.plan.actions import Plan

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import NOW, endpoint, gpu, incarnation, observed, ready, spec, uuid
+from msgspec.structs import replace
 
 from reconciler.plan.board import Hold, Tenant
 from reconciler.plan.endpoints import (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import combinations
 
 from builders import RESERVE, claimed, endpoint, overlay, spec, uuid
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 from plant import Plant, Run
 from worlds import CAPABILITIES, PRIORITIES, examples
 
@@ -18,8 +19,7 @@ from reconciler.spec.spec import EndpointSpec, GpuCount, GpuPins, OverlaySpec, W
 from reconciler.units import GIB
 
 
-@dataclass
-class Small:
+class Small(Struct):
     """A baseline that stands, and one overlay that wants a place."""
 
     endpoints: list[EndpointSpec]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from xml.etree import ElementTree as ET
@@ -12,6 +11,7 @@ import pytest
 from builders import endpoint, foreign, overlay, spec
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run
 from test_examples import baseline_of
 from worlds import examples, worlds

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from accounting import settled, starts
 from builders import endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Run, overlay_state
 
 from reconciler.errors import Problem

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from accounting import settled
 from builders import endpoint, overlay, spec
+from msgspec.structs import replace
 from plant import Run
 
 from reconciler.plan.actions import Blocked

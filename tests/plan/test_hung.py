@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import NOW, endpoint, gpu, incarnation, observed, overlay, ready, spec
+from msgspec.structs import replace
 from plant import Plant, Run, overlay_state
 
 from reconciler.health.assess import Facts, assess

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations, product
 from random import Random
 
 import pytest
 from builders import NOW, RESERVE, claimed, endpoint, gpu, incarnation, observed, overlay, spec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger, Timings
@@ -22,8 +24,7 @@ CAPABILITIES = ("ask", "code")
 Place = tuple[int, ...]
 
 
-@dataclass
-class Box:
+class Box(Struct):
     """A baseline that runs, ready, and overlays that were seen just now."""
 
     sizes: list[int]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import pytest
 from accounting import settled
 from builders import endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Plant, Run, overlay_state
 
 from reconciler.plan import solver

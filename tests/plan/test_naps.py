@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import endpoint, foreign, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, names, overlay_state
 
 from reconciler.health.assess import Facts, assess

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from accounting import settled
 from builders import NOW, endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Run, overlay_state
 
 from reconciler.plan.actions import Blocked

@@ -7,12 +7,13 @@ with every set of tenants displaced that makes room there and would not without 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from random import Random
 
 import pytest
 from builders import NOW, RESERVE, claimed, endpoint, gpu, incarnation, observed, overlay, spec, uuid
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.plan import pricing
 from reconciler.plan.ledger import Ledger, OverlayRecord, Timings
@@ -24,8 +25,7 @@ from reconciler.units import GIB
 CAPABILITIES = ("ask", "code")
 
 
-@dataclass
-class Box:
+class Box(Struct):
     """A baseline that runs, ready, and overlays that were seen just now."""
 
     sizes: list[int]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from builders import NOW, gpu, incarnation, observed, overlay, spec
+from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.errors import Problem

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 
 from builders import NOW, endpoint, foreign, gpu, incarnation, observed, overlay, spec, uuid
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reconciler.errors import Problem
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Exit, Ledger, Quarantine
@@ -18,8 +19,7 @@ FRESH = Ledger(boot_id="boot")
 DAEMON = DaemonInfo(True, 77, NOW.wall - 60, 3)
 
 
-@dataclass(frozen=True)
-class Trouble:
+class Trouble(Struct, frozen=True):
     id: str = "Unplanned/a@1"
     kind: str = "Unplanned"
     subject: str = "a"

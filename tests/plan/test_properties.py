@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from accounting import lawful
 from builders import spec
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from plant import Run, describe
 from worlds import World, examples, worlds
 

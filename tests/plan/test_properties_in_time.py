@@ -3,13 +3,13 @@ that a larger box must not make worse. Numbers in names are those of the list th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from accounting import lawful
 from builders import NOW, endpoint, overlay, spec
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from plant import Plant, Run
 from worlds import World, box_sizes, examples, worlds
 

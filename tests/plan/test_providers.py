@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from accounting import lawful
 from builders import endpoint, overlay, spec
+from msgspec.structs import replace
 from plant import Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan

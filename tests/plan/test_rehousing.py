@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from accounting import settled
 from builders import NOW, endpoint, gpu, observed, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Run, describe
 from test_moves import Box, Trial, box
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 from builders import endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import NOW, endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Plan
@@ -161,7 +160,7 @@ def test_memory_that_a_vanished_process_keeps_quarantines_its_gpu():
 
 def test_a_killed_process_that_lives_on_quarantines_its_gpu_and_holds_up_nobody_else():
     run = settled(endpoint("a", [0]), plant=Plant(totals=[80 * GIB] * 2))
-    run.plant.behaviour = replace(run.plant.behaviour, stop_s=1e6)
+    run.plant.behaviour.stop_s = 1e6
     run.spec = spec(endpoint("a", [0], state="stopped"), endpoint("b", [1]), endpoint("c", [0]))
     run.settle(until=lambda _: run.plant.is_ready("b"))
     run.plant._change("a-1", lambda i: replace(i, undying_since=run.plant.now))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from builders import RESERVE, endpoint, foreign, spec
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from plant import Plant, Run
 from test_properties_in_time import timed_worlds
 from worlds import World, examples, worlds

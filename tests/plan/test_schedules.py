@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
 from builders import endpoint, observed, overlay, spec
 from builders import gpu as gpu_of
+from msgspec.structs import replace
 from plant import Plant, Run
 
 from reconciler.clock import Instant

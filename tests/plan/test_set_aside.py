@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from builders import NOW, endpoint, overlay, spec, uuid
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Blocked, Plan

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import NOW, endpoint, overlay, spec
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.ledger import Span

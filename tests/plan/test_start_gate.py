@@ -5,11 +5,12 @@ Engines measure free memory while they load. So neither does one begin to load w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 import pytest
 from builders import endpoint, overlay, spec
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Action, Plan

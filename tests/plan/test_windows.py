@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -14,6 +13,7 @@ from builders import NOW, endpoint, incarnation, observed, overlay, spec, uuid
 from builders import gpu as gpu_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from plant import Plant, Run, overlay_state
 from worlds import examples
 

@@ -7,12 +7,13 @@ times as many, other ones each time.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from builders import endpoint, foreign, overlay, spec
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from msgspec import Struct, field
+from msgspec.structs import replace
 from plant import Behaviour, Plant, Run
 
 from reconciler.spec.spec import EndpointSpec, Evict, OverlaySpec, Spec, Stop
@@ -47,8 +48,7 @@ def _short(item: EndpointSpec | OverlaySpec) -> str:
     return f"{claims} evict={item.allow_baseline_eviction} {work} requires={item.requires} sets={sets}"
 
 
-@dataclass(repr=False)
-class World:
+class World(Struct):
     """A baseline, and what happens to it once it stands."""
 
     before: Spec

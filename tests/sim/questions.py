@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
 import httpx
+from msgspec import Struct
+from msgspec.structs import replace
 from ports import free_port
 from simulated_box import MODELS, Box, Engine, box_of, small_node, until
 
@@ -76,8 +77,7 @@ FIELDS = {
 """Of an answer 200: the fields that are looked for."""
 
 
-@dataclass
-class Kind:
+class Kind(Struct):
     """One kind of server, and how to live with it."""
 
     name: str

@@ -6,11 +6,11 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from simulated_box import GIB, Box, Engine, box_of, small_node, until
 
 from reconciler import identity

@@ -10,7 +10,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from accounting import Account
 from builders import NOW, foreign, uuid
 from files import put
+from msgspec.structs import replace
 from plant import Behaviour, Plant
 from scenario import Drop, Fault, Scenario
 from virtual import STEP_S, VirtualLoop

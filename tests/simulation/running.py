@@ -6,10 +6,10 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from box import Box, Patches, new_loop
+from msgspec import Struct
 from scenario import Draw, Scenario
 
 from reconciler.journal.decisions import Decision
@@ -18,8 +18,7 @@ from reconciler.journal.reader import JournalReader
 MEMORY = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct):
     """How one scenario went."""
 
     scenario: Scenario

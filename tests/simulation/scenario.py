@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 BREAKAGES = (
     "crash", "hang", "job_crash", "load_slow", "load_fails", "stop_slow", "unkillable", "memory_late", "driver_down",
@@ -30,8 +33,7 @@ STEADY = ("crash", "hang", "job_crash", "gpu_lost", "load_fails")
 """Faults that have to be an incident each, wherever they strike what runs as it should."""
 
 
-@dataclass(frozen=True, order=True)
-class Fault:
+class Fault(Struct, frozen=True, order=True):
     """One thing that breaks."""
 
     at: float
@@ -46,8 +48,7 @@ class Fault:
         return f"{self.at:7.1f} s {self.kind} #{self.which} ({self.lasts:g})"
 
 
-@dataclass(frozen=True)
-class Drop:
+class Drop(Struct, frozen=True):
     """One overlay file."""
 
     at: float
@@ -57,8 +58,7 @@ class Drop:
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Scenario:
+class Scenario(Struct, frozen=True):
     """Everything that is drawn from a seed."""
 
     seed: int

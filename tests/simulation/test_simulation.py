@@ -10,12 +10,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from box import SimActor
+from msgspec.structs import replace
 from running import Outcome, faulty, report, run, shrink
 from scenario import KINDS, Draw, Fault, Scenario
 from verdicts import false_incidents, missed
