@@ -210,6 +210,7 @@ def main() -> NoReturn:
     interpreter apart at the end. Nothing here needs either: what must survive is durable before a command returns.
     """
     gc.set_threshold(*GC_THRESHOLD)
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # every installed package would be searched for some
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
