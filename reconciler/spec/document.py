@@ -35,6 +35,7 @@ _KNOWN_TAGS = {
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_BEGINS_NUMBER = frozenset("-+.0123456789")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", re.ASCII
@@ -256,8 +257,7 @@ class _Composer:
             return None
         if text in _BOOL:
             return _BOOL[text]
-        number = _INT.fullmatch(text) or _FLOAT.fullmatch(text)
-        if number is None:
+        if text[0] not in _BEGINS_NUMBER or not (_INT.fullmatch(text) or _FLOAT.fullmatch(text)):
             return text
         if len(text) > _MAX_NUMBER_DIGITS:
             self._note(at, f"{_clip(text)} has too many digits for a number", "quote it if it is a text")

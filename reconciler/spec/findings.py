@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -109,7 +110,6 @@ class Findings:
             field = kind.model_fields.get(name)
             if field is None:
                 continue
-            values = inner_model(kind, (name, ""))
             if isinstance(entry.node, Scalar) and entry.node.value is None:
                 is_mapping = get_origin(field.annotation) is dict or _is_model(field.annotation)
                 if not is_mapping:
@@ -118,7 +118,7 @@ class Findings:
                 items = entry.node.items if isinstance(entry.node, Sequence) else (entry.node,)
                 for item in items:
                     self._note_nulls(inner, item, tree, (*prefix, name))
-            elif values is not None and isinstance(entry.node, Map):
+            elif isinstance(entry.node, Map) and (values := inner_model(kind, (name, ""))) is not None:
                 for key, value in entry.node.entries.items():
                     self._note_nulls(values, value.node, tree, (*prefix, name, key))
 
@@ -168,6 +168,7 @@ class Findings:
                 self.add(at, str(error["msg"]))
 
 
+@lru_cache(512)
 def inner_model(kind: type[BaseModel], path: Path) -> type[BaseModel] | None:
     """The model that describes what stands at `path` below `kind`; None when no model does."""
     annotation: Any = kind
