@@ -150,14 +150,18 @@ def _victims_lines(plan: Plan) -> list[str]:
 
 def _summary(plan: Plan) -> str:
     counts = {symbol: 0 for symbol, _ in _COUNTED}
-    blocked = sum(drift.observed == "failed" for drift in _undone(plan))
+    blocked, to_come = sum(drift.observed == "failed" for drift in _undone(plan)), 0
+    waiting = {b.subject for b in plan.blocked if b.reason == "NotYet"}
     for change in plan.changes:
-        if change.symbol not in counts:
+        if not change.actions and change.subject in waiting:
+            to_come += 1
+        elif change.symbol not in counts:
             blocked += 1
         elif any(plan.actions[i - 1].op not in WAITS for i in change.actions):
             counts[change.symbol] += 1
     words = [f"{counts[s]} to {word}" for s, word in _COUNTED if counts[s] or s in _ALWAYS_SHOWN]
-    summary = f"Plan: {', '.join(words)}, {blocked} blocked."
+    words += [f"{blocked} blocked"] + ([f"{to_come} to come"] if to_come else [])
+    summary = f"Plan: {', '.join(words)}."
     return f"{summary} Nothing to do now." if plan.converged else summary
 
 
