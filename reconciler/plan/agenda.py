@@ -206,9 +206,14 @@ class AgendaTracker:
 def forecast_entries(
     draft: Draft, entries: Iterable[AgendaEntry], actions: Iterable[Action]
 ) -> tuple[AgendaEntry, ...]:
-    """Entries in force, and those that will be written as it looks now: for windows to come, and predicted returns."""
+    """Entries in force, and those that will be written as it looks now: for windows to come, and predicted returns.
+
+    Of a window of a schedule whose place another one has then nothing is told before it is the next: it may get another
+    one.
+    """
     known = {e.endpoint for e in entries}
-    to_come = [_in_window(draft, window, name) for window in draft.windows for name in window.victims]
+    windows = [window for window in draft.windows if not window.taken]
+    to_come = [_in_window(draft, window, name) for window in windows for name in window.victims]
     for action in actions:
         if action.op in ("start", "wake") and action.needs and action.subject.name not in known:
             begin, end = action.expected

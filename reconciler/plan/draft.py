@@ -65,6 +65,8 @@ class Window(Struct, frozen=True):
     """GPU → bytes that others may hold there while it lasts; 0 where it is alone."""
     requires: tuple[str, ...] = ()
     """Capabilities of which a provider has to be there."""
+    taken: bool = False
+    """Of a schedule, not its next one: as it looks now, a window that is not less important has its place then."""
 
 
 class Return(Struct, frozen=True):

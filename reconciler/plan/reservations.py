@@ -298,7 +298,24 @@ def _windows(
     first = Window(overlay.name, overlay.priority, opens, start, end, tuple(sorted(names)), beside, overlay.requires)
     if overlay.makespan.schedule is None:
         return (first,)
-    return (first, *(_later(first, at - start) for at in islice(_starts_after(draft, overlay, start), MOST_AHEAD)))
+    rivals = _touching_there(not_to_hinder(draft, overlay), placement, needs)
+    starts = islice(_starts_after(draft, overlay, start), MOST_AHEAD)
+    return (first, *(_later(first, at - start, taken=_is_taken(draft, overlay, at, rivals)) for at in starts))
+
+
+def _touching_there(windows: Iterable[Window], placement: Placement, needs: list[Need]) -> list[Window]:
+    """Those of these windows beside which not all of this placement would have room."""
+
+    def fits(window: Window, need: Need) -> bool:
+        return set(placement.gpus[need.subject]) <= set(keeping_off([window])(need).candidates)
+
+    return [w for w in windows if not all(fits(w, need) for need in needs)]
+
+
+def _is_taken(draft: Draft, overlay: OverlaySpec, start: float, rivals: Iterable[Window]) -> bool:
+    """Whether one of these windows has begun by the time at which one of `overlay` from `start` on is surely over."""
+    ahead = [w for w in rivals if start < w.end]
+    return bool(ahead) and hard_end(draft, overlay, start) > min(w.opens for w in ahead)
 
 
 def _starts_after(draft: Draft, overlay: OverlaySpec, start: float) -> Iterator[float]:
@@ -310,8 +327,9 @@ def _starts_after(draft: Draft, overlay: OverlaySpec, start: float) -> Iterator[
             return
 
 
-def _later(window: Window, seconds: float) -> Window:
-    return replace(window, opens=window.opens + seconds, start=window.start + seconds, end=window.end + seconds)
+def _later(window: Window, seconds: float, *, taken: bool) -> Window:
+    opens, start, end = (at + seconds for at in (window.opens, window.start, window.end))
+    return replace(window, opens=opens, start=start, end=end, taken=taken)
 
 
 def _with_moves(told: Blocked, start: float, moved: tuple[str, ...]) -> Blocked:

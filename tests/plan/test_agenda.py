@@ -22,11 +22,13 @@ from reconciler.plan.agenda import (
     AgendaTracker,
 )
 from reconciler.plan.ledger import AgendaEntry, Timings
-from reconciler.plan.overlays import MEMORY_RETURN_S
+from reconciler.plan.overlays import MEMORY_RETURN_S, next_window
 from reconciler.plan.requests import clean_start, stopped
+from reconciler.spec.spec import OverlaySpec
 from reconciler.units import GIB
 
 ASK = endpoint("ask", [0], priority=100)
+HOUR = 3600.0
 RENDER = overlay("render", gpus=[0], priority=500, duration=300.0)
 
 
@@ -243,6 +245,28 @@ def test_nothing_planned_is_done_to_an_endpoint_without_an_entry_that_expects_wh
     run.settle()
     world.happen(run)
     run.settle()
+
+
+def test_a_night_of_a_schedule_whose_place_a_more_important_window_has_is_not_listed() -> None:
+    run, day = settled(), 86400.0
+    night = overlay("night", [0], priority=500, duration=300.0, on_overrun="stop")
+    night = replace(night, makespan=replace(night.makespan, schedule="0 22 * * *", timezone="UTC"))
+    first = next_window(night.makespan, run.plant.now.wall)
+
+    def listed(*others: OverlaySpec) -> list[tuple[str | None, float]]:
+        run.spec = spec(ASK, night, *others)
+        way = MEMORY_RETURN_S + decided_timings(run).stop_s + decided_timings(run).drain_s
+        return [(e.overlay, round(e.start + way - first, 3)) for e in run.decide().agenda]
+
+    both = [("night", 0.0), ("night", day)]
+    assert sorted(listed()) == both
+    main = overlay("main", [0], priority=900, start=first + day + 60.0, duration=300.0)
+    assert sorted(listed(main)) == [("main", day + 60.0), ("night", 0.0)]
+    assert both == [e for e in sorted(listed(replace(main, priority=400))) if e[0] == "night"], "that one is hindered"
+    elsewhere = replace(main, gpus=overlay("main", [1]).gpus)
+    assert sorted(listed(elsewhere)) == both
+    earlier = replace(main, makespan=replace(main.makespan, start=first + day - HOUR, on_overrun="stop"))
+    assert sorted(listed(earlier)) == [("main", day - HOUR), *both], "over before it begins"
 
 
 def test_what_is_over_or_to_come_schedules_nothing() -> None:
