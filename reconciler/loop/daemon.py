@@ -432,8 +432,8 @@ class Daemon:
         tick = self._last
         match op:
             case "status":
-                spec, problems = tick.spec.spec, tick.spec.problems
-                return status_data(spec, tick.observed, tick.plan, tick.incidents, self.info(), problems)
+                spec, problems, now = tick.spec.spec, tick.spec.problems, self._parts.clock.now()
+                return status_data(spec, tick.observed, tick.plan, tick.incidents, self.info(), problems, now=now)
             case "values":
                 return {
                     "observed": encode(tick.observed),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from reconciler.clock import Instant
 from reconciler.errors import Problem
 from reconciler.plan.actions import EndpointView, Plan
 from reconciler.plan.agenda import AgendaTracker
@@ -68,8 +69,10 @@ def status_data(
     incidents: Iterable[Trouble],
     daemon: DaemonInfo | None,
     problems: tuple[Problem, ...] = (),
+    *,
+    now: Instant | None = None,
 ) -> dict[str, Any]:
-    """How everything stands at the moment of `plan`.
+    """How everything stands, as seen at the moment of `plan`.
 
     Args:
         spec: the spec in force
@@ -78,11 +81,12 @@ def status_data(
         incidents: those to show
         daemon: the daemon that holds the state directory; None: no daemon runs
         problems: what is wrong with the files as they are now; a daemon keeps the last good version of those
+        now: when it is told, which a daemon may do seconds later: until then lasts what was seen; None: at that moment
 
     Returns:
         `endpoints`, `gpus`, `overlays`, `capabilities`, `incidents`, `daemon`, `spec`, `node`.
     """
-    view = _View(spec, observed, plan)
+    view = _View(spec, observed, plan, now or plan.now)
     info = daemon or DaemonInfo(running=False, pid=None, since=None, generation=None)
     return {
         "endpoints": [view.endpoint(plan.endpoints[name]) for name in sorted(plan.endpoints)],
@@ -159,11 +163,11 @@ def agenda_data(entry: AgendaEntry) -> dict[str, Any]:
 class _View:
     """Indexed inputs of one answer."""
 
-    def __init__(self, spec: Spec, observed: Observed, plan: Plan) -> None:
-        self.spec, self.observed, self.plan = spec, observed, plan
+    def __init__(self, spec: Spec, observed: Observed, plan: Plan, now: Instant) -> None:
+        self.spec, self.observed, self.plan, self.now = spec, observed, plan, now
         self.indices = {gpu.uuid: gpu.index for gpu in observed.gpus}
         self.by_id = {incarnation.id: incarnation for incarnation in observed.incarnations}
-        self.agenda = AgendaTracker(plan.ledger.agenda, plan.now.wall)
+        self.agenda = AgendaTracker(plan.ledger.agenda, now.wall)
         self.blocked = {item.subject: item for item in plan.blocked}
 
     def gpus_of(self, uuids: Iterable[str]) -> list[int]:
@@ -210,7 +214,7 @@ class _View:
     def _uptime(self, run: Incarnation | None) -> float | None:
         if run is None or run.phase != "running":
             return None
-        return round(max(0.0, self.plan.now.since(run.started)), 1)
+        return round(max(0.0, self.now.since(run.started)), 1)
 
     def _memory(self, subject: Subject) -> int | None:
         """The sum over its processes on all GPUs; None as soon as one part of it could not be seen."""
@@ -323,7 +327,7 @@ class _View:
         """When it ended, or is expected to; None: nobody knows, as of one that waits and is told no beginning."""
         if record.state in TERMINAL:
             return record.since.wall
-        usual, begin = self.plan.ledger.runs.get(record.name), self.plan.now.wall
+        usual, begin = self.plan.ledger.runs.get(record.name), self.now.wall
         blocked = self.blocked.get(Subject("workload", record.name))
         if record.state == "pending" and blocked is not None:
             if blocked.earliest_start is None:
@@ -333,7 +337,7 @@ class _View:
 
     def _span(self, span: Span) -> dict[str, Any]:
         """One part of its run; one that is not over has lasted so long."""
-        lasted = span.actual_s if span.actual_s is not None else max(0.0, self.plan.now.since(span.began))
+        lasted = span.actual_s if span.actual_s is not None else max(0.0, self.now.since(span.began))
         return {
             "part": span.part,
             "since": iso(span.began.wall),

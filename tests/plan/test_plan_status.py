@@ -123,6 +123,21 @@ def test_a_live_overlay_shows_its_gpus_its_victims_and_when_it_should_end():
     assert {"type": "EvictedBy", "status": "true", "reason": "render"} in victim["conditions"]
 
 
+def test_what_is_told_later_than_it_was_seen_has_lasted_until_then():
+    thinking, seen = healthy_box()
+    of, later = spec(thinking, overlay("job", 1)), NOW.plus(5.0)
+    decided = plan(of, seen, FRESH, NOW)
+    before = status_data(of, seen, decided, (), DAEMON)
+    data = status_data(of, seen, decided, (), DAEMON, now=later)
+    assert data["endpoints"][0]["uptime_seconds"] == 3605.0
+    assert [data["overlays"][0]["makespan"][0][key] for key in ("actual_seconds", "over")] == [5.0, False]
+    assert data["node"] == before["node"], "seen when it was seen"
+    entry = AgendaEntry("thinking", ("stopped",), NOW.wall - 60, later.wall - 1, "it is edited", None)
+    decided = replace(decided, ledger=replace(decided.ledger, agenda=(entry,)))
+    assert status_data(of, seen, decided, (), DAEMON)["endpoints"][0]["scheduled"] is not None
+    assert status_data(of, seen, decided, (), DAEMON, now=later)["endpoints"][0]["scheduled"] is None
+
+
 def test_an_overlay_that_waits_says_what_for():
     full, job = endpoint("full", [0], priority=900), overlay("job", 1, priority=100)
     data = told(spec(full, job), observed(gpu(0), incarnations=[incarnation(full, [0])]))
