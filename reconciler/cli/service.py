@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from reconciler.loop.daemon import Tick
+from reconciler.loop.tick import Tick
 from reconciler.plan.actions import Event
 from reconciler.units import counted
 

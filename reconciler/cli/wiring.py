@@ -260,8 +260,9 @@ def daemon(
         from reconciler.act.engine import EngineActor
         from reconciler.cli.service import ServiceManager, watchdog_s
         from reconciler.journal.journal import Journal
-        from reconciler.loop.daemon import Daemon, Parts
+        from reconciler.loop.daemon import Daemon
         from reconciler.loop.leftovers import Leftovers
+        from reconciler.loop.parts import Parts
         from reconciler.loop.specs import SpecKeeper
         from reconciler.metrics.page import MetricsPage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reconciler.clock import Clock
-from reconciler.loop.daemon import Tick
+from reconciler.loop.tick import Tick
 from reconciler.plan.actions import Plan
 from reconciler.plan.observed import Observed
 

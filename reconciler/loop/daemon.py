@@ -7,51 +7,45 @@ under way; whatever woke the loop, the tick looks at everything and lets the pla
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from math import inf
-from typing import Any, Protocol
 
-from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reconciler.act.engine import EngineActor, Order
 from reconciler.act.notify import deliver
-from reconciler.act.process import Launch, ProcessActor
-from reconciler.clock import Clock, Instant
+from reconciler.act.process import Launch
+from reconciler.clock import Instant
 from reconciler.errors import StateError, is_shortage
 from reconciler.health.assess import Facts, assess, assess_blindness
 from reconciler.health.incident import Incident
 from reconciler.health.notices import Notice
-from reconciler.journal.archive import archive
-from reconciler.journal.codec import encode
 from reconciler.journal.decisions import Inputs, Made
-from reconciler.journal.journal import UNKEPT, Journal
-from reconciler.journal.layout import StateDir
+from reconciler.journal.journal import UNKEPT
+from reconciler.loop.aftermath import Aftermath
+from reconciler.loop.answering import Answering
+from reconciler.loop.calling import order_of
 from reconciler.loop.control import ControlServer
 from reconciler.loop.deciding import decide
 from reconciler.loop.executor import Executor
 from reconciler.loop.history import Learner, record_durations
 from reconciler.loop.launching import launch_of
-from reconciler.loop.leftovers import Leftovers
 from reconciler.loop.notifying import Notifying
-from reconciler.loop.requested import Requested, forgiving
-from reconciler.loop.specs import SpecInForce, SpecKeeper
+from reconciler.loop.parts import Parts
+from reconciler.loop.patience import patience_s
+from reconciler.loop.requested import Requested
+from reconciler.loop.specs import SpecInForce
+from reconciler.loop.tick import Tick
 from reconciler.loop.wakers import Wakers
 from reconciler.observe.nvml import CACHED, WAITING
-from reconciler.observe.snapshot import ObserveOptions, endpoint_of
+from reconciler.observe.snapshot import ObserveOptions
 from reconciler.plan.actions import Action, Event, Plan
-from reconciler.plan.departures import kept_for, stop_for
+from reconciler.plan.departures import stop_for
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.naps import called
-from reconciler.plan.observed import Incarnation, Observed
+from reconciler.plan.observed import Observed
 from reconciler.plan.requests import clean_start
-from reconciler.plan.status import DaemonInfo, status_data
-from reconciler.spec.spec import Notifier, Spec, Stop
+from reconciler.spec.spec import Notifier, Stop
 
-MEMORY_POLL_S, MEMORY_POLL_GROWTH, SLOWEST_MEMORY_POLL_S = 0.1, 0.05, 1.0
-"""NVML has no event for memory that came back: while somebody waits for it, it is looked at ten times a second. What is
-not there after two seconds may take a minute: from then on after a twentieth of the time waited, or after a second."""
 CALM_S = 0.25
 """Nothing happened for so long: what is under way is through with its first steps, and what mostly follows an event has
 followed. On a large box what comes then takes some hundredths of a second, in which nobody is served."""
@@ -61,87 +55,6 @@ NEVER_CALM_S = 1.0
 """Where something happens all the time, what waits for a calm moment waits no longer."""
 FIRST_BLIND_S, MOST_BLIND_S = 0.25, 10.0
 """Between two looks where one could not be taken; they double."""
-OUTSIDE_POLL_S = 1.0
-OUTSIDE = frozenset({"GpuOccupied", "GpuUnknown", "GpuLost", "PortInUse"})
-"""What strangers hold: nothing tells of its end either, so it is looked at once a second while it blocks somebody."""
-
-
-class Eyes(Protocol):
-    """Whoever looks at the box."""
-
-    def observe(self, spec: Spec, options: ObserveOptions) -> Observed:
-        """One look."""
-        ...
-
-    def watches(self) -> Mapping[int, str]:
-        """Descriptors that become readable when a process of ours ends."""
-        ...
-
-    def probe_now(self, incarnations: Collection[str]) -> None:
-        """Ask these at once."""
-        ...
-
-    def owns_listener(self, incarnation: str, port: int) -> bool | None:
-        """Whether who listens on a port is this incarnation; None: could not be seen."""
-        ...
-
-    def close(self) -> None:
-        """Let go of threads and descriptors."""
-        ...
-
-
-class Parts(Struct, frozen=True):
-    """Everything a daemon is made of; put together in `cli.wiring`."""
-
-    state: StateDir
-    clock: Clock
-    journal: Journal
-    specs: SpecKeeper
-    actor: ProcessActor
-    engines: EngineActor
-    eyes: Callable[[Callable[[], None]], Eyes]
-    """Given a function that wakes the loop from any thread."""
-    inherited: Mapping[str, str]
-    """This process's environment."""
-    simulated: Mapping[str, str]
-    """What a simulated node adds to a child's environment."""
-    pid: int
-    hold: Callable[[], None] = lambda: None
-    """Sees to it that the state directory is still this daemon's own (`WriterLock.keep`)."""
-    faces: Sequence[Face] = ()
-    open_files: int | None = None
-    """Soft limit of descriptors for what is run; None: this process's own."""
-    leftovers: Leftovers | None = None
-    """Follows files in /dev/shm; None: where there are none, as on a box in virtual time."""
-    at_least_every_s: float = inf
-    """Somebody expects a tick this often, whatever the set points say of `resync`."""
-
-
-class Tick(Struct, frozen=True):
-    """What one tick saw and decided."""
-
-    spec: SpecInForce
-    observed: Observed
-    plan: Plan
-    incidents: tuple[Incident, ...]
-    idle: bool
-    """No operation is under way."""
-    seconds: float = 0.0
-    """How long it took to look, to decide and to begin, the starts that it carried out included."""
-    untold: Mapping[str, int] = field(default_factory=dict)
-    """By notifier: deliveries given up since this daemon began."""
-
-
-class Face(Protocol):
-    """Somebody who shows each tick to the outside."""
-
-    async def show(self, tick: Tick) -> Sequence[Event]:
-        """Take note of a tick; the answer is what the journal should tell of that."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of sockets."""
-        ...
 
 
 class Daemon:
@@ -153,9 +66,10 @@ class Daemon:
         self._wakers = Wakers()
         self._eyes = parts.eyes(self._wakers.wake_threadsafe)
         self._began = parts.clock.now()
-        self._control = ControlServer(parts.state.control_socket, self._answer)
         self._learner = Learner()
         self._requested = Requested(parts.clock, self._wakers.wake)
+        answering = Answering(parts, self._requested, began=self._began, last_tick=self._last_tick)
+        self._control = ControlServer(parts.state.control_socket, answering.answer)
         self._problems: tuple[str, ...] = ()
         self._executor = Executor(
             parts.actor,
@@ -168,12 +82,9 @@ class Daemon:
             wake=self._wakers.wake,
         )
         self._notifying = Notifying(parts.journal, parts.clock, deliver=self._deliver, wake=self._wakers.wake)
-        self._gone: set[str] = set()
-        """Incarnations whose records were put away since `_tidy`."""
+        self._aftermath = Aftermath(parts, self._report)
         self._tidied = self._began
         self._stopping = False
-        self._unmoved: set[str] = set()
-        """Ended incarnations whose records could not be put away."""
         self._blind = 0
         """Looks in a row that could not be taken, as far as they matter."""
         self._looked = asyncio.Event()
@@ -211,7 +122,7 @@ class Daemon:
         if self._stopping or (until is not None and until(tick)):
             await self._tidy(tick)
             return tick
-        if until is not None and self._unmoved:
+        if until is not None and self._aftermath.unmoved:
             raise StateError(f"{self._parts.state.run}: records cannot be put away", hint="reconciler events")
         self._blind = 0
         await self._rest(tick)
@@ -268,10 +179,9 @@ class Daemon:
         self._last = replace(self._last, incidents=incidents)
         self._notifying.offer(in_force.spec, incidents)
         ended = [i for i in observed.incarnations if i.id in plan.archive]
-        fresh = {i.id for i in ended} - self._unmoved
+        fresh = self._aftermath.fresh(ended)
         record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
-        self._unmoved = {i.id for i in ended if not self._put_away(in_force.spec, i)}
-        self._gone |= fresh
+        self._aftermath.put_away(in_force.spec, ended)
         parts.journal.keep(UNKEPT)
         self._looked.set()
         untold = dict(self._notifying.failures)
@@ -292,36 +202,28 @@ class Daemon:
         await self._wakers.wait(min(MOST_BLIND_S, FIRST_BLIND_S * 2.0**self._blind))
         self._blind = min(self._blind + 1, 10)
 
-    def _put_away(self, spec: Spec, ended: Incarnation) -> bool:
-        """Whether its records could be put away; if not, as on a disk that is read-only by now, it is told once.
-
-        They do no harm where they are: it counts as ended.
-        """
-        try:
-            archive(self._parts.state, ended.id, keep=kept_for(spec, ended.subject))
-        except OSError as error:
-            if ended.id not in self._unmoved:
-                self._report([Event("records.kept", ended.subject.name, f"cannot be put away: {error}", "cleanup")])
-            return False
-        return True
-
     async def _rest(self, tick: Tick) -> None:
         """Wait for something to happen. What nobody waits for at all is done once nothing did for a moment."""
-        patience_s = self._patience(tick)
-        woken = await self._wakers.wait(min(CALM_S, patience_s))
-        if (not woken and patience_s > CALM_S) or self._parts.clock.now().since(self._tidied) >= NEVER_CALM_S:
+        longest_s = self._patience_s(tick)
+        woken = await self._wakers.wait(min(CALM_S, longest_s))
+        if (not woken and longest_s > CALM_S) or self._parts.clock.now().since(self._tidied) >= NEVER_CALM_S:
             self._parts.journal.keep()
             await self._tidy(tick)
-        if not woken and patience_s > CALM_S:
-            await self._wakers.wait(patience_s - CALM_S)
+        if not woken and longest_s > CALM_S:
+            await self._wakers.wait(longest_s - CALM_S)
+
+    def _patience_s(self, tick: Tick) -> float:
+        return patience_s(
+            tick,
+            self._parts.clock.now(),
+            unmoved=self._aftermath.unmoved,
+            retries=(self._executor.next_retry(), self._notifying.next_retry()),
+            at_least_every_s=self._parts.at_least_every_s,
+        )
 
     async def _tidy(self, tick: Tick) -> None:
-        """See what lives in shared memory, and remove what ended ones left there."""
-        self._tidied = now = self._parts.clock.now()
-        ended, self._gone = frozenset(self._gone), set()
-        if self._parts.leftovers is not None:
-            await self._parts.leftovers.follow(tick.observed)
-            self._parts.journal.append(await self._parts.leftovers.clear(ended), now)
+        self._tidied = self._parts.clock.now()
+        await self._aftermath.clear(tick.observed)
 
     def _load(self) -> SpecInForce:
         """The spec in force, read again if files may have changed."""
@@ -359,25 +261,7 @@ class Daemon:
             journal.append(events, now)
         return incidents
 
-    def _patience(self, tick: Tick) -> float:
-        """How long to wait if nothing wakes the loop, in seconds."""
-        now = self._parts.clock.now()
-        waits = [tick.spec.spec.policy.resync_s, self._parts.at_least_every_s]
-        if any(a.op == "wait_memory" and a.ready for a in tick.plan.actions):
-            waits.append(_memory_pace(tick, now))
-        if set(tick.plan.archive) - self._unmoved:
-            waits.append(MEMORY_POLL_S)
-        if any(b.reason in OUTSIDE for b in tick.plan.blocked):
-            waits.append(OUTSIDE_POLL_S)
-        if tick.plan.next_wake is not None:
-            waits.append(max(0.0, tick.plan.next_wake.since(now)) + 0.001)
-        for retry in (self._executor.next_retry(), self._notifying.next_retry()):
-            if retry is None:
-                continue
-            waits.append(max(0.0, retry - now.mono) + 0.001)
-        return min(waits)
-
-    # ------------------------------------------------------------ what the executor needs
+    # ------------------------------------------------------------ what those need who act and who answer
 
     def _launch_of(self, action: Action) -> Launch:
         tick_spec, observed = self._parts.specs.in_force.spec, self._observed_now()
@@ -392,21 +276,8 @@ class Daemon:
         return stop_for(self._parts.specs.in_force.spec, action.subject, started)
 
     async def _call_engine(self, action: Action) -> None:
-        observed, spec = self._observed_now(), self._parts.specs.in_force.spec
-        incarnation = next((i for i in observed.incarnations if i.id == action.incarnation), None)
-        endpoint = endpoint_of(spec, incarnation) if incarnation is not None else None
-        record = self._parts.journal.ledger().endpoints.get(action.subject.name)
-        if incarnation is None or incarnation.port is None or endpoint is None or record is None or record.nap is None:
-            raise StateError(f"{action.subject} is no longer there to {action.op}")
-        profile = endpoint.profile
-        level = profile.sleep_levels[record.nap.level]
-        order = Order(
-            incarnation=incarnation.id,
-            port=incarnation.port,
-            calls=level.sleep if action.op == "sleep" else level.wake,
-            check=profile.sleep_check,
-            asleep=action.op == "sleep",
-        )
+        spec, ledger = self._parts.specs.in_force.spec, self._parts.journal.ledger()
+        order = order_of(action, spec, self._observed_now(), ledger)
         await self._parts.engines.ensure(order, self._eyes.owns_listener, timeout_s=action.timeout_s)
 
     def _called(self, action: Action, problem: str | None) -> None:
@@ -421,52 +292,10 @@ class Daemon:
     def _report(self, events: Sequence[Event]) -> None:
         self._parts.journal.append(events, self._parts.clock.now())
 
-    # ------------------------------------------------------------ what people ask
-
-    async def _answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Answer one request at the control socket; one that comes before the first look waits for it."""
-        if op == "files":
-            return {"setpoints": str(self._parts.specs.path)}
+    async def _last_tick(self) -> Tick:
         await self._looked.wait()
         assert self._last is not None  # noqa: S101 - for the type checker: that is what was waited for
-        tick = self._last
-        match op:
-            case "status":
-                spec, problems, now = tick.spec.spec, tick.spec.problems, self._parts.clock.now()
-                return status_data(spec, tick.observed, tick.plan, tick.incidents, self.info(), problems, now=now)
-            case "values":
-                return {
-                    "observed": encode(tick.observed),
-                    "ledger": encode(
-                        replace(
-                            self._parts.journal.ledger(),
-                            timings=tick.plan.ledger.timings,
-                            runs=tick.plan.ledger.runs,
-                        )
-                    ),
-                    "incidents": [encode(i) for i in tick.incidents],
-                    "daemon": encode(self.info()),
-                    "setpoints": str(self._parts.specs.path),
-                }
-            case "reset":
-                change, said = forgiving(self._parts.journal.ledger(), str(request["name"]), tick.observed)
-                await self._requested.durably(change)
-                return {"message": said}
-            case "clean_start":
-                names = [str(n) for n in request["endpoints"]]
-                await self._requested.durably(lambda ledger, now: clean_start(ledger, names, now))
-                return {"message": "begun"}
-            case _:
-                raise StateError(f"the daemon does not know the request {op!r}")
-
-    def info(self) -> DaemonInfo:
-        """Who this daemon is."""
-        return DaemonInfo(
-            running=True,
-            pid=self._parts.pid,
-            since=self._began.wall,
-            generation=self._parts.journal.generation(),
-        )
+        return self._last
 
     async def _close(self) -> None:
         self._requested.abandon()
@@ -479,11 +308,3 @@ class Daemon:
         self._eyes.close()
         with suppress(StateError):  # the replay of one decision; what ends the daemon may be that it cannot write
             self._parts.journal.keep()
-
-
-def _memory_pace(tick: Tick, now: Instant) -> float:
-    """Seconds until memory that is waited for is looked at again: as the last one to end, or to fall asleep, has it."""
-    naps = (record.nap for record in tick.plan.ledger.endpoints.values())
-    since = [nap.slept for nap in naps if nap is not None] + [i.exited for i in tick.observed.incarnations]
-    waited_s = min((now.since(moment) for moment in since if moment is not None), default=0.0)
-    return min(SLOWEST_MEMORY_POLL_S, max(MEMORY_POLL_S, MEMORY_POLL_GROWTH * waited_s))

@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from reconciler.loop.daemon import Tick
+from reconciler.loop.tick import Tick
 from reconciler.plan.agenda import AgendaTracker
 from reconciler.plan.ledger import LIVE, TERMINAL, EndpointState, OverlayRecord
 from reconciler.plan.overlays import predicted_end

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from reconciler.loop.daemon import Tick
+from reconciler.loop.tick import Tick
 from reconciler.plan.actions import Event
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.loop.converging import AWAITED, Goal
-from reconciler.loop.daemon import Tick
+from reconciler.loop.tick import Tick
 from reconciler.plan.actions import Action, Blocked, Cause, EndpointView, Plan
 from reconciler.plan.ledger import EndpointRecord, Ledger, OverlayRecord
 from reconciler.plan.observed import Observed, Subject

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.health.incident import Incident
-from reconciler.loop.daemon import Tick
 from reconciler.loop.specs import SpecInForce
+from reconciler.loop.tick import Tick
 from reconciler.plan.actions import EndpointView
 from reconciler.plan.ledger import AgendaEntry, EndpointRecord, Ledger
 from reconciler.plan.observed import Gpu, Observed

@@ -30,11 +30,12 @@ from reconciler.health.incident import Incident
 from reconciler.journal.decisions import Made
 from reconciler.journal.journal import Journal
 from reconciler.journal.layout import StateDir
-from reconciler.loop import daemon as daemon_module
-from reconciler.loop import launching, specs
-from reconciler.loop.daemon import Daemon, Parts, Tick
+from reconciler.loop import aftermath, launching, specs
+from reconciler.loop.daemon import Daemon
+from reconciler.loop.parts import Parts
 from reconciler.loop.requested import forgiving
 from reconciler.loop.specs import SpecKeeper
+from reconciler.loop.tick import Tick
 from reconciler.observe.snapshot import CLOCK_JUMP_S, ObserveOptions
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import LIVE, Ledger
@@ -856,8 +857,8 @@ class Patches:
         self.box = box
 
     def __enter__(self) -> None:
-        self.before = daemon_module.archive, launching.new_id
-        daemon_module.archive = forget(self.box)  # type: ignore[attr-defined]
+        self.before = aftermath.archive, launching.new_id
+        aftermath.archive = forget(self.box)  # type: ignore[attr-defined]
         launching.new_id = self._name  # type: ignore[attr-defined]
         specs.resolve_texts = lambda setpoints, overlays: _resolved(setpoints, tuple(overlays))
 
@@ -866,7 +867,7 @@ class Patches:
         return f"i{self.box._serial:05d}"
 
     def __exit__(self, *_: object) -> None:
-        daemon_module.archive, launching.new_id = self.before  # type: ignore[attr-defined]
+        aftermath.archive, launching.new_id = self.before  # type: ignore[attr-defined]
         specs.resolve_texts = resolve_texts
 
 
