@@ -18,11 +18,14 @@ from reconciler.errors import Problem, SpecError, UnknownName, UsageError
 from reconciler.health.assess import STABLE_S
 from reconciler.journal.reader import JournalEvent
 from reconciler.plan.actions import Action
+from reconciler.plan.draft import HOLDING
 from reconciler.plan.endpoints import describe_exit
 from reconciler.plan.exits import exit_words
-from reconciler.plan.ledger import TERMINAL
+from reconciler.plan.ledger import TERMINAL, OverlayRecord
+from reconciler.plan.overlays import predicted_end
 from reconciler.plan.render import in_zone
 from reconciler.plan.status import agenda_data, incident_data, iso, status_data
+from reconciler.spec.spec import OverlaySpec
 from reconciler.units import counted, format_duration
 
 EVENTS_SHOWN = 8
@@ -156,7 +159,9 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         yield f"Its set point is {spec.state} [{spec.source}]; priority {spec.priority}; it {consent}."
     else:
         yield "The set points do not name it: it belongs to an overlay, or was removed and is on its way out."
-    if item["desired"] != (spec.state if spec else None):
+    if holders := list(_tell_holders(seen, name)):
+        yield " ".join([*holders, *(["It comes back after that."] if spec and spec.state == "running" else [])])
+    elif item["desired"] != (spec.state if spec else None):
         yield f"At this moment it should be {item['desired']}."
     if item["pid"] is not None:
         yield f"It runs as pid {item['pid']} on {_place(seen, item)}, port {item['port'] or '-'}."
@@ -173,6 +178,30 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         ended = clock(iso(last.at.wall))
         yield f"It last ended at {ended}, {how}, with {describe_exit(last)}."
         yield f"{counted(item['restarts'], 'unplanned end is', 'unplanned ends are')} remembered."
+
+
+def _tell_holders(seen: wiring.Look, name: str) -> Iterator[str]:
+    """To which overlays an endpoint gives way, since when, and when each is expected to end."""
+    ledger, now = seen.plan.ledger, seen.plan.now.wall
+    entry = next((e for e in ledger.agenda if e.endpoint == name), None)
+    for record in ledger.overlays.values():
+        if name not in record.evicted or record.state not in HOLDING:
+            continue
+        spec = seen.spec.overlays.get(record.name)
+        since = f" since {clock(iso(entry.start))}" if entry is not None and entry.overlay == record.name else ""
+        yield f"It gives way to {record.name}{since}, which is {_foreseen(record, spec, now)}."
+
+
+def _foreseen(record: OverlayRecord, spec: OverlaySpec | None, now: float) -> str:
+    """How far an overlay is that keeps somebody away, and when it is expected to end."""
+    if record.state == "completing":
+        return "over and gives its place back"
+    end = None if spec is None else predicted_end(record, spec.makespan, now)
+    if end is None:
+        return f"{record.state}; when it ends is not known without its file"
+    if end <= now:
+        return f"{record.state} and should have ended"
+    return f"{record.state} and expected to end at {clock(iso(end))}"
 
 
 def _tell_overlay(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:

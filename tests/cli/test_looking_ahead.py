@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from xml.etree import ElementTree as ET
 
 from desk import Desk
@@ -14,6 +15,14 @@ allow_baseline_eviction: true
 makespan: {schedule: "%d %d * * *", timezone: UTC, duration: 3h}
 gpus: 4
 workload: {command: [sleep, "60"]}
+"""
+
+NOW = """\
+version: 1
+priority: 900
+allow_baseline_eviction: true
+makespan: {duration: 5m}
+gpus: 4
 """
 
 
@@ -68,11 +77,16 @@ def test_a_job_that_can_begin_is_not_told_to_wait(desk: Desk) -> None:
     assert json.loads(told.stdout)["data"]["waits"] is None
 
 
-def test_explain_tells_whom_a_window_will_displace_and_of_gpus_that_cannot_be_read_no_index(desk: Desk) -> None:
+def test_explain_tells_who_gives_way_to_whom_since_when_and_of_gpus_that_cannot_be_read_no_index(desk: Desk) -> None:
     nightly_in_an_hour(desk)
     assert desk.run("apply", "--yes").returncode == 0
     try:
         assert "on, big will give way to it." in desk.run("explain", "nightly").stdout
+        now = desk.write("overlays/now.yaml", NOW)
+        told = desk.run("explain", "big").stdout
+        way = r"It gives way to now since [-\d: ]+, which is evicting and expected to end at [-\d: ]+\. It comes back"
+        assert re.search(way, told), told
+        now.unlink()
         desk.run("sim", "fault", "unknown", "--gpu", "0")
         assert "on GPU 1 and 1 GPU that cannot be read now, port" in desk.run("explain", "big").stdout
         assert "How much of its memory is used cannot be read now." in desk.run("explain", "0").stdout
