@@ -12,6 +12,9 @@ from msgspec import Struct
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
 
+WITHOUT_PLUGINS = ("PYDANTIC_DISABLE_PLUGINS", "__all__")
+"""For this program alone: else every installed package would be searched for plugins of pydantic."""
+
 WITH_VALUE = ("--setpoints", "--state-dir", "--simulate", "--format")
 FLAGS = ("--no-color",)
 

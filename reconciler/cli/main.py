@@ -20,7 +20,7 @@ import typer
 from msgspec import Struct
 from typer.core import TyperGroup
 
-from reconciler.cli.arguments import INTERRUPTED, Format, Globals, hoist, wants_json
+from reconciler.cli.arguments import INTERRUPTED, WITHOUT_PLUGINS, Format, Globals, hoist, wants_json
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 
 PROGRAM = "reconciler"
@@ -210,7 +210,7 @@ def main() -> NoReturn:
     interpreter apart at the end. Nothing here needs either: what must survive is durable before a command returns.
     """
     gc.set_threshold(*GC_THRESHOLD)
-    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # every installed package would be searched for some
+    os.environ.setdefault(*WITHOUT_PLUGINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail

@@ -31,8 +31,8 @@ def environment(sim_dir: Path, base: Mapping[str, str] | None = None) -> dict[st
     return result
 
 
-def run(sim_dir: Path, command: Sequence[str]) -> int:
-    """Run `command` in the foreground on the simulated node; its exit code, or -signal.
+def run(sim_dir: Path, command: Sequence[str], base: Mapping[str, str] | None = None) -> int:
+    """Run `command` in the foreground on the simulated node, in an `environment`; its exit code, or -signal.
 
     Raises:
         UsageError: there is no such program.
@@ -40,7 +40,7 @@ def run(sim_dir: Path, command: Sequence[str]) -> int:
     """
     if not command:
         raise UsageError("nothing to run", hint="reconciler sim exec -- python -m nvitop")
-    env = environment(sim_dir)
+    env = environment(sim_dir, base)
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
         raise UsageError(f"{command[0]}: no such program", hint="it is looked for on PATH")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -46,13 +46,18 @@ _PATH = re.compile(r"\.{0,2}/|~")
 
 
 class Discreet(Struct, frozen=True):
-    """A record some of whose fields may hold secrets: they stay out of its `repr`, and so out of messages and logs."""
+    """A record some of whose fields may hold secrets: they stay out of its `repr`, and so out of messages and logs.
+
+    And out of what rich prints of one: structs tell it all their fields, whatever their `repr` says.
+    """
 
     discreet_about: ClassVar[frozenset[str]]
 
     def __repr__(self) -> str:
-        shown = (name for name in self.__struct_fields__ if name not in self.discreet_about)
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.__struct_fields__ if name not in self.discreet_about]
 
 
 def names_secret(name: str) -> bool:

@@ -136,6 +136,11 @@ def test_the_simulated_node_can_be_looked_at_filled_broken_and_used(desk: Desk):
     assert desk.run("sim", "exec", "--", sys.executable, "-c", code).returncode == 4
 
 
+def test_what_this_program_wants_of_pydantic_is_not_asked_of_others_on_the_simulated_node(desk: Desk):
+    code = "import os, sys; sys.exit(any(name.startswith('PYDANTIC_') for name in os.environ))"
+    assert desk.run("sim", "exec", "--", sys.executable, "-c", code).returncode == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [

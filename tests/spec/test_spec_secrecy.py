@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import pytest
+from rich.pretty import pretty_repr
 
 from reconciler.spec.cautions import cautions
-from reconciler.spec.secrecy import names_secret, redacted
+from reconciler.spec.secrecy import Discreet, names_secret, redacted
 from reconciler.spec.texts import SourceText
+
+
+class Held(Discreet, frozen=True):
+    discreet_about = frozenset({"env"})
+
+    name: str
+    env: dict[str, str]
+
+
+def test_a_discreet_record_keeps_its_secrets_out_of_all_that_prints_it() -> None:
+    held = Held("coding", {"HF_TOKEN": "canary"})
+    assert repr(held) == str(held) == "Held(name='coding')"
+    assert pretty_repr([held]) == "[Held(name='coding')]"
 
 
 @pytest.mark.parametrize(
