@@ -158,8 +158,10 @@ def _refuse_beside_a_daemon(face: Face) -> None:
     daemon = writer(state)
     if daemon is None:
         return
+    from reconciler.cli.service import stop_command
+
     who = f"pid {daemon.pid}" if daemon.pid else "pid unknown"
-    stop = f"kill {daemon.pid}" if daemon.pid else "end it"
+    stop = stop_command(daemon.pid) if daemon.pid else "end it"
     raise DaemonRunning(
         f"a daemon runs on {state.path} ({who}) and would bring the endpoints back; nothing was stopped",
         pid=daemon.pid,

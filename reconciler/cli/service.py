@@ -5,9 +5,11 @@ Every message follows a finished tick, so a loop that hangs is silent and the wa
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from reconciler.loop.tick import Tick
 from reconciler.plan.actions import Event
@@ -23,6 +25,26 @@ def watchdog_s(environment: Mapping[str, str], pid: int) -> float | None:
     if not asked.isdecimal() or int(asked) == 0 or of != str(pid):
         return None
     return int(asked) / 1e6 / PINGS_PER_TIMEOUT
+
+
+_UNIT = re.compile(r"^(?:0::|\d+:name=systemd:)(/\S*)/([^/\s]+)\.service(?:/|$)", re.MULTILINE)
+"""The innermost service of a process, in its /proc/PID/cgroup."""
+
+
+def stop_command(pid: int, proc: Path = Path("/proc")) -> str:
+    """What a person types to end the daemon `pid` for good: systemd starts one of its own again after a signal.
+
+    Whom systemd executed is told by SYSTEMD_EXEC_PID (systemd.exec(5), since 248), by which unit by the control group.
+    """
+    try:
+        variables = (proc / f"{pid}/environ").read_bytes().split(b"\0")
+        unit = _UNIT.search((proc / f"{pid}/cgroup").read_text())
+    except OSError:
+        return f"kill {pid}"
+    if unit is None or f"SYSTEMD_EXEC_PID={pid}".encode() not in variables:
+        return f"kill {pid}"
+    manager = "systemctl --user" if "/user@" in unit[1] else "systemctl"
+    return f"{manager} stop {unit[2]}"
 
 
 class ServiceManager:

@@ -299,7 +299,11 @@ def run_daemon(options: Options, *, begun: Callable[[], None]) -> int:
         ReconcilerError: it cannot start, or can no longer write.
     """
     import asyncio
+    import faulthandler
     import signal
+
+    # a loop that hangs says where, when the watchdog ends it (SIGABRT); other threads run on, so theirs cannot be read
+    faulthandler.enable(file=2, all_threads=False)
 
     async def serve() -> None:
         sys.setswitchinterval(SWITCH_S)

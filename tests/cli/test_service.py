@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from desk import PROGRAM, Desk
 
-from reconciler.cli.service import watchdog_s
+from reconciler.cli.service import stop_command, watchdog_s
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -52,6 +53,53 @@ def test_a_daemon_says_that_it_is_ready_alive_and_stopping(desk: Desk, listener:
     finally:
         daemon.kill()
         daemon.wait()
+
+
+def test_a_daemon_that_the_watchdog_ends_says_where_it_stood(desk: Desk, listener: tuple[str, socket.socket]) -> None:
+    name, listening = listener
+    desk.write("setpoints.yaml", "version: 1\nendpoints: {}\n")
+    with (desk.root / "daemon.log").open("wb") as log:
+        daemon = subprocess.Popen(
+            [*PROGRAM, *desk.words, "run"],
+            env={**os.environ, "NOTIFY_SOCKET": name},
+            stdout=log,
+            stderr=log,
+            cwd=desk.root,  # where a core would be left
+        )
+    try:
+        assert listening.recv(4096).startswith(b"READY=1")
+        daemon.send_signal(signal.SIGABRT)  # WatchdogSignal= of systemd.kill(5)
+        assert daemon.wait(20) == -signal.SIGABRT
+    finally:
+        daemon.kill()
+        daemon.wait()
+    said = (desk.root / "daemon.log").read_text()
+    assert "Fatal Python error: Aborted" in said
+    assert "in run_daemon" in said
+
+
+@pytest.mark.parametrize(
+    ("group", "executed", "command"),
+    [
+        ("0::/system.slice/reconciler.service", 7, "systemctl stop reconciler"),
+        ("0::/system.slice/reconciler.service/daemon", 7, "systemctl stop reconciler"),
+        ("4:memory:/x\n1:name=systemd:/system.slice/gpus.service\n0::/", 7, "systemctl stop gpus"),
+        ("0::/user.slice/user-9.slice/user@9.service/app.slice/llm.service", 7, "systemctl --user stop llm"),
+        ("0::/system.slice/cron.service", 6, "kill 7"),
+        ("0::/system.slice/cron.service", None, "kill 7"),
+        ("0::/user.slice/user-9.slice/session-1.scope", 7, "kill 7"),
+        (None, 7, "kill 7"),
+    ],
+)
+def test_who_is_of_a_unit_is_ended_by_its_manager_and_anybody_else_by_a_signal(
+    tmp_path: Path, group: str | None, executed: int | None, command: str
+) -> None:
+    (tmp_path / "7").mkdir()
+    variables = [b"PATH=/bin", *([f"SYSTEMD_EXEC_PID={executed}".encode()] if executed else []), b""]
+    (tmp_path / "7/environ").write_bytes(b"\0".join(variables))
+    if group is not None:
+        (tmp_path / "7/cgroup").write_text(f"{group}\n")
+    assert stop_command(7, tmp_path) == command
 
 
 def test_a_manager_that_does_not_listen_holds_up_nobody(desk: Desk) -> None:
