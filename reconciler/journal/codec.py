@@ -7,6 +7,10 @@ structs carries its class name under `type`, keys are sorted, nothing is spaced.
 Rejected: pydantic's TypeAdapter. Importing and building it costs 70 ms in every command (this: 1 ms, and then 1.3 ms
 to read a ledger of 50 endpoints against 0.6), it keeps the order of maps, and its unions guess: `{"fraction": 0.5}`
 also is a `WholeGpu`, whose object has no fields at all.
+
+Nor msgspec's own JSON: it writes what a field holds unchecked, tags a struct everywhere or nowhere, and refuses half a
+surrogate pair, as names of files may have; to `convert` what `json` has read would save a command 1 ms, and let
+infinities in.
 """
 
 from __future__ import annotations

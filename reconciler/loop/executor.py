@@ -26,7 +26,7 @@ Key = tuple[str, str]
 """What an operation is about: its kind, and the incarnation (or, for a start, the subject)."""
 
 
-class _Failure(Struct):
+class _Failure(Struct, frozen=True):
     """How often an action has failed in a row, and until when it is let be."""
 
     count: int

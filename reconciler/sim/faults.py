@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict, replace
+from msgspec import Struct, field, to_builtins
+from msgspec.json import decode
+from msgspec.structs import replace
 
 from reconciler.errors import UsageError
 
 
-class GpuFaults(Struct, frozen=True):
+class GpuFaults(Struct, frozen=True, omit_defaults=True):
     """What is wrong with one GPU."""
 
     lost: bool = False
@@ -56,10 +57,8 @@ def read(sim_dir: Path) -> Faults:
     """The faults now in force."""
     try:
         with open(f"{sim_dir}/faults.json", "rb") as file:  # noqa: PTH123 - read with every call to the driver
-            document = json.loads(file.read())
-        gpus = {int(index): _gpu(entry) for index, entry in document.get("gpus", {}).items()}
-        return Faults(bool(document.get("no_driver", False)), gpus)
-    except (OSError, ValueError, AttributeError):
+            return decode(file.read(), type=Faults)
+    except (OSError, ValueError):
         return Faults()
 
 
@@ -91,16 +90,7 @@ def mend(sim_dir: Path, index: int | None = None) -> None:
     _store(sim_dir, Faults(no_driver=faults.no_driver and index is not None, gpus=kept))
 
 
-def _gpu(entry: Mapping[str, Any]) -> GpuFaults:
-    known = {kind: entry[kind] for kind in KINDS if kind in entry}
-    flags: dict[str, Any] = {kind: bool(value) for kind, value in known.items() if kind != "hang"}
-    return GpuFaults(hang=float(known.get("hang", 0.0)), **flags)
-
-
 def _store(sim_dir: Path, faults: Faults) -> None:
-    gpus = {
-        str(index): {kind: value for kind, value in asdict(gpu).items() if value} for index, gpu in faults.gpus.items()
-    }
     draft = sim_dir / f".faults.json.{os.getpid()}"
-    draft.write_text(json.dumps({"no_driver": faults.no_driver, "gpus": gpus}, sort_keys=True) + "\n", "utf-8")
+    draft.write_text(json.dumps(to_builtins(faults, str_keys=True), sort_keys=True) + "\n", "utf-8")
     draft.replace(sim_dir / "faults.json")

@@ -21,9 +21,9 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct, field, to_builtins
+from msgspec.json import decode
 
 from reconciler.errors import StateError
 
@@ -130,12 +130,12 @@ def load(sim_dir: Path) -> SimNode:
         StateError: there is none, or it cannot be read.
     """
     try:
-        return _from_json(json.loads((sim_dir / "node.json").read_text("utf-8")))
+        return decode((sim_dir / "node.json").read_bytes(), type=SimNode)
     except FileNotFoundError as error:
         raise StateError(
             f"{sim_dir}: no simulated node lives here", hint="start something with --simulate 4x80GiB first"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise StateError(f"{sim_dir}/node.json: not the description of a simulated node: {error}") from error
 
 
@@ -207,21 +207,3 @@ def _to_json(node: SimNode) -> str:
     for index, gpu in enumerate(document["gpus"]):
         gpu["uuid"] = node.uuid(index)
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
-
-
-def _from_json(document: dict[str, Any]) -> SimNode:
-    gpus = tuple(
-        SimGpu(gpu["name"], gpu["memory_bytes"], gpu["reserved_bytes"], gpu["numa_node"], gpu.get("nvlink_island", 0))
-        for gpu in document["gpus"]
-    )
-    models = {name: ModelFigures(**figures) for name, figures in document["models"].items()}
-    faults = tuple(EngineFault(**{**rule, "starts": tuple(rule["starts"])}) for rule in document["faults"])
-    return SimNode(
-        gpus,
-        document["time_scale"],
-        document["release_delay_s"],
-        document["driver_version"],
-        document["seed"],
-        models,
-        faults,
-    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msgspec import Struct
-from msgspec.structs import asdict
+from msgspec import Struct, to_builtins
 
 from reconciler.sim import faults
 from reconciler.sim.ledger import Allocation, Ledger
@@ -78,8 +77,7 @@ def report(sim_dir: Path) -> NodeReport:
 
 
 def _names(gpu: faults.GpuFaults) -> tuple[str, ...]:
-    listed = {kind: value for kind, value in asdict(gpu).items() if value}
-    return tuple(f"hang {value:g}s" if kind == "hang" else kind for kind, value in listed.items())
+    return tuple(f"hang {value:g}s" if kind == "hang" else kind for kind, value in to_builtins(gpu).items())
 
 
 def _holding(allocation: Allocation) -> Holding:
