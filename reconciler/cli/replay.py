@@ -68,7 +68,8 @@ def _verdict(found: Decision, again: Plan, *, same: bool) -> str:
     made = f"Decision {found.id} of {datetime.fromtimestamp(found.wall).astimezone():%Y-%m-%d %H:%M:%S}"
     if same:
         return f"{made}: made again, the plan is the same, byte for byte."
-    versions = f"It was made by version {found.version}, and again by {maker(again)}."
+    now = maker(again)
+    versions = f"It was made by version {found.version}, and again by {'the same' if now == found.version else now}."
     if "ortools" in found.version and not again.solved:
         versions += f" Without that solver nobody is moved: `{INSTALL}`."
     return f"{made}: made again, the plan is another one. {versions}"

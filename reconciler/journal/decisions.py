@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from functools import cache
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -26,6 +27,7 @@ from reconciler.spec.spec import EndpointSpec, OverlaySpec, Spec
 DECISIONS_KEPT = 2_000
 """With eight GPUs and twenty endpoints about 4 KiB each: 8 MiB, and on a busy box the last days."""
 PRUNE_DECISIONS_EVERY = 100
+_DECIDING = ("plan/*.py", "spec/*.py", "clock.py", "units.py", "journal/codec.py")
 
 
 class Inputs(Struct, frozen=True):
@@ -68,7 +70,10 @@ def digest(plan: Plan) -> str:
 
 
 def maker(plan: Plan) -> str:
-    """What made a plan, and makes it again from the same inputs: the version, and the solver's if that was asked."""
+    """What made a plan, and makes it again from the same inputs: version and sources, and the solver's if it was asked.
+
+    Such as `0.1.0+5f3c09ab with ortools 9.12`: between two releases one version has many sources.
+    """
     return f"{_own_version()} with {solver.version()}" if plan.solved else _own_version()
 
 
@@ -76,7 +81,20 @@ def maker(plan: Plan) -> str:
 def _own_version() -> str:
     from importlib.metadata import version  # 20 ms, and only the daemon needs it
 
-    return version("reconciler")
+    return f"{version('reconciler')}+{sources(Path(__file__).parents[1])}"
+
+
+def sources(package: Path) -> str:
+    """What tells one planner from another: eight hex digits of the SHA-256 of all that a plan, and its text, depend on.
+
+    Args:
+        package: the folder of this program
+    """
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in _DECIDING for path in package.glob(pattern)):
+        found.update(hashlib.sha256(path.relative_to(package).as_posix().encode()).digest())
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:8]
 
 
 def deeds(plan: Plan) -> tuple[tuple[str, str, str | None], ...]:

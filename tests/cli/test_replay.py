@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 
 import pytest
@@ -40,6 +41,11 @@ def test_a_plan_that_comes_out_otherwise_is_told_with_exit_1(lived: Desk) -> Non
     assert again.returncode == 1
     assert "the plan is another one" in again.stdout
     assert "version 0.0.1" in again.stdout
+    with sqlite3.connect(lived.state / "journal.sqlite") as raw:
+        raw.execute("UPDATE decisions SET outcome = 'another' WHERE id = 2")
+    assert re.search(
+        r"by version \d[\d.]*\+[0-9a-f]{8}, and again by the same\.", lived.run("explain", "--replay", "2").stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+import reconciler
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
 from reconciler.journal import journal as journal_module
-from reconciler.journal.decisions import Inputs, Made, digest
+from reconciler.journal.decisions import Inputs, Made, digest, maker, sources
 from reconciler.journal.journal import UNKEPT, Journal
 from reconciler.plan.actions import Event
 from reconciler.plan.ledger import Ledger
@@ -150,3 +152,22 @@ def test_a_spec_that_a_full_disk_kept_out_is_written_with_the_next_decision(
     monkeypatch.setattr(journal, "_insert_events", real)
     commit(journal, one)
     assert journal.decision() is not None
+
+
+def test_what_made_a_decision_is_another_planner_once_its_sources_are_and_by_whatever_else_the_same(
+    tmp_path: Path,
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(Path(reconciler.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = sources(package)
+    assert maker(made().plan).partition(" ")[0].endswith(f"+{before}")
+    (package / "cli" / "main.py").write_text("")
+    (package / "plan" / "notes.txt").write_text("")
+    assert sources(package) == before
+    told = {before}
+    for name in ("plan/planner.py", "spec/values.py", "units.py", "journal/codec.py"):
+        with (package / name).open("a") as file:
+            file.write("# edited\n")
+        told.add(sources(package))
+    (package / "plan" / "planner.py").rename(package / "plan" / "planned.py")
+    assert len(told | {sources(package)}) == 6
