@@ -226,35 +226,13 @@ class Draft(Struct):
                 self.owners[name] = step.record.name
                 if endpoint.state == "running":
                     self.wanted[name] = endpoint
-        awaited = self._awaited()
         for lease in self.leases:
             name, step = lease.subject.name, self.steps[lease.overlay]
-            if lease.subject.kind != "endpoint" or (step.record.state not in OVERRIDING and name not in awaited):
+            if lease.subject.kind != "endpoint" or step.record.state not in OVERRIDING:
                 continue
             if name not in self.wanted and name in base:  # a standby provider that the overlay requires
                 self.wanted[name] = base[name]
                 self.owners[name] = lease.overlay
-
-    def _awaited(self) -> set[str]:
-        """Standby providers of overlays that have ended, of which one that is due requires what they offer.
-
-        It goes on running while the place of the one that ended is given back: whoever waited for nothing else takes it
-        over. What one that was displaced had is not kept: whoever displaced it has counted on that place.
-        """
-        due = [s for s in self.steps.values() if s.record.state == "pending" and s.record.window_start <= self.now.wall]
-        required = {capability for s in due if s.spec is not None for capability in s.spec.requires}
-        if not required:
-            return set()
-        seized = self._seized()
-        over = {n for n, s in self.steps.items() if s.record.outcome is not None and n not in seized}
-        base = self.situation.spec.endpoints
-        held = {x.subject.name for x in self.leases if x.overlay in over and x.subject.kind == "endpoint"}
-        spare = [base[n] for n in held if n in base and base[n].state == "standby"]
-        return {e.name for e in spare if not required.isdisjoint(e.capabilities)}
-
-    def _seized(self) -> set[str]:
-        """Overlays that live ones displaced."""
-        return {name for s in self.steps.values() if s.live for name in s.record.seized}
 
     def bequeath(self) -> None:
         """Hand the leases on standby providers of overlays that ended to one in force that requires them as well.
@@ -263,7 +241,7 @@ class Draft(Struct):
         """
         base = self.situation.spec.endpoints
         heirs = [s for s in self.steps.values() if s.spec is not None and s.record.state in OVERRIDING]
-        seized = self._seized()
+        seized = {name for s in self.steps.values() if s.live for name in s.record.seized}
         kept = []
         for lease in self.leases:
             provider = base.get(lease.subject.name) if lease.subject.kind == "endpoint" else None

@@ -130,7 +130,7 @@ def test_a_window_has_a_place_for_the_provider_that_ends_with_other_work_before_
 def test_whoever_waits_for_an_overlay_to_end_is_told_that_the_provider_ends_with_it() -> None:
     run = settled(LARGE, SKETCH)
     later = overlay("later", [0], priority=50, requires=("draw",))
-    run.spec = spec(LARGE, replace(SKETCH, placement_hash="other work"), later)
+    run.spec = spec(LARGE, SKETCH, later)
     run.settle(until=overlay_state("sketch", "completing"))
     said = why(run.decide(), "later")
     assert (said.reason, said.transient) == ("NoProvider", True)
@@ -159,14 +159,3 @@ def test_work_whose_provider_is_edited_to_offer_something_else_before_it_began_g
     assert run.plant.is_ready("chat")
     run.spec = spec(HELPER, chat, SKETCH)
     run.settle(until=overlay_state("sketch", "done"))
-
-
-def test_a_provider_is_handed_on_by_work_that_ends_to_work_that_waited_for_its_place_alone() -> None:
-    run = settled(HELPER, SKETCH)
-    run.spec = spec(HELPER, SKETCH, replace(SKETCH, name="after", placement_hash="after"))
-    run.settle(until=overlay_state("sketch", "done"))
-    run.settle(until=overlay_state("after", "done"))
-    assert run.starts() == ["helper", "sketch", "after"]
-    last = run.settle()
-    assert last.ledger.leases == ()
-    assert run.plant.current("helper") is None
