@@ -69,10 +69,11 @@ def check_folder(path: str) -> None:
         UntrustedError: it cannot.
         OSError: it is not there, or no folder.
     """
-    os.close(_open_folder(path))
+    os.close(_open_folder(path, ""))
 
 
-def _open_folder(path: str) -> int:
+def _open_folder(path: str, told: str) -> int:
+    """The folder; `told` stands before what is wrong with it."""
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)
@@ -83,14 +84,14 @@ def _open_folder(path: str) -> int:
         raise
     if problem:
         os.close(fd)
-        raise UntrustedError(f"lies in {path}, which {problem}", f"what lies there is run: {_cure(problem, path)}")
+        raise UntrustedError(f"{told}{problem}", f"what lies there is run: {_cure(problem, path)}")
     return fd
 
 
 def _open(path: str, links: int) -> int:
     """The file at `path`; a descriptor is judged, never a path that may lead elsewhere a moment later."""
     folder, name = os.path.split(path)
-    parent = _open_folder(folder or ".")  # 1
+    parent = _open_folder(folder or ".", f"lies in {folder or '.'}, which ")  # 1
     try:
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=parent)
     except OSError as error:
