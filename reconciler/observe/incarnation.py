@@ -195,6 +195,17 @@ class IncarnationReader:
         return tuple(stat.pid for stat in found if (stat.pid, stat.start_ticks) != (run.pid, run.start_ticks))
 
 
+def _before_boot(intent: Intent, ended: Exit | None) -> tuple[Instant, Instant | None]:
+    """When one of another boot was started and ended, on the monotonic clock of this one.
+
+    That clock began anew: a moment of a boot that lasted longer would lie ahead, and whoever waits until after it (for
+    memory that is seen free since) would wait for as long as that boot lasted. It ended by the start of this one.
+    """
+    last = max(intent.started.mono, ended.at.mono if ended else 0.0)
+    started = Instant(intent.started.wall, intent.started.mono - last)
+    return started, Instant(ended.at.wall, ended.at.mono - last) if ended else None
+
+
 def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None) -> Incarnation:
     intent, run, ended, stop = records.intent, records.run, records.exit, records.stop
     if not isinstance(intent, Intent):
@@ -203,6 +214,10 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
             id=records.id, kind="endpoint", name=records.id, process_hash="", gpus=(), memory_bytes=(),
             exclusive=False, port=None, attempt=0, argv=(), log="", started=Instant(0.0, 0.0), boot_id="",
         )  # fmt: skip
+    known_end = ended if isinstance(ended, Exit) else None
+    started, exited = intent.started, known_end.at if known_end else None
+    if records.of_another_boot(boot_id()):
+        started, exited = _before_boot(intent, known_end)
     return Incarnation(
         id=records.id,
         subject=Subject(intent.kind, intent.name),
@@ -211,12 +226,12 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         memory_bytes=intent.memory_bytes,
         exclusive=intent.exclusive,
         port=intent.port,
-        started=intent.started,
+        started=started,
         phase=phase,
         pid=run.pid if isinstance(run, Run) else None,
         strays=strays,
         exit_code=ended.exit_code if isinstance(ended, Exit) else None,
-        exited=ended.at if isinstance(ended, Exit) else None,
+        exited=exited,
         failure=ended.error if isinstance(ended, Exit) else None,
         stop=StopProgress(stop.requested, stop.drained, stop.signalled) if isinstance(stop, StopRecord) else None,
         attempt=intent.attempt,

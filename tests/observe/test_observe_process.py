@@ -218,6 +218,16 @@ def test_an_incarnation_of_another_boot_is_vanished_or_as_it_was_recorded(cradle
     assert (seen[ended.id].phase, seen[ended.id].exit_code, seen[ended.id].alive) == ("exited", 4, False)
 
 
+def test_no_moment_of_a_longer_boot_lies_ahead_in_this_one(cradle, reader, state):
+    begun = Instant(1_000.0, 1e9)  # the monotonic clock begins anew with each boot
+    ended = cradle.intend("a", boot_id="another", started=begun)
+    write_exit(state, ended.id, ExitRecord(0, begun.plus(40.0)))
+    vanished = cradle.intend("b", boot_id="another", started=begun)
+    seen = {i.id: i for i in reader.read()}
+    assert (seen[ended.id].started, seen[ended.id].exited) == (Instant(1_000.0, -40.0), Instant(1_040.0, 0.0))
+    assert (seen[vanished.id].started, seen[vanished.id].exited) == (Instant(1_000.0, 0.0), None)
+
+
 @pytest.mark.parametrize("left", ["", '{"at": {"wa', None])
 @pytest.mark.parametrize("name", ["intent.json", "run.json", "exit.json", "stop.json"])
 def test_what_a_power_cut_emptied_tore_or_took_is_vanished_in_the_next_boot(cradle, reader, state, name, left):
