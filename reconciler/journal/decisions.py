@@ -79,9 +79,13 @@ def maker(plan: Plan) -> str:
 
 @cache  # read from the package's files, which are large, and asked at every decision
 def _own_version() -> str:
-    from importlib.metadata import version  # 20 ms, and only the daemon needs it
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms, and only the daemon needs it
 
-    return f"{version('reconciler')}+{sources(Path(__file__).parents[1])}"
+    made_of = sources(Path(__file__).parents[1])  # first: without descriptors it says so, `version` finds no package
+    try:
+        return f"{version('reconciler')}+{made_of}"
+    except PackageNotFoundError:  # run from its sources
+        return f"unknown+{made_of}"
 
 
 def sources(package: Path) -> str:
