@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from msgspec.structs import replace
 import reconciler
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import StateError
+from reconciler.journal import decisions
 from reconciler.journal import journal as journal_module
 from reconciler.journal.decisions import Inputs, Made, digest, maker, sources
 from reconciler.journal.journal import UNKEPT, Journal
@@ -171,3 +174,15 @@ def test_what_made_a_decision_is_another_planner_once_its_sources_are_and_by_wha
         told.add(sources(package))
     (package / "plan" / "planner.py").rename(package / "plan" / "planned.py")
     assert len(told | {sources(package)}) == 6
+
+
+def test_who_is_run_from_sources_and_never_installed_keeps_decisions_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    decisions._own_version.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    try:
+        assert maker(made().plan) == f"unknown+{sources(Path(reconciler.__file__).parent)}"
+    finally:
+        decisions._own_version.cache_clear()
