@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +27,8 @@ def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
     ending = read_intent(state.run / incarnation)
     if isinstance(ending, Intent) and ending.group is not None and not cgroup.remove(ending.group, incarnation):
         return
+    if state.ended.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "a symbolic link where a folder is expected", str(state.ended))
     if (state.run / incarnation).exists():
         (state.run / incarnation).rename(state.ended / incarnation)
     past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])

@@ -93,10 +93,12 @@ class StateDir(Struct, frozen=True):
     def ensure_folder(self, folder: Path) -> None:
         """Have one of its folders of which nothing is lost with what was in it: somebody may have removed it.
 
+        Nothing is written through a link that stands there by now.
+
         Raises:
             StateError: as for `ensure`.
         """
-        if not folder.is_dir():
+        if folder.is_symlink() or not folder.is_dir():
             _ensure_private(folder)
 
     def ensure_root(self) -> None:

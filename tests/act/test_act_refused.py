@@ -18,7 +18,7 @@ from reconciler.act import account, forkserver, ports, process, target
 from reconciler.act.account import find_account
 from reconciler.act.ports import prove_free
 from reconciler.act.process import Launch
-from reconciler.errors import ActError, NotOurs
+from reconciler.errors import ActError, NotOurs, StateError
 from reconciler.journal import incarnations
 from reconciler.journal.archive import archive
 from reconciler.journal.incarnations import Exit, lock_path
@@ -126,6 +126,23 @@ def test_a_lock_that_is_a_link_is_not_taken_and_what_it_leads_to_stays(nursery: 
     assert nursery.marked(launch.incarnation) == set()
     assert nursery.records(launch.incarnation).intent is None
     assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["locks", "logs"])
+def test_a_link_in_the_place_of_a_folder_is_not_written_through_though_it_came_later(
+    nursery: Nursery, tmp_path: Path, name: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    planted = nursery.state.path / name
+    planted.rmdir()
+    planted.symlink_to(victim)
+    launch = nursery.launch(OBEDIENT)
+    with pytest.raises((ActError, StateError), match="symbolic link"):
+        start(nursery, launch)
+    assert list(victim.iterdir()) == []
+    assert nursery.marked(launch.incarnation) == set()
+    assert nursery.records(launch.incarnation).intent is None
 
 
 def test_what_was_put_away_is_not_started_again(nursery: Nursery) -> None:
