@@ -82,16 +82,23 @@ class Notifying:
                 told = after(self._told[name], notices)
                 self._journal.save_told(name, told)
                 self._told[name] = told
-            if self._not_before.pop(name, None) is not None:
+            self._not_before.pop(name, None)
+            if self._is_said_to_fail(name):
                 self._report("NotificationsBack", name, f"{name} is told of incidents again")
         except ReconcilerError as error:
             self.failures[name] = self.failures.get(name, 0) + 1
-            if name not in self._not_before:
+            if not self._is_said_to_fail(name):
                 self._report("NotificationFailed", name, f"{name} could not be told: {error.message}")
             self._not_before[name] = self._clock.now().mono + PAUSE_S
         finally:
             self._tasks.pop(name, None)
             self._wake()
+
+    def _is_said_to_fail(self, name: str) -> bool:
+        """What the journal last said, be it by an earlier daemon: what fails still is no news."""
+        kinds = ("NotificationFailed", "NotificationsBack")
+        last = [e for kind in kinds for e in self._journal.events(subject=name, kind=kind, limit=1, newest=True)]
+        return max(last, key=lambda event: event.id).kind == kinds[0] if last else False
 
     def _report(self, kind: str, name: str, message: str) -> None:
         self._journal.append([Event(kind, name, message, f"notify.{name}")], self._clock.now())

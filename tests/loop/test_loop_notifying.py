@@ -161,6 +161,26 @@ def test_one_that_cannot_be_told_is_an_event_once_and_tried_again_after_a_pause(
     asyncio.run(story())
 
 
+def test_one_that_the_next_daemon_cannot_tell_either_is_no_event_again_until_it_could_be_told(
+    journal: Journal, tmp_path: Path
+) -> None:
+    async def story(post: Post) -> list[str]:
+        with Journal.open(tmp_path / "journal.db", SystemClock()) as own:
+            desk = Desk(own, post)
+            desk.post.gate.set()
+            await desk.look(incident())
+            assert len(desk.post.sent) == 1
+            return desk.kinds()
+
+    journal.close()
+    assert asyncio.run(story(Post(fails=True))) == ["NotificationFailed"]
+    assert asyncio.run(story(Post(fails=True))) == ["NotificationFailed"]
+    assert asyncio.run(story(Post())) == ["NotificationFailed", "NotificationsBack"]
+    with Journal.open(tmp_path / "journal.db", SystemClock()) as own:
+        own.save_told("phone", {})
+    assert asyncio.run(story(Post(fails=True)))[2:] == ["NotificationFailed"]
+
+
 def test_an_incident_that_is_over_before_it_could_be_told_is_never_told(journal: Journal) -> None:
     async def story() -> None:
         desk = Desk(journal, Post(fails=True))
