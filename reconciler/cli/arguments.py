@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -11,9 +11,6 @@ from msgspec import Struct
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
-
-WITHOUT_PLUGINS = ("PYDANTIC_DISABLE_PLUGINS", "__all__")
-"""For this program alone: else every installed package would be searched for plugins of pydantic."""
 
 WITH_VALUE = ("--setpoints", "--state-dir", "--simulate", "--format")
 FLAGS = ("--no-color",)
@@ -34,6 +31,8 @@ class Globals(Struct, frozen=True):
     simulate: str | None = None
     format: Format = Format.text
     no_color: bool = False
+    inherited: Mapping[str, str] | None = None
+    """The environment that this program was given, if it has changed its own since."""
 
 
 def hoist(argv: Sequence[str]) -> list[str]:

@@ -20,12 +20,14 @@ import typer
 from msgspec import Struct
 from typer.core import TyperGroup
 
-from reconciler.cli.arguments import INTERRUPTED, WITHOUT_PLUGINS, Format, Globals, hoist, wants_json
+from reconciler.cli.arguments import INTERRUPTED, Format, Globals, hoist, wants_json
 from reconciler.errors import ReconcilerError, SpecError, UsageError
 
 PROGRAM = "reconciler"
 GC_THRESHOLD = (100_000, 20, 20)
 """Loading modules allocates tens of thousands of objects that stay; the usual 700 would look through them often."""
+WITHOUT_PLUGINS = ("PYDANTIC_DISABLE_PLUGINS", "__all__")
+"""For this program alone: else every installed package would be searched for plugins of pydantic."""
 
 
 class Entry(Struct, frozen=True):
@@ -147,11 +149,11 @@ def shared(
     ] = False,
 ) -> None:
     """Take in the shared options."""
-    ctx.obj = Globals(setpoints, state_dir, simulate, format_, no_color)
+    ctx.obj = Globals(setpoints, state_dir, simulate, format_, no_color, ctx.obj)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; its exit code.
+def run(argv: Sequence[str], inherited: Mapping[str, str] | None = None) -> int:
+    """Carry out one command line; its exit code. `inherited` is for the programs of others (`Globals`).
 
     1. the command's own code, 0 when it has none    2. an error of ours: told on stderr, or on stdout as JSON
     3. wrong usage: 64                               4. Ctrl-C: 130    5. nobody reads stdout any more: quietly 1
@@ -159,7 +161,7 @@ def run(argv: Sequence[str]) -> int:
     words = hoist(argv) or ["--help"]
     as_json = wants_json(words)
     try:
-        code = typer.main.get_command(app).main(words, prog_name=PROGRAM, standalone_mode=False)
+        code = typer.main.get_command(app).main(words, prog_name=PROGRAM, standalone_mode=False, obj=inherited)
         sys.stdout.flush()
     except ReconcilerError as error:
         return _tell(error, as_json=as_json)  # 2
@@ -210,11 +212,12 @@ def main() -> NoReturn:
     interpreter apart at the end. Nothing here needs either: what must survive is durable before a command returns.
     """
     gc.set_threshold(*GC_THRESHOLD)
+    inherited = dict(os.environ)
     os.environ.setdefault(*WITHOUT_PLUGINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
-    code = run(sys.argv[1:])
+    code = run(sys.argv[1:], inherited)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -11,7 +11,7 @@ import typer
 from msgspec import to_builtins
 
 from reconciler.cli import wiring
-from reconciler.cli.arguments import WITHOUT_PLUGINS, group
+from reconciler.cli.arguments import group
 from reconciler.cli.face import Face
 from reconciler.cli.tables import bar
 from reconciler.cli.values import Bytes, Seconds
@@ -131,8 +131,8 @@ def execute(
 
     Example: reconciler --simulate 8xH100 sim exec -- python -m nvitop --once
     """
-    inherited = dict(item for item in os.environ.items() if item != WITHOUT_PLUGINS)
-    code = execution.run(_folder(Face.of(ctx)), command, inherited)
+    face = Face.of(ctx)
+    code = execution.run(_folder(face), command, face.shared.inherited)
     return code if code >= 0 else 128 - code
 
 

@@ -141,6 +141,14 @@ def test_what_this_program_wants_of_pydantic_is_not_asked_of_others_on_the_simul
     assert desk.run("sim", "exec", "--", sys.executable, "-c", code).returncode == 0
 
 
+def test_what_the_user_wants_of_pydantic_is_handed_on_to_programs_on_the_simulated_node(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # which happens to be this program's own wish
+    code = "import os, sys; sys.exit(os.environ['PYDANTIC_DISABLE_PLUGINS'] != '__all__')"
+    assert desk.run("sim", "exec", "--", sys.executable, "-c", code).returncode == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
