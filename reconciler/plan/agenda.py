@@ -36,7 +36,7 @@ def keep_agenda(draft: Draft, actions: Iterable[Action]) -> tuple[AgendaEntry, .
            before it was worth to bring it back
         3. it leaves or starts for a planned cause        → one entry until it is predicted to be ready (or gone)
         4. it has an entry and is not there yet           → that entry stays, overdue or not
-        5. otherwise                                      → none
+        5. otherwise, or it came and ended by itself      → none: a crash is nobody's plan
 
     In 3 and 4 an entry on an overlay's account, written while it was to be away, is from now on that of its way back.
     """
@@ -47,6 +47,8 @@ def keep_agenda(draft: Draft, actions: Iterable[Action]) -> tuple[AgendaEntry, .
         entry = _displaced(draft, name, old.get(name)) or _kept_off(draft, name, old.get(name))
         if entry is None:
             before = _on_its_way_back(draft, name, moves.get(name), old.get(name))
+            if _came_to_an_end(draft, name, before):
+                continue  # 5
             entry = _moving(draft, name, moves.get(name), before)
             if entry is None and before is not None and not _settled(draft, name):
                 entry = before  # 4
@@ -129,6 +131,22 @@ def _on_its_way_back(draft: Draft, name: str, action: Action | None, entry: Agen
     if action is not None and begins:
         way = max(way, action.expected[1] - draft.now.wall)
     return replace(back, until=draft.now.wall + SLACK_FACTOR * way + SLACK_S)
+
+
+def _came_to_an_end(draft: Draft, name: str, entry: AgendaEntry | None) -> bool:
+    """Whether an endpoint ended by itself as it came, or was about to leave only to come again, and is on its own now.
+
+    What has an overlay's account is over once it ends on its way back: its entry began when it still ran.
+    """
+    record, current = draft.records[name], draft.standings[name].current
+    last = record.exits[-1] if record.exits else None
+    leaves = current is not None and current.id in draft.leaving
+    if last is None or last.planned or record.ready_since is not None or leaves or name not in draft.wanted:
+        return False
+    if entry is None or entry.overlay is None:
+        return entry is None or last.at.wall > entry.start
+    known = draft.situation.record(name).exits
+    return "stopped" not in entry.expected_states and all(last.incarnation != end.incarnation for end in known)
 
 
 def _in_window(draft: Draft, window: Window, name: str) -> AgendaEntry:

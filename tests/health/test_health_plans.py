@@ -104,6 +104,48 @@ def test_a_restart_for_an_edit_is_no_incident() -> None:
     assert watch.story == []
 
 
+def test_a_crash_after_an_edit_is_an_incident_at_once_however_long_the_edit_was_to_take() -> None:
+    run, watch = settled()
+    run.plant.behaviour.crashes = frozenset({"thinking"})
+    run.spec = spec(replace(THINKING, process_hash="worse"), ASK, floors={"reasoning": 1})
+    run.settle(until=lambda plan: plan.ledger.endpoints["thinking"].streak > 0)
+    assert run.ledger.endpoints["thinking"].failed is None
+    assert run.ledger.agenda == (), "the edit was planned, and what follows its crash is not"
+    assert watch.since() == ["IncidentOpened Unplanned/thinking"]
+    run.plant.behaviour.crashes = frozenset()
+    run.settle()
+    assert watch.since() == ["IncidentRecovering Unplanned/thinking"]
+
+
+def test_a_crash_on_the_way_back_from_an_overlay_is_an_incident() -> None:
+    run, watch = settled()
+    run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})
+    run.settle(until=lambda plan: plan.ledger.overlays["render"].state == "active")
+    run.plant.behaviour.crashes = frozenset({"ask"})
+    run.settle(until=lambda plan: plan.ledger.endpoints["ask"].streak > 0)
+    assert run.ledger.endpoints["ask"].evicted_by == "render"
+    assert watch.since() == ["IncidentOpened Unplanned/ask"]
+    run.plant.behaviour.crashes = frozenset()
+    run.settle()
+    assert run.ledger.overlays["render"].state == "done"
+    assert watch.since() == ["IncidentRecovering Unplanned/ask"]
+
+
+def test_one_that_crashed_as_it_was_to_give_way_comes_back_as_planned() -> None:
+    run, watch = settled()
+    run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})
+    run.ledger = run.decide().ledger  # it is to give way, and was not yet asked to
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.advance(1)
+    run.plant.end(current.id, 1)
+    run.settle()
+    assert not run.ledger.endpoints["ask"].exits[-1].planned
+    assert run.ledger.overlays["render"].state == "done"
+    assert run.plant.is_ready("ask")
+    assert watch.story == []
+
+
 def test_a_killed_endpoint_is_one_incident_that_closes_by_itself() -> None:
     run, watch = settled()
     current = run.plant.current("thinking")
@@ -222,5 +264,8 @@ def test_foreign_memory_that_keeps_the_baseline_down_is_named_for_each_endpoint(
 def test_an_endpoint_that_never_comes_up_ends_as_a_crash_loop() -> None:
     run, watch = box(THINKING, ASK, behaviour=Behaviour(crashes=frozenset({"ask"})))
     run.settle()
-    assert "IncidentOpened CrashLoop/ask" in watch.story
+    assert [line for line in watch.story if "Opened" in line] == [
+        "IncidentOpened Unplanned/ask",
+        "IncidentOpened CrashLoop/ask",
+    ]
     assert not [line for line in watch.story if "thinking" in line]
