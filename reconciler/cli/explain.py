@@ -174,9 +174,9 @@ def _tell_endpoint(seen: wiring.Look, item: dict[str, Any]) -> Iterator[str]:
         yield f"Planned until {clock(plan['until'])}: {plan['reason']} (expected: {states}). No incident meanwhile."
     if record is not None and record.exits:
         last = record.exits[-1]
-        how = "as planned" if last.planned else "unplanned"
+        how = ("" if last.ended_for else ", as planned") if last.planned else ", unplanned"  # or the box went down
         ended = clock(iso(last.at.wall))
-        yield f"It last ended at {ended}, {how}, with {describe_exit(last)}."
+        yield f"It last ended at {ended}{how}, with {describe_exit(last)}."
         yield f"{counted(item['restarts'], 'unplanned end is', 'unplanned ends are')} remembered."
 
 

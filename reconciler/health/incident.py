@@ -14,7 +14,7 @@ IncidentKind = Literal[
     "Blind",
 ]  # fmt: skip
 """
-Unplanned:      away from its set point, and no agenda entry says why
+Unplanned:      away from its set point, and neither an agenda entry nor a reboot says why
 WrongWay:       inside an agenda entry, in a state that the entry does not expect
 Overdue:        still away after its agenda entry ended
 Hung:           its engine stands still with requests running, however green its health page is

@@ -86,7 +86,7 @@ class IncarnationReader:
             return "exited", records
         if not isinstance(run, Run):  # 4
             return self._without_run(intent, records, memory)
-        if run.pid_namespace != _pid_namespace() or run.boot_id != boot_id():  # 5
+        if _is_alien(run):  # 5
             return ("unknown" if self._is_held(intent) else "vanished"), records
         try:
             if is_alive(run.pid, run.start_ticks):  # 5
@@ -96,8 +96,9 @@ class IncarnationReader:
             return "unknown", records
 
     def _is_held(self, intent: Intent) -> bool:
+        """Whether somebody holds its lock on its account."""
         try:
-            return is_locked(lock_path(self._state, intent.kind, intent.name))
+            return is_locked(lock_path(self._state, intent.kind, intent.name)) and not self._held_by_another(intent)
         except OSError:
             return True  # not known to be free
 
@@ -152,7 +153,8 @@ class IncarnationReader:
     def _strays(self, records: Records, memory: _Memory, phase: Phase) -> tuple[int, ...] | None:
         """Living members besides the leader, once it is gone; while it runs its family is no stray.
 
-        1. Nobody to look for: never started, of another boot, or over, as was seen or its shim says → none of them.
+        1. Nobody to look for: never started, of another boot or a container that is gone, or over, as was seen or its
+           shim says → none of them.
         2. It cannot be told: an unreadable record, alien pids, an unreadable /proc → None.
         3. The shim lives → its descendants, and who is in its control group.
         4. It is dead → that group and a sweep of /proc, at most every `SWEEP_EVERY_S`; between two, those of the last
@@ -165,8 +167,10 @@ class IncarnationReader:
             return ()
         if not isinstance(run, Run):
             return () if run is None and phase != "unknown" else None  # 1, 2
-        if run.pid_namespace != _pid_namespace() or run.boot_id != boot_id():  # 1, 2
-            return () if phase == "vanished" else None
+        if _is_alien(run):  # 1, 2
+            if phase == "exited" and isinstance(records.intent, Intent):
+                memory.over = not self._is_held(records.intent)
+            return () if phase == "vanished" or memory.over else None
         try:
             shim_lives = is_alive(run.shim_pid, run.shim_start_ticks)
             group = records.intent.group if isinstance(records.intent, Intent) else None
@@ -195,6 +199,11 @@ class IncarnationReader:
         return tuple(stat.pid for stat in found if (stat.pid, stat.start_ticks) != (run.pid, run.start_ticks))
 
 
+def _is_alien(run: Run) -> bool:
+    """Whether its pids mean nothing here."""
+    return run.pid_namespace != _pid_namespace() or run.boot_id != boot_id()
+
+
 def _before_boot(intent: Intent, ended: Exit | None) -> tuple[Instant, Instant | None]:
     """When one of another boot was started and ended, on the monotonic clock of this one.
 
@@ -216,7 +225,8 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         )  # fmt: skip
     known_end = ended if isinstance(ended, Exit) else None
     started, exited = intent.started, known_end.at if known_end else None
-    if records.of_another_boot(boot_id()):
+    rebooted = records.of_another_boot(boot_id())
+    if rebooted:
         started, exited = _before_boot(intent, known_end)
     return Incarnation(
         id=records.id,
@@ -238,6 +248,8 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         stop_settings=intent.stop_settings,
         questions=intent.questions,
         undying_since=records.undying.since if records.undying is not None else None,
+        bygone=rebooted
+        or (phase in ("exited", "vanished") and strays == () and isinstance(run, Run) and _is_alien(run)),
     )
 
 

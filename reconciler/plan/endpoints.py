@@ -22,6 +22,7 @@ from reconciler.units import counted, format_duration
 KEPT_EXITS = 20
 EVICTION_WINDOW_S = 3600.0
 IN_THE_BACKGROUND = "its processes lived on: one that puts itself in the background has to stay in the foreground"
+BOX_WENT_DOWN = "the box went down"
 NO_JITTER_BELOW_S = 1.0
 JITTER = 0.1
 """Part of a back-off by which it is spread, so that endpoints that died together do not return together."""
@@ -172,9 +173,10 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         calm = record.ready_incarnation == ended.id and (
             record.ready_since is not None and at.since(record.ready_since) >= restart.reset_after_s
         )
-        planned = ended.stop is not None and record.unhealthy_since is None
+        fell = fell_with_the_box(ended)
+        planned = fell or (ended.stop is not None and record.unhealthy_since is None)
         streak = record.streak if planned else (1 if calm else record.streak + 1)
-        ended_for = record.ending if ended.stop is not None else None
+        ended_for = BOX_WENT_DOWN if fell else (record.ending if ended.stop is not None else None)
         failure = ended.failure
         if failure is None and ended.exit_code == 0 and ended.strays and record.ready_incarnation != ended.id:
             failure = IN_THE_BACKGROUND
@@ -193,6 +195,14 @@ def _absorb_exits(situation: Situation, record: EndpointRecord, endpoint: Endpoi
         record = forgiven(record)
     recent_evictions = tuple(t for t in record.evictions if situation.now.wall - t < EVICTION_WINDOW_S)
     return replace(record, evictions=recent_evictions) if recent_evictions != record.evictions else record
+
+
+def fell_with_the_box(ended: Incarnation) -> bool:
+    """Whether it ended as the box went down, or before that by itself and unseen: which of the two, nobody can tell.
+
+    It did not fail, for all that is known. One that had been asked to stop ended as it was to.
+    """
+    return ended.bygone and ended.stop is None
 
 
 def forgiven(record: EndpointRecord) -> EndpointRecord:

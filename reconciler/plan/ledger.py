@@ -105,11 +105,11 @@ class Exit(Struct, frozen=True):
     at: Instant
     exit_code: int | None
     planned: bool
-    """We had asked for it, and not because it was unhealthy."""
+    """We had asked for it, and not because it was unhealthy; or the box went down. Nobody has to be told."""
     failure: str | None = None
     """What its log said of it: a class and a hint."""
     ended_for: str | None = None
-    """What was wrong with it, so that it was ended; None: it ended by itself, or nothing was."""
+    """What was wrong with it, or with the box, so that it was ended; None: it ended by itself, or nothing was."""
 
 
 class Nap(Struct, frozen=True):

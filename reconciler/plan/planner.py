@@ -26,6 +26,7 @@ from reconciler.plan.moving import remembered
 from reconciler.plan.naps import asleep_for, begin
 from reconciler.plan.observed import Incarnation, Observed, Subject
 from reconciler.plan.progress import arrange_workload, progress, quarantine_overdue
+from reconciler.plan.reboot import carried_over, say_that_the_box_went_down
 from reconciler.plan.situation import Situation
 from reconciler.plan.spans import account
 from reconciler.spec.spec import Spec
@@ -47,8 +48,9 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
     Returns:
         The plan, whose `ledger` has to be made durable before any of its actions runs.
     """
-    situation = Situation(spec, observed, _same_boot(ledger, observed, now), now)
+    situation = Situation(spec, observed, carried_over(ledger, observed, now), now)
     draft = Draft.of(situation)
+    say_that_the_box_went_down(draft)
     quarantine_overdue(draft)
     for _ in range(MAX_ROUNDS):
         before = {name: step.record for name, step in draft.steps.items()}
@@ -143,46 +145,6 @@ def _victims(draft: Draft) -> list[str]:
         if step.record.state in OVERRIDING and (name not in before or before[name].state not in OVERRIDING)
     ]
     return sorted({n for record in admitted for n in record.evicted if n in draft.situation.spec.endpoints})
-
-
-def _same_boot(ledger: Ledger, observed: Observed, now: Instant) -> Ledger:
-    """The ledger with its monotonic times carried over a reboot, by the wall clock."""
-    if ledger.boot_id in ("", observed.boot_id):
-        return ledger
-
-    def carried(instant: Instant | None) -> Instant | None:
-        return None if instant is None else Instant(instant.wall, now.mono - max(0.0, now.wall - instant.wall))
-
-    def certain(instant: Instant) -> Instant:
-        return carried(instant) or now
-
-    return replace(
-        ledger,
-        overlays={
-            n: replace(
-                r,
-                since=certain(r.since),
-                active_since=carried(r.active_since),
-                seen=carried(r.seen),
-                spans=tuple(replace(s, began=certain(s.began)) for s in r.spans),
-            )
-            for n, r in ledger.overlays.items()
-        },
-        leases=tuple(replace(x, since=certain(x.since)) for x in ledger.leases),
-        endpoints={
-            n: replace(
-                r,
-                state_since=carried(r.state_since),
-                ready_since=carried(r.ready_since),
-                unhealthy_since=carried(r.unhealthy_since),
-                renew_before=None,
-                nap=None,
-                exits=tuple(replace(e, at=certain(e.at)) for e in r.exits),
-            )
-            for n, r in ledger.endpoints.items()
-        },
-        quarantines={n: replace(q, since=certain(q.since)) for n, q in ledger.quarantines.items()},
-    )
 
 
 def fingerprint(observed: Observed, situation: Situation) -> str:

@@ -86,7 +86,7 @@ def settle(draft: Draft, endpoint: EndpointSpec, standing: Standing) -> None:
         draft.wakes.append(not_before)
         wait = not_before.since(draft.now)
         message = f"it ended {record.streak} times in a row; the next start is in {wait:.1f} s"
-        last = record.exits[-1] if record.exits else None
+        last = next((end for end in reversed(record.exits) if not end.planned), None)
         told = last and (last.ended_for or last.failure)
         message += f" ({told})" if told else ""
         draft.block(

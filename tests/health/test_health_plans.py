@@ -159,6 +159,43 @@ def test_a_killed_endpoint_is_one_incident_that_closes_by_itself() -> None:
     assert watch.since() == ["IncidentResolved Unplanned/thinking"]
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("off_s", [20.0, 3600.0])
+@pytest.mark.parametrize("while_", ["first load", "ready", "edit", "displaced", "way back"])
+def test_a_box_that_goes_down_whatever_it_is_about_is_no_incident(while_: str, off_s: float, recorded: bool) -> None:
+    render = overlay("render", 2, retries=1)
+    run, watch = box(THINKING, ASK) if while_ == "first load" else settled()
+    if while_ == "edit":
+        run.spec = spec(THINKING, replace(ASK, process_hash="edited"), floors={"reasoning": 1})
+    elif while_ in ("displaced", "way back"):
+        run.spec = spec(THINKING, ASK, render, floors={"reasoning": 1})
+        run.settle(until=lambda p: p.ledger.overlays["render"].state == "active")
+    if while_ == "way back":
+        run.settle(until=lambda p: p.ledger.overlays["render"].state == "restoring")
+    if while_ in ("first load", "edit", "way back"):
+        run.settle(until=lambda p: p.endpoints["ask"].state == "starting")
+        assert [entry for entry in run.ledger.agenda if entry.endpoint == "ask"], "it is on its way, as planned"
+    run.plant.reboot(off_s, recorded=recorded)
+    run.settle()
+    assert run.plant.is_ready("thinking")
+    assert run.plant.is_ready("ask")
+    assert watch.since() == []
+
+
+def test_a_crash_that_was_told_before_the_box_went_down_is_over_once_the_endpoint_is_back() -> None:
+    run, watch = settled()
+    current = run.plant.current("ask")
+    assert current is not None
+    run.plant.end(current.id, 1)
+    run.step()
+    assert watch.since() == ["IncidentOpened Unplanned/ask"]
+    run.plant.reboot(300.0)
+    run.step()
+    assert watch.since() == [], "it is not back yet"
+    run.settle()
+    assert watch.since() == ["IncidentRecovering Unplanned/ask"]
+
+
 def test_an_endpoint_killed_while_an_overlay_displaces_another_is_one_incident() -> None:
     run, watch = settled()
     run.spec = spec(THINKING, ASK, overlay("render", 2), floors={"reasoning": 1})

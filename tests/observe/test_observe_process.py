@@ -216,6 +216,8 @@ def test_an_incarnation_of_another_boot_is_vanished_or_as_it_was_recorded(cradle
     seen = {i.id: i for i in reader.read()}
     assert (seen[crashed.id].phase, seen[crashed.id].alive) == ("vanished", False)
     assert (seen[ended.id].phase, seen[ended.id].exit_code, seen[ended.id].alive) == ("exited", 4, False)
+    assert seen[crashed.id].bygone
+    assert seen[ended.id].bygone
 
 
 def test_no_moment_of_a_longer_boot_lies_ahead_in_this_one(cradle, reader, state):
@@ -286,6 +288,35 @@ def test_pids_of_another_namespace_or_boot_are_unknown(cradle, reader, state, fi
     path.write_text(path.read_text().replace(str(getattr(run, field)), "1"))
     assert only(reader).phase == "unknown"
     assert only(reader).alive
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_ran_in_a_container_that_is_gone_ended_with_it(cradle, reader, state, clock, wait_until, recorded):
+    identifier = cradle.start("sleep", "600")
+    run = cradle.run_record(identifier)
+    path = state.run / identifier / "run.json"
+    path.write_text(path.read_text().replace(f'"pid_namespace":{run.pid_namespace}', '"pid_namespace":1'))
+    assert (only(reader).phase, only(reader).bygone) == ("unknown", False), "its container lives"
+    if not recorded:
+        os.kill(run.shim_pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(run.shim_pid, run.shim_start_ticks), "the shim is gone")
+    os.kill(run.pid, signal.SIGKILL)
+    wait_until(lambda: not only(reader).alive, "its lock is free")
+    seen = only(reader)
+    assert (seen.phase, seen.strays, seen.bygone) == ("exited" if recorded else "vanished", (), True)
+    cradle.start("sleep", "600")
+    fresh = ProcessReader(state, clock)
+    for each in (reader, fresh):
+        first, second = each.read()
+        assert (first.id, first.alive, first.bygone) == (identifier, False, True), "its successor's lock is another's"
+        assert (second.phase, second.bygone) == ("running", False)
+    fresh.close()
+
+
+def test_one_that_ended_here_and_now_is_not_bygone(cradle, reader, wait_until):
+    cradle.start("false")
+    wait_until(lambda: only(reader).phase == "exited", "its end")
+    assert not only(reader).bygone
 
 
 def test_the_progress_of_a_stop_is_seen_each_time_it_moves(cradle, reader, state):

@@ -102,6 +102,7 @@ class Plant:
     host_bytes: int | None = 256 * GIB
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     """By process_hash or placement_hash: what cannot be started."""
+    boot: str = "boot"
 
     # ------------------------------------------------------------ looking
 
@@ -111,7 +112,7 @@ class Plant:
         found = tuple(sorted(self.incarnations, key=lambda i: (i.subject, i.started.wall, i.id)))
         probes = {i.id: self._probe(i) for i in found if i.phase == "running" and i.port is not None}
         return Observed(
-            self.now, "boot", gpus, found, probes, dict(self.ports),
+            self.now, self.boot, gpus, found, probes, dict(self.ports),
             host_available_bytes=self.host_bytes, obstacles=dict(self.obstacles),
         )  # fmt: skip
 
@@ -260,6 +261,26 @@ class Plant:
         self._change(name, lambda i: replace(i, **ended))  # type: ignore[arg-type]
         self.ready_at.pop(name, None)
         self.frees_at[name] = self.now.mono + self.behaviour.memory_return_s
+
+    def reboot(self, off_s: float, *, recorded: bool = True) -> None:
+        """Everything ends, the box is off for so long, and another boot begins, with a monotonic clock of its own."""
+        went_down, self.boot = self.now, f"{self.boot}'"
+        for each in list(self.incarnations):
+            started = Instant(each.started.wall, each.started.mono - went_down.mono)
+            exited = each.exited and Instant(each.exited.wall, each.exited.mono - went_down.mono)
+            ends: dict[str, object] = {}
+            if each.alive:
+                exited = Instant(went_down.wall, 0.0) if recorded else None
+                ends = {
+                    "phase": "exited" if recorded else "vanished",
+                    "exit_code": -15 if recorded else None,
+                    "pid": None,
+                }
+            fields = {**ends, "started": started, "exited": exited, "strays": (), "bygone": True}
+            self._change(each.id, lambda i, fields=fields: replace(i, **fields))  # type: ignore[misc]
+        for gone in (self.ready_at, self.ends_at, self.frees_at, self.asleep, self.called, self.misses, self.frozen):
+            gone.clear()
+        self.now = Instant(went_down.wall + off_s, 20.0)
 
     def current(self, name: str, kind: str = "endpoint") -> Incarnation | None:
         """The living incarnation of an endpoint or workload."""
