@@ -131,6 +131,8 @@ def record_durations(
             ended = incarnations.get(end.incarnation)
             if end.incarnation in counted or ended is None or ended.stop is None or ended.stop.signalled is None:
                 continue
+            if ended.bygone:  # asked to stop in one boot, and seen to have ended on the clock of the next
+                continue
             journal.record_timing(name, "drain", ended.stop.signalled.since(ended.stop.requested))
             journal.record_timing(name, "stop", max(0.0, end.at.since(ended.stop.signalled)))
     for name, overlay in after.overlays.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.loop.history import Learner, predicted, record_durations, usual_runs
-from reconciler.plan.ledger import EndpointRecord, Ledger, Nap
-from reconciler.plan.observed import Incarnation, Observed, Subject
+from reconciler.plan.ledger import EndpointRecord, Exit, Ledger, Nap
+from reconciler.plan.observed import Incarnation, Observed, StopProgress, Subject
 from reconciler.spec.load import SourceText, resolve
 from reconciler.spec.spec import Spec
 
@@ -120,6 +121,19 @@ def test_the_return_of_memory_is_measured_where_it_was_waited_for_and_predicted_
         assert journal.measured == measured
     found = predicted({("ask", "memory"): [4.0, 3.0]}, read())
     assert found["ask"].memory_s == 4.0
+
+
+@pytest.mark.parametrize(("bygone", "measured"), [(False, [("ask", "drain", 2.0), ("ask", "stop", 3.0)]), (True, [])])
+def test_a_stop_is_measured_from_its_signal_unless_the_box_went_down_meanwhile(bygone: bool, measured: object) -> None:
+    ended = Incarnation(
+        id="ask-1", subject=Subject("endpoint", "ask"), process_hash="x", gpus=(), memory_bytes=(), exclusive=True,
+        port=8001, started=at(0), phase="exited", pid=None, strays=(), exit_code=0, exited=at(15),
+        stop=StopProgress(at(10), drained=True, signalled=at(12)), bygone=bygone,
+    )  # fmt: skip
+    after = Ledger(endpoints={"ask": EndpointRecord("ask", exits=(Exit("ask-1", at(15), 0, planned=True),))})
+    journal = Recorder()
+    record_durations(journal, Ledger(), after, replace(OBSERVED, incarnations=(ended,)), at(0))  # type: ignore[arg-type]
+    assert journal.measured == measured
 
 
 def test_a_load_that_nobody_followed_from_its_start_teaches_nothing() -> None:
