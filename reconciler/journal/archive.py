@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from reconciler import cgroup
 from reconciler.journal.incarnations import Intent, list_ended, read_intent
-from reconciler.journal.layout import StateDir
+from reconciler.journal.layout import StateDir, refuse_link
 from reconciler.plan.observed import Subject
 
 
@@ -24,11 +23,11 @@ def archive(state: StateDir, incarnation: str, *, keep: int) -> None:
     Raises:
         OSError: it could not be moved.
     """
+    for folder in (state.run, state.ended):
+        refuse_link(folder)
     ending = read_intent(state.run / incarnation)
     if isinstance(ending, Intent) and ending.group is not None and not cgroup.remove(ending.group, incarnation):
         return
-    if state.ended.is_symlink():
-        raise NotADirectoryError(errno.ENOTDIR, "a symbolic link where a folder is expected", str(state.ended))
     if (state.run / incarnation).exists():
         (state.run / incarnation).rename(state.ended / incarnation)
     past = sorted(_past(state, incarnation), key=lambda entry: entry[:2])

@@ -34,7 +34,7 @@ from msgspec import Struct
 
 from reconciler.clock import Instant
 from reconciler.journal.codec import DecodeError, decode, encode
-from reconciler.journal.layout import StateDir, is_locked
+from reconciler.journal.layout import StateDir, is_locked, refuse_link
 from reconciler.plan.observed import Subject, SubjectKind
 from reconciler.spec.spec import Questions, Stop
 from reconciler.units import counted
@@ -215,12 +215,12 @@ def _file_name(kind: SubjectKind, name: str) -> str:
 
 
 def list_ids(state: StateDir) -> tuple[str, ...]:
-    """Incarnations with records in `run/`, sorted.
+    """Incarnations with records in `run/`, sorted; a link in its place says as little as if nothing were there.
 
     Raises:
         OSError: the folder is there but cannot be read; unknown.
     """
-    return _folders(state.run)
+    return () if state.run.is_symlink() else _folders(state.run)
 
 
 def list_ended(state: StateDir) -> tuple[str, ...]:
@@ -251,6 +251,7 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
         FileExistsError: this id has records already.
         OSError: it could not be recorded; nothing must be started.
     """
+    refuse_link(state.run)
     target = state.run / intent.id
     if target.exists():
         raise FileExistsError(f"{target} exists")
@@ -283,7 +284,12 @@ def remove_intent(state: StateDir, incarnation: str) -> None:
 
 
 def remove_drafts(state: StateDir) -> None:
-    """Clear away what daemons left that died as they recorded an intent: nothing was ever started for it."""
+    """Clear away what daemons left that died as they recorded an intent: nothing was ever started for it.
+
+    Raises:
+        OSError: `run/` is none.
+    """
+    refuse_link(state.run)
     for draft in state.run.glob(f".*{_DRAFT}"):
         shutil.rmtree(draft, ignore_errors=True)  # what is no folder is nobody's draft
 

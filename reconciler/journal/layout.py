@@ -216,6 +216,16 @@ def _unusable(path: Path, error: OSError) -> StateError:
     )
 
 
+def refuse_link(folder: Path) -> None:
+    """See to it that no link has taken the place of a folder of the state directory, as nothing is done through one.
+
+    Raises:
+        NotADirectoryError: one has.
+    """
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "a symbolic link where a folder is expected", str(folder))
+
+
 # ---------------------------------------------------------------- locks
 
 

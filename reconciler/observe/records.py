@@ -34,8 +34,8 @@ class RecordCache:
     def current(self) -> tuple[Records, ...]:
         """The records of every incarnation in `run/`, by id.
 
-        A `run/` that is there no more (an unmounted disk, a folder that was moved) says nothing: those of the last look
-        are still current, and what becomes of their processes is seen in /proc.
+        A `run/` that is there no more (an unmounted disk, a folder that was moved, a link in its place) says nothing:
+        those of the last look are still current, and what becomes of their processes is seen in /proc.
 
         Raises:
             StateError: `run/` cannot be listed; who runs is unknown.
@@ -44,7 +44,7 @@ class RecordCache:
             ids = list_ids(self._state)
         except OSError as error:
             raise StateError(f"{self._state.run}: cannot be read: {error.strerror or error}") from error
-        if not ids and self._cached and not self._state.run.exists():
+        if not ids and self._cached and (self._state.run.is_symlink() or not self._state.run.exists()):
             return tuple(cached.records for cached in self._cached.values())
         self._cached = {i: self._look(i, self._cached.get(i)) for i in ids}
         return tuple(cached.records for cached in self._cached.values())

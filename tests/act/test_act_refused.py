@@ -128,7 +128,7 @@ def test_a_lock_that_is_a_link_is_not_taken_and_what_it_leads_to_stays(nursery: 
     assert victim.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("name", ["locks", "logs"])
+@pytest.mark.parametrize("name", ["locks", "logs", "run"])
 def test_a_link_in_the_place_of_a_folder_is_not_written_through_though_it_came_later(
     nursery: Nursery, tmp_path: Path, name: str
 ) -> None:
@@ -137,10 +137,12 @@ def test_a_link_in_the_place_of_a_folder_is_not_written_through_though_it_came_l
     planted = nursery.state.path / name
     planted.rmdir()
     planted.symlink_to(victim)
+    looks_like_a_draft = victim / ".precious.new"
+    looks_like_a_draft.mkdir()
     launch = nursery.launch(OBEDIENT)
     with pytest.raises((ActError, StateError), match="symbolic link"):
         start(nursery, launch)
-    assert list(victim.iterdir()) == []
+    assert list(victim.iterdir()) == [looks_like_a_draft]
     assert nursery.marked(launch.incarnation) == set()
     assert nursery.records(launch.incarnation).intent is None
 

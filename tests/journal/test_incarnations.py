@@ -465,15 +465,17 @@ def test_where_nothing_can_be_put_away_to_records_stay_and_it_is_an_error(state:
     assert list_ids(state) == ("abc",)
 
 
-def test_nothing_is_put_away_through_a_link(state: StateDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run", "ended"])
+def test_nothing_is_put_away_through_a_link(state: StateDir, tmp_path: Path, name: str) -> None:
     write_intent(state, intent())
-    state.ended.rmdir()
-    state.ended.symlink_to(tmp_path)
-    before = sorted(tmp_path.iterdir())
+    (state.path / name).rename(tmp_path / "elsewhere")
+    (state.path / name).symlink_to(tmp_path / "elsewhere")
+    before = sorted((tmp_path / "elsewhere").iterdir())
     with pytest.raises(NotADirectoryError, match="symbolic link"):
         archive(state, "abc", keep=20)
-    assert sorted(tmp_path.iterdir()) == before
-    assert list_ids(state) == ("abc",)
+    assert sorted((tmp_path / "elsewhere").iterdir()) == before
+    assert list_ended(state) == ()
+    assert list_ids(state) == (("abc",) if name == "ended" else ())
 
 
 def test_what_is_no_draft_does_not_keep_others_from_being_recorded(state: StateDir, tmp_path: Path) -> None:

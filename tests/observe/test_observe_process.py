@@ -63,18 +63,24 @@ def test_records_that_cannot_be_listed_are_an_error_and_not_nobody(state, reader
         reader.read()
 
 
-def test_who_runs_is_not_gone_because_the_records_were_moved_away(state, cradle, reader, wait_until):
-    """As where the disk of the state directory is unmounted for a while; who ends meanwhile is unknown."""
+@pytest.mark.parametrize("linked", [False, True])
+def test_who_runs_is_not_gone_because_the_records_were_moved_away(state, cradle, reader, wait_until, linked):
+    """As where the disk of the state directory is unmounted for a while, or a link to another folder has its place; who
+    ends meanwhile is unknown."""
     for name in ("a", "b"):
         cradle.start("sleep", "600", name=name)
     pids = [seen.pid for seen in reader.read()]
     state.run.rename(state.path / "elsewhere")
+    if linked:
+        (state.path / "another").mkdir()
+        state.run.symlink_to(state.path / "another")
     assert [(seen.subject.name, seen.phase, seen.pid) for seen in reader.read()] == [
         ("a", "running", pids[0]),
         ("b", "running", pids[1]),
     ]
     os.kill(pids[1], signal.SIGKILL)
     wait_until(lambda: sorted(seen.phase for seen in reader.read()) == ["running", "unknown"], "its end is noticed")
+    state.run.unlink(missing_ok=True)
     (state.path / "elsewhere").rename(state.run)
     wait_until(lambda: [seen.phase for seen in reader.read()] == ["running", "exited"], "its end is known")
 
