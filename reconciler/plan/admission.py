@@ -175,7 +175,7 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
         4. nothing that has a place, or finds one, can provide what   → NoProvider
            it requires
         5. a port that its endpoints need is not free for them       → PortInUse
-        6. it would spare victims to wait for a lease being returned → WaitingForLease
+        6. it would spare victims to wait for a lease being returned → WaitingForLease, as in 9
            or another begins beside its victims at this moment       → WaitingForBegin
         7. some choice of providers, places and victims is lawful    → leases, the least choice
         8. only windows to come stand in the way                     → WindowTaken, and the next free slot
@@ -213,7 +213,8 @@ def _admit(draft: Draft, overlay: OverlaySpec, fits: Fits) -> None:
     if answer is None:
         draft.block(no_provider(draft, overlay, next_slot(draft, overlay, draft.now.wall, fits)))  # 4
         return
-    earliest = next_slot(draft, overlay, draft.now.wall, fits)
+    soon = answer.reason == "WaitingForLease"  # what was foreseen of one that ends sooner is no more
+    earliest = None if soon else next_slot(draft, overlay, draft.now.wall, fits)
     cool = _cool(draft, overlay, rivalling) if _cooling(answer) else None
     if cool is not None:
         cool_wall = draft.now.wall + cool.since(draft.now)

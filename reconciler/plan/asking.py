@@ -119,9 +119,10 @@ def consents_of(draft: Draft, overlay: OverlaySpec, begin: float | None = None) 
     displaced = {n: s.record.evicted for n, s in draft.steps.items()}
     engines = [(x.overlay, x.subject.name) for x in draft.leases if x.subject.kind == "endpoint"]
     lent = {n: frozenset(name for by, name in engines if by == n) for n, _ in engines}
+    ending = frozenset(n for n, s in draft.steps.items() if s.record.state == "completing")
     return Consents(
         draft.situation, overlay, draft.wanted, draft.standings, live, displaced, stopping, leaving,
-        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows, lent,
+        draft.has_place, draft.calm.keys(), draft.now.plus(begin - draft.now.wall), last, windows, lent, ending,
     )  # fmt: skip
 
 

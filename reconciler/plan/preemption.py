@@ -18,7 +18,10 @@ from reconciler.plan.placement import Placement, place
 from reconciler.plan.situation import Situation
 from reconciler.spec.spec import EndpointSpec, OverlaySpec
 
-RULES = ("NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "NoEvictionLeft", "CoolDown", "GpuUnknown")
+RULES = (
+    "NoConsent", "PriorityTooLow", "NotPreemptible", "FloorWouldBreak", "NoEvictionLeft", "CoolDown", "GpuUnknown",
+    "WaitingForLease",
+)  # fmt: skip
 """Every rule that can keep a tenant in its place, in the order in which they are named to people."""
 
 
@@ -75,6 +78,8 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
     lent: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Overlay → the endpoints that run on its leases, or are to: where it has to leave they go with it, except those
     that somebody takes over."""
+    ending: frozenset[str] = frozenset()
+    """Overlays that are about to give back their places: nobody displaces them, and who comes back there counts."""
 
     @cached_property
     def placed(self) -> frozenset[str]:
@@ -142,7 +147,8 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
             rules = {
                 "NoConsent": bool(behind) and not self.overlay.allow_baseline_eviction,
                 "PriorityTooLow": self._weight(tenant) >= self.overlay.priority,
-                "NotPreemptible": not preemptible or not all(e.preemptible for e in behind),
+                "NotPreemptible": not (preemptible or name in self.ending) or not all(e.preemptible for e in behind),
+                "WaitingForLease": name in self.ending,
             }
             return frozenset(rule for rule, holds in rules.items() if holds)
         endpoint = self.endpoints.get(name)
@@ -166,11 +172,17 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
         base = self.situation.spec.endpoints
         return [n for n in self.displaced.get(overlay, ()) if n in base and base[n].state == "running"]
 
-    def _weight(self, tenant: Tenant) -> int:
-        """The priority above which one has to be to displace it, and those behind it."""
+    def _weight(self, tenant: Tenant) -> float:
+        """The priority above which one has to be to displace it, and those behind it; -inf: it goes, and none is."""
         kind, _, name = tenant.key.partition("/")
         behind = self._behind(name) if kind == "overlay" else []
-        return max([tenant.priority, *(self.situation.spec.endpoints[n].priority for n in behind)])
+        own = [] if self._ends(tenant) else [tenant.priority]
+        return max([*own, *(self.situation.spec.endpoints[n].priority for n in behind)], default=-inf)
+
+    def _ends(self, tenant: Tenant) -> bool:
+        """Whether this is the place of an overlay that is about to give it back."""
+        kind, _, name = tenant.key.partition("/")
+        return kind == "overlay" and name in self.ending
 
     def _tired(self, name: str) -> str | None:
         """Why an endpoint that runs may not be evicted again yet."""
@@ -349,12 +361,12 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
         return Refusal(
             reason=rules[0],
             message="; and ".join(messages),
-            alternatives=tuple(hints),
-            transient=rules[0] in ("NoEvictionLeft", "CoolDown", "GpuUnknown", "NotPreemptible"),
+            alternatives=tuple(filter(None, hints)),
+            transient=rules[0] in ("NoEvictionLeft", "CoolDown", "GpuUnknown", "NotPreemptible", "WaitingForLease"),
         )
 
     def _protected_by(self, rule: str, tenants: Sequence[Tenant]) -> str:
-        """Names of those whose place it would need, and whom this rule keeps there."""
+        """Names of those whose place it would need, and whom this rule keeps there, or brings back there."""
         victims = {tenant.key.partition("/")[2]: self.broken_by(tenant) for tenant in tenants}
         if rule == "FloorWouldBreak":
             window = self.hinders(frozenset(tenant.key for tenant in tenants))
@@ -362,7 +374,15 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
             broken = self._broken_floors(frozenset(gone)) if window is None else set()
             offering = {n for n in gone if n in self.endpoints and broken & set(self.endpoints[n].capabilities)}
             return ", ".join(sorted(offering or gone))
-        return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
+        if rule == "WaitingForLease":
+            return ", ".join(sorted(name for name, broken in victims.items() if rule in broken))
+        kept = [t for t in tenants if rule in victims[t.key.partition("/")[2]]]
+        return ", ".join(sorted({n for t in kept for n in self._who_stays(t)}))
+
+    def _who_stays(self, tenant: Tenant) -> list[str]:
+        """Whose place it is: of an overlay that ends, of those who come back there."""
+        name = tenant.key.partition("/")[2]
+        return self._behind(name) if self._ends(tenant) else [name]
 
     def _broken_floors(self, gone: frozenset[str]) -> set[str]:
         """Capabilities of which too few providers would stay; of a window to come: none that is known."""
@@ -377,7 +397,7 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
             case "PriorityTooLow":
                 than = f"not lower than {self.overlay.priority}"
                 message = f"the priority of {names} is {than}" if again else f"{place}, whose priority is {than}"
-                return message, f"give it a priority above that of {names} ({max(map(self._weight, tenants))})"
+                return message, f"give it a priority above that of {names} ({max(map(self._weight, tenants)):g})"
             case "NotPreemptible":
                 message = f"{names} may not be displaced" if again else f"{place}, which may not be displaced"
                 return message, self._to_be_preemptible(tenants)
@@ -402,6 +422,12 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
             case "CoolDown":
                 told = "; ".join(f"{name} {self._tired(name)}" for name in names.split(", "))
                 return told, f"wait, or `reconciler reset {names}`"
+            case "WaitingForLease":
+                ending = [t for t in tenants if self._ends(t)]
+                next_ = sorted({n for t in ending if len(self.broken_by(t)) > 1 for n in self._who_stays(t)})
+                if next_:
+                    return f"{names}, which ends, gives it back to {', '.join(next_)} first", ""
+                return f"it waits for the place that {names}, which ends, is giving back", ""
             case _:
                 return f"the GPUs of {names} cannot be read at the moment", "see `reconciler status`"
 
@@ -421,8 +447,8 @@ class Consents(Struct, frozen=True, dict=True):  # for the properties that are c
             kind, _, name = tenant.key.partition("/")
             if "NotPreemptible" not in self.broken_by(tenant):
                 continue
-            if kind == "endpoint":
-                firm.append(name)
+            if kind == "endpoint" or name in self.ending:
+                firm += [n for n in self._who_stays(tenant) if not self.situation.spec.endpoints[n].preemptible]
                 continue
             ending.append(name)
             other = self.overlays.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from builders import endpoint, overlay, spec, uuid
@@ -297,3 +298,55 @@ def test_of_a_place_that_is_owed_only_what_its_endpoint_does_not_have_already_is
         draft.board.add(Tenant("endpoint/ask", 40, {uuid(0): Hold(held * GIB, exclusive=False)}))
         assert still_owed(draft, "ask", uuid(0), 30 * GIB) == left * GIB
     assert still_owed(draft, "ask", uuid(1), 30 * GIB) == 0, "it has another place"
+
+
+ENDING = {
+    "it is less important": (
+        {"priority": 40},
+        "PriorityTooLow",
+        (
+            "it would need the place of ask, whose priority is not lower than 40;"
+            " and short, which ends, gives it back to ask first"
+        ),
+        ("give it a priority above that of ask (40)",),
+    ),
+    "it may evict nobody": (
+        {"priority": 900, "evict": False},
+        "NoConsent",
+        "it would need the place of ask, and may not evict; and short, which ends, gives it back to ask first",
+        ("set allow_baseline_eviction: true",),
+    ),
+    "it is next": (
+        {"priority": 500},
+        "WaitingForLease",
+        "it waits for the place that short, which ends, is giving back",
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "reason", "message", "hints"), ENDING.values(), ids=ENDING)
+def test_who_waits_for_the_place_of_one_that_ends_is_told_who_comes_back_there_and_not_to_top_what_ends(
+    fields: dict[str, Any], reason: str, message: str, hints: tuple[str, ...]
+) -> None:
+    run = settled(ASK)
+    whole = overlay("short", [0], priority=600, duration=300.0)
+    away(run, ASK, short=whole)
+    run.spec = spec(ASK, whole, overlay("long", [0], **fields))
+    told = why(run.settle(until=overlay_state("short", "completing")), "long")
+    assert (told.reason, told.message, told.alternatives) == (reason, message, hints)
+    assert told.earliest_start is None
+    decided = run.settle(until=overlay_state("short", "restoring", "done"))
+    begins = decided.ledger.overlays["long"].state != "pending"
+    assert begins is (reason == "WaitingForLease"), "what was told came true"
+
+
+def test_where_nobody_was_before_the_one_that_ends_whoever_waits_is_next() -> None:
+    other = endpoint("ask", [1], priority=900)
+    run = settled(other, gpus=2)
+    whole = overlay("short", [0], priority=600, duration=300.0)
+    away(run, other, short=whole)
+    run.spec = spec(other, whole, overlay("long", [0], priority=10, evict=False))
+    assert why(run.settle(until=overlay_state("short", "completing")), "long").reason == "WaitingForLease"
+    run.settle(until=overlay_state("short", "done"))
+    assert run.ledger.overlays["long"].state != "pending"
