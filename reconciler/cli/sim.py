@@ -166,3 +166,5 @@ def _print_report(face: Face, seen: NodeReport) -> None:
             Text(", ".join(item.faults) or "-", "red" if item.faults else ""),
         )
     face.out.print(table)
+    if seen.faults_problem is not None:
+        face.out.print(Text(seen.faults_problem, "red"))

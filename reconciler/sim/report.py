@@ -45,6 +45,8 @@ class NodeReport(Struct, frozen=True):
     driver_version: str
     driver_loaded: bool
     gpus: tuple[GpuReport, ...]
+    faults_problem: str | None
+    """Why the file of faults is not read as such: it counts as none."""
 
 
 def report(sim_dir: Path) -> NodeReport:
@@ -72,7 +74,13 @@ def report(sim_dir: Path) -> NodeReport:
             )
         )
     return NodeReport(
-        str(sim_dir), node.time_scale, node.release_delay_s, node.driver_version, not broken.no_driver, tuple(gpus)
+        str(sim_dir),
+        node.time_scale,
+        node.release_delay_s,
+        node.driver_version,
+        not broken.no_driver,
+        tuple(gpus),
+        faults.problem(sim_dir),
     )
 
 

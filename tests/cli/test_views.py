@@ -132,6 +132,10 @@ def test_the_simulated_node_can_be_looked_at_filled_broken_and_used(desk: Desk):
     assert desk.data("sim", "fault", "lost", "--gpu", "1")["gpus"][1]["faults"] == ["lost"]
     assert desk.data("status")["gpus"][1]["state"] != "ok"
     assert desk.data("sim", "fault", "mend")["gpus"][1]["faults"] == []
+    (desk.state / "sim" / "faults.json").write_text("{")
+    assert "faults.json: " in desk.run("sim", "status").stdout
+    assert desk.answer("sim", "fault", "lost", "--gpu", "1")["error"]["hint"].endswith("`reconciler sim fault mend`")
+    assert desk.data("sim", "fault", "mend")["faults_problem"] is None
     code = "import pynvml, sys; pynvml.nvmlInit(); sys.exit(pynvml.nvmlDeviceGetCount())"
     assert desk.run("sim", "exec", "--", sys.executable, "-c", code).returncode == 4
 

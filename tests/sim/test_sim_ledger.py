@@ -179,3 +179,39 @@ def test_faults_add_up_and_are_mended_one_gpu_at_a_time(box: Box) -> None:
         faults.break_gpu(box.sim_dir, 0, "tired")
     with pytest.raises(UsageError, match="seconds"):
         faults.break_gpu(box.sim_dir, 0, "hang")
+
+
+def test_a_fault_that_somebody_wrote_as_1_is_one(box: Box) -> None:
+    (box.sim_dir / "faults.json").write_text('{"gpus": {"0": {"lost": 1, "hang": 3}}}')
+    seen = report(box.sim_dir)
+    assert seen.gpus[0].faults == ("lost", "hang 3s")
+    assert seen.faults_problem is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"gpus": {"0": {"lost"', "truncated"),
+        ('{"gpus": {"0": {"losst": true}}}', "losst"),
+        ('{"gpus": {"0": {"lost": "perhaps"}}}', "gpus"),
+        ('{"gpus": {"0": {"hang": -1}}}', "hang"),
+    ],
+)
+def test_a_file_of_faults_that_cannot_be_read_is_told_of_and_not_written_over(box: Box, text: str, why: str) -> None:
+    written = box.sim_dir / "faults.json"
+    written.write_text(text)
+    told = report(box.sim_dir).faults_problem
+    assert told is not None
+    assert told.startswith(f"{written}: ")
+    assert why in told
+    assert faults.read(box.sim_dir) == faults.Faults()
+    for change in (
+        lambda: faults.break_gpu(box.sim_dir, 1, "lost"),
+        lambda: faults.unload_driver(box.sim_dir),
+        lambda: faults.mend(box.sim_dir, 0),
+    ):
+        with pytest.raises(StateError, match=why):
+            change()
+    assert written.read_text() == text
+    faults.mend(box.sim_dir)
+    assert report(box.sim_dir).faults_problem is None
