@@ -63,6 +63,15 @@ class ForkServer:
         ours.settimeout(0.0)  # one that is stopped must not stop its daemon
         self._control = ours
 
+    def announce(self, group: str | None) -> None:
+        """Say that an order follows in a moment, so that what needs no order is done meanwhile, beside the caller.
+
+        `group` is the control group that its leader will be born in; it is made by the shim.
+        """
+        with suppress(OSError):  # it comes as a surprise then
+            if self._control is not None:
+                self._control.send(b"?" + os.fsencode(group or ""))
+
     def fork_shim(self, order: int, lock: int, ready: int, go: int) -> bool:
         """Have a shim forked that gets these descriptors; the caller closes its own. Nobody waits here.
 

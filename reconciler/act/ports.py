@@ -9,13 +9,11 @@ import socket
 from reconciler.errors import ActError, PortInUse
 from reconciler.sockets import BOUND, CONNECTED, sockets
 
-_WAYS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))  # noqa: S104 - proof, not service
-
 
 def prove_free(port: int) -> None:
-    """Show that a server may take `port` on loopback and on every address.
+    """Show that a server may take `port` on loopback and on every other address, of IPv4 and IPv6 alike.
 
-    Outcomes, for each address:
+    One socket for every address of both conflicts with whoever has bound any of them. Outcomes:
     1. A plain bind succeeds: free.
     2. It fails, and a bind with SO_REUSEADDR fails too: someone listens.
     3. Only the bind with SO_REUSEADDR succeeds: someone bound the port and does not listen yet, as vLLM does for all of
@@ -26,15 +24,20 @@ def prove_free(port: int) -> None:
         PortInUse: someone holds it.
         ActError: it cannot be bound for another reason (a privileged port), or the kernel cannot be asked for 3.
     """
-    refused = [way for way in _WAYS if not _binds(*way, port)]  # the rest: 1
-    for number, (family, address) in enumerate(refused):
-        try:
-            probe = _bind(family, address, port, reuse=True)
-        except OSError:
-            raise _taken(port, "someone listens there") from None  # 2
-        with probe:
-            if number == 0 and _has_bound_it(probe, port):  # 3; asked once: the answer is about all addresses
-                raise _taken(port, "someone has bound it and does not listen yet")
+    try:
+        _bind(port, reuse=False).close()  # 1
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise ActError(f"port {port} cannot be bound: {error.strerror}") from error
+    else:
+        return
+    try:
+        probe = _bind(port, reuse=True)
+    except OSError:
+        raise _taken(port, "someone listens there") from None  # 2
+    with probe:
+        if _has_bound_it(probe, port):  # 3
+            raise _taken(port, "someone has bound it and does not listen yet")
 
 
 def _taken(port: int, detail: str) -> PortInUse:
@@ -43,26 +46,23 @@ def _taken(port: int, detail: str) -> PortInUse:
     )
 
 
-def _binds(family: socket.AddressFamily, address: str, port: int) -> bool:
+def _bind(port: int, *, reuse: bool) -> socket.socket:
+    """A socket bound on every address, to be closed by the caller."""
     try:
-        _bind(family, address, port, reuse=False).close()
+        return _bind_on(socket.AF_INET6, "::", port, reuse=reuse)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return False
-        if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return True  # a box without IPv6: nobody can be there
-        raise ActError(f"port {port} cannot be bound on {address}: {error.strerror}") from error
-    return True
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        return _bind_on(socket.AF_INET, "0.0.0.0", port, reuse=reuse)  # noqa: S104 - proof, not service
 
 
-def _bind(family: socket.AddressFamily, address: str, port: int, *, reuse: bool) -> socket.socket:
-    """A socket bound there; to be closed by the caller."""
+def _bind_on(family: socket.AddressFamily, address: str, port: int, *, reuse: bool) -> socket.socket:
     probe = socket.socket(family, socket.SOCK_STREAM)
     try:
         if reuse:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
         probe.bind((address, port))
     except OSError:
         probe.close()

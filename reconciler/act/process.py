@@ -15,7 +15,6 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from reconciler import census, cgroup
 from reconciler.act import ports
@@ -137,6 +136,8 @@ class ProcessActor:
                 )
             await self._clock.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
+        if self._go is None:  # of many starts only the first: there is one shim in advance
+            self._forks.announce(group)
         try:
             self._record(launch, group)
             ready = await self._hand_over(launch, lock, order)
@@ -178,7 +179,7 @@ class ProcessActor:
             raise ActError(f"{subject}: its lock cannot be opened: {error}") from error
 
     def _record(self, launch: Launch, group: str | None) -> None:
-        """Port, intent, control group, in this order, under the lock."""
+        """Port, intent, in this order, under the lock."""
         subject = launch.subject
         if launch.port is not None:
             ports.prove_free(launch.port)
@@ -190,9 +191,6 @@ class ProcessActor:
             incarnations.write_intent(self._state, self._intent(launch, group))
         except OSError as error:
             raise ActError(f"{subject}: the intent to start it cannot be recorded: {error}") from error
-        if group is not None:
-            with suppress(OSError):  # the shim cannot join it then, says so in the log and goes on without
-                Path(group).mkdir(0o755)
 
     async def _hand_over(self, launch: Launch, lock: int, order: bytes) -> int:
         """The pipe that the shim will close which has this order now.

@@ -1,14 +1,16 @@
-# ruff: noqa: PTH116, PTH118, PTH123, PTH208, FBT003
+# ruff: noqa: PTH102, PTH106, PTH116, PTH118, PTH123, PTH208, SIM105, FBT003
 """The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
 
 Run as `python -I -S shim.py CONTROL_FD [OPEN_FILES]`, by absolute path: it imports nothing of this package, and nothing
 after its start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own,
-for each message on the socket CONTROL_FD, until the other end is closed; when there is nothing to do, the next one in
-advance. OPEN_FILES is the soft limit of descriptors for all that follow.
+for each order on the socket CONTROL_FD, until the other end is closed. When there is nothing to do it forks the next
+one in advance, which takes the next order from the socket itself. OPEN_FILES is the soft limit of descriptors for all
+that follow.
 One shim is alive per incarnation, and shares what it does not change with all others; hence no json, enum, pathlib or
 subprocess, which would be paid for by each.
 
-A message brings four descriptors:
+A message with four descriptors is an order. One without, a byte and the name of a control group, announces it: who
+waits in advance forks the leader meanwhile.
 
 order       fields separated by NUL: records' folder, boot id, log file, bytes of it to keep, whether its end is to
             outlive a power cut (empty: no), control group to join (empty: none), working directory, whom to run as
@@ -18,7 +20,7 @@ lock        an flock of the subject, held by being open here until the last desc
 ready       closed once the leader's program runs, or it is recorded that it cannot; text in it says why neither is so.
 go          at its end once the program may begin: of many starts at once none does before all of them are handed over.
 
-Order, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` is
+Sequence, so that a kill at any point leaves the truth behind: the child is forked and waits at a gate; `run.json` is
 written; once `go` is at its end, also because the daemon died, the gate opens; the child executes the program. A shim
 killed before that closes the gate, and the child ends without having run anything, after it took `run.json` back.
 
@@ -32,9 +34,7 @@ from __future__ import annotations
 
 # the signal module without its enums, which cost a third of the start time
 import _signal  # type: ignore[import-not-found] # CPython's own; typeshed knows only `signal`
-
-# the same for sockets
-import _socket
+import _socket  # the same for sockets
 import ctypes
 import errno
 import fcntl
@@ -45,10 +45,13 @@ import sys
 import time
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
-_CLONE3 = 435  # as on every architecture
-_CLONE_INTO_CGROUP = 1 << 33
+_CLONE3, _CLONE_INTO_CGROUP = 435, 1 << 33  # the number is the same on every architecture
 _IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
-_GIVEN = 4  # descriptors with each message: order, lock, ready, go
+_GIVEN, _FORWARDED = 4, 5  # descriptors with an order: order, lock, ready, go; and at the gate: see become_leader
+_NAME = b"reconciler-shim"  # as ps shows it, at most 15 bytes
+_FIELDS = 8  # of an order, before the number of arguments
+_LONGEST_PATH, _LONGEST_REASON = 1 << 12, 1 << 14  # bytes
+_ANNOUNCED_S = 1.0  # an order follows within milliseconds, or does not: its port was taken, say
 _CALM_S = 0.05  # nobody asks for so long: time to fork the next one in advance, the last is through with its start
 _FIRST_STEPS_S = 0.03  # nobody is in the way of a program that begins, on a small box not even who watches its log
 _PAUSE_S = 0.2  # before that is tried again where it failed, or was killed
@@ -67,6 +70,8 @@ _SILENT_LOOK_S = 4.0  # where nothing tells of writes, and nothing is written
 _libc, _libc_with_gil = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None, use_errno=True)
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _offset_ns: int | None = None
+Leader = tuple[int, _socket.socket, bytes]
+"""A process that waits to become the program: its pid, the gate that it waits at, its control group."""
 # Between two tries to record an end on a disk that is full, say: first and longest, they double.
 _RETRY_S, _MOST_RETRY_S = 1.0, 10.0
 _NOBODY_READS = (errno.ENOENT, errno.ESTALE)  # the folder of the records was removed
@@ -76,51 +81,42 @@ def main() -> int:
     """Fork a shim for each message, until nobody can send one any more."""
     control = _socket.socket(fileno=int(sys.argv[1]))
     if len(sys.argv) > 2:  # the daemon itself has a higher one
-        limit_open_files(int(sys.argv[2]))
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), hard))
     os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
     set_process(_PR_SET_PDEATHSIG, _signal.SIGCONT)  # stopped, it would keep what it was handed for ever, locks as well
-    name_process(b"reconciler-fork")
+    set_process(_PR_SET_NAME, ctypes.c_char_p(b"reconciler-fork"))
     boottime_offset()
     gc.disable()
     gc.freeze()  # a collection would write to every object, and end the sharing of its page
     spare, calm_s = None, _CALM_S
     while True:
-        if spare is None:
-            ready = select.select([control], [], [], calm_s)[0]
-        else:
-            ready = select.select([control, spare], [], [])[0]
-        if control in ready:
+        if spare is not None:
+            calm_s = _CALM_S if spare.recv(1) else _PAUSE_S  # it has an order; or it was killed
+            spare.close()
+            spare = None
+        elif select.select([control], [], [], calm_s)[0]:
             message, descriptors = receive(control)
             if not message:
                 return 0
             if len(descriptors) == _GIVEN:
-                hand_over(control, spare, descriptors)
-                spare, calm_s = None, _CALM_S
+                fork_shim(control, descriptors)
             for fd in descriptors:
                 os.close(fd)
-        elif spare is not None:  # it was killed
-            spare.close()
-            spare, calm_s = None, _PAUSE_S
+            calm_s = _CALM_S
         else:
-            try:
-                spare = fork_shim(control, [])
-            except OSError:
-                calm_s = _PAUSE_S
-
-
-def limit_open_files(soft: int) -> None:
-    """The soft limit that the daemon was given itself, for this process and all that follow."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            spare, calm_s = fork_shim(control, []), _PAUSE_S
 
 
 def receive(source: _socket.socket) -> tuple[bytes, list[int]]:
     """The next message and its descriptors; empty once the other end is closed."""
-    message, ancillary, _, _ = source.recvmsg(1, _socket.CMSG_SPACE(_GIVEN * 4), _socket.MSG_CMSG_CLOEXEC)
+    message, ancillary, _, _ = source.recvmsg(
+        _LONGEST_PATH, _socket.CMSG_SPACE(_FORWARDED * 4), _socket.MSG_CMSG_CLOEXEC
+    )
     found: list[int] = []
     for level, kind, data in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
@@ -128,34 +124,19 @@ def receive(source: _socket.socket) -> tuple[bytes, list[int]]:
     return message, found
 
 
-def hand_over(control: _socket.socket, spare: _socket.socket | None, descriptors: list[int]) -> None:
-    """Have the shim that was forked in advance take these; a fresh one where there is none, or it was killed."""
-    if spare is not None:
-        words = b"".join(fd.to_bytes(4, sys.byteorder) for fd in descriptors)
-        try:
-            spare.sendmsg([b"+"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, words)])
-        except OSError:
-            pass
-        else:
-            return
-        finally:
-            spare.close()
-    try:
-        fork_shim(control, descriptors).close()
-    except OSError as error:
-        os.write(descriptors[2], f"it cannot be forked: {error}".encode())
+def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket | None:
+    """One shim, in a session of its own, with these descriptors; without any it takes the next ones from `control`.
 
-
-def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket:
-    """One shim, in a session of its own, with these descriptors; without any it waits for them at the answer."""
+    Then it says so at the answer. None: it cannot be forked, of which the starter was told.
+    """
     server = os.getpid()
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         shim = os.fork()
-    except OSError:
-        ours.close()
-        theirs.close()
-        raise
+    except OSError as error:
+        if descriptors:
+            os.write(descriptors[2], f"it cannot be forked: {error}".encode())
+        return None
     if shim != 0:
         theirs.close()
         return ours
@@ -163,42 +144,59 @@ def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket
     try:
         if not descriptors:
             set_process(_PR_SET_PDEATHSIG, _signal.SIGKILL)
-        control.close()
         ours.close()
         os.setsid()
         become_reaper()
-        own = own_identity()
-        given = descriptors or wait_in_advance(theirs, server)
+        own, leader = own_identity(), None
+        if not descriptors:
+            descriptors, leader = wait_in_advance(control, server)
+            if descriptors:
+                theirs.send(b"+")
+        control.close()
         theirs.close()
-        if given:
-            name_process(b"reconciler-shim")
-            code = supervise(own, *given)
+        if descriptors:
+            set_process(_PR_SET_NAME, ctypes.c_char_p(_NAME))
+            code = supervise(own, leader, *descriptors)
     finally:
         os._exit(code)
 
 
-def wait_in_advance(source: _socket.socket, server: int) -> list[int]:
-    """The descriptors that are sent; none once nobody can send them any more.
+def wait_in_advance(control: _socket.socket, server: int) -> tuple[list[int], Leader | None]:
+    """The next order, and its leader if it was announced; no order once nobody can send one any more.
 
-    Until it has them a shim ends with the server, however it may hang: what was sent and not taken is dropped with it.
+    Until it has one a shim ends with the server, however it may hang: what was sent and not taken is dropped with it.
     """
+    leader: Leader | None = None
     if os.getppid() != server:  # it died before this asked to be told
-        return []
-    descriptors = receive(source)[1]
-    set_process(_PR_SET_PDEATHSIG, 0)
-    return descriptors
+        return [], None
+    while True:
+        if leader is not None and not select.select([control], [], [], _ANNOUNCED_S)[0]:
+            dismiss(leader)  # forked so long before its order, a program would look older than it is
+            leader = None
+        message, descriptors = receive(control)
+        if len(descriptors) == _GIVEN:
+            set_process(_PR_SET_PDEATHSIG, 0)
+            return descriptors, leader
+        for fd in descriptors:
+            os.close(fd)
+        if leader is not None:
+            dismiss(leader)
+        if not message:
+            return [], None
+        set_process(_PR_SET_NAME, ctypes.c_char_p(_NAME))
+        leader = fork_leader(message[1:], [])
 
 
 def own_identity() -> str:
     """Who this shim is, as its part of the run record."""
-    own = os.getpid()
-    return f'"pid_namespace":{pid_namespace()},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)}'
+    own, namespace = os.getpid(), os.stat("/proc/self/ns/pid").st_ino
+    return f'"pid_namespace":{namespace},"shim_pid":{own},"shim_start_ticks":{start_ticks(own)}'
 
 
-def supervise(own: str, order: int, lock: int, ready: int, go: int) -> int:
+def supervise(own: str, forked: Leader | None, order: int, lock: int, ready: int, go: int) -> int:
     """Start the leader, say so, stay; let go of the lock at the end, since the kernel takes its time over the rest."""
     try:
-        leader, folder_fd, log_bytes, durable, unrecorded = start(own, order, go)
+        leader, folder_fd, log_bytes, durable, unrecorded = start(own, forked, order, lock, ready, go)
     except Exception as error:  # noqa: BLE001 - the starter is told, whatever it is
         os.write(ready, f"{type(error).__name__}: {error}".encode())
         return 1
@@ -210,30 +208,32 @@ def supervise(own: str, order: int, lock: int, ready: int, go: int) -> int:
     return 0
 
 
-def start(own: str, order: int, go: int) -> tuple[int, int, int, bool, str]:
+def start(
+    own: str, forked: Leader | None, order: int, lock: int, ready: int, go: int
+) -> tuple[int, int, int, bool, str]:
     """Carry out the order, the program's begin as soon as `go` is at its end; `own` is who this is.
 
     The answer: the leader's pid, the folder its end is recorded in, bytes of its log to keep, whether its end is to
     outlive a power cut, and its end itself if there is one that could not be recorded yet.
     """
-    fields = os.pread(order, os.fstat(order).st_size, 0).split(b"\0")
-    os.close(order)
-    folder, boot_id, log, log_bytes, durable, group, cwd, user, count, *rest = fields
-    argv, environment = rest[: int(count)], rest[int(count) :]
+    (folder, boot_id, log, log_bytes, durable, group, *_), _, _ = read_order(order)
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.fchmod(log_fd, 0o600)
     os.dup2(log_fd, _LOG)  # from here on own tracebacks reach it
 
-    gate_out, gate_in = os.pipe()
-    failure_out, failure_in = os.pipe()
-    leader, born_in_group = fork_leader(group)
-    if leader == 0:
-        os.close(gate_in)
-        to_join = b"" if born_in_group else group
-        become_leader(gate_out, failure_in, folder_fd, log_fd, to_join, cwd, user, argv, environment)
-    os.close(gate_out)
-    os.close(failure_in)
+    forwarded = [order, lock, ready, folder_fd, log_fd]
+    if forked is not None and forked[2] != group:
+        dismiss(forked)  # it was announced for another start, which was then refused
+        forked = None
+    if forked is not None:
+        try:
+            words = b"".join(fd.to_bytes(4, sys.byteorder) for fd in forwarded)
+            forked[1].sendmsg([b"+"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, words)])
+        except OSError:  # it was killed
+            forked = None
+    leader, gate, _ = forked or fork_leader(group, forwarded)
+    os.close(order)
     write_record(
         folder_fd,
         "run.json",
@@ -243,15 +243,12 @@ def start(own: str, order: int, go: int) -> tuple[int, int, int, bool, str]:
     )
     os.read(go, 1)
     os.close(go)
-    try:  # noqa: SIM105 - contextlib would be paid for by each shim
-        os.write(gate_in, b"1")
-    except BrokenPipeError:
-        pass  # it was killed at the gate: an end like any other, collected and recorded below
-    os.close(gate_in)
-    failure = b""
-    while chunk := os.read(failure_out, 4096):  # ends when the program is executed: the other end is closed by that
-        failure += chunk
-    os.close(failure_out)
+    try:
+        gate.send(b"1")
+        failure = gate.recv(_LONGEST_REASON)  # empty once the program is executed: the other end is closed by that
+    except ConnectionError:
+        failure = b""  # it was killed at the gate: an end like any other, collected and recorded below
+    gate.close()
     unrecorded = ""
     if failure:
         code, _, error = failure.decode(errors="replace").partition(" ")
@@ -261,7 +258,40 @@ def start(own: str, order: int, go: int) -> tuple[int, int, int, bool, str]:
     return leader, folder_fd, int(log_bytes), bool(durable), unrecorded
 
 
-def fork_leader(group: bytes) -> tuple[int, bool]:
+def read_order(order: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """Its fields up to the number of arguments, the arguments, the environment."""
+    fields = os.pread(order, os.fstat(order).st_size, 0).split(b"\0")
+    end = _FIELDS + 1 + int(fields[_FIELDS])
+    return fields[:_FIELDS], fields[_FIELDS + 1 : end], fields[end:]
+
+
+def fork_leader(group: bytes, descriptors: list[int]) -> Leader:
+    """The leader, which has these descriptors (see `become_leader`) or, without any, waits for them at its gate."""
+    try:
+        os.mkdir(group, 0o755)
+    except OSError:  # without a name, there is to be none; else the leader tells of it
+        pass
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    leader, born_in_group = fork_into(group)
+    if leader == 0:
+        ours.close()
+        become_leader(theirs, descriptors, born_in_group=born_in_group)
+    theirs.close()
+    return leader, ours, group
+
+
+def dismiss(forked: Leader) -> None:
+    """Let go of a leader that has nothing to do, and of its group."""
+    leader, gate, group = forked
+    gate.close()
+    os.waitpid(leader, 0)
+    try:
+        os.rmdir(group)
+    except OSError:  # there is none, or it had been there before
+        pass
+
+
+def fork_into(group: bytes) -> tuple[int, bool]:
     """As os.fork, into the control group if the kernel can (CLONE_INTO_CGROUP, Linux 5.7); whether it did.
 
     To move there afterwards is to wait for the whole kernel, 5 to 20 ms (a grace period of RCU). What os.fork does
@@ -299,29 +329,16 @@ def ignore_polite_signals() -> None:
         _signal.signal(number, _signal.SIG_IGN)
 
 
-def name_process(name: bytes) -> None:
-    """As others see it in `ps`: at most 15 bytes."""
-    set_process(_PR_SET_NAME, ctypes.c_char_p(name))
-
-
 def set_process(what: int, value: int | ctypes.c_char_p) -> None:
     """One prctl(2) of one argument."""
     if _libc.prctl(what, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({what})")
 
 
-def become_leader(
-    gate: int,
-    failure: int,
-    folder_fd: int,
-    log_fd: int,
-    group: bytes,
-    cwd: bytes,
-    user: bytes,
-    argv: list[bytes],
-    environment: list[bytes],
-) -> None:
+def become_leader(gate: _socket.socket, descriptors: list[int], *, born_in_group: bool) -> None:
     """In the child: own session and group, default signals, wait for the gate, become the program. Never returns.
+
+    `descriptors`: the order, the subject's lock and `ready`, both only held, the records' folder, the log.
 
     What it makes others may read and not write, unless the daemon is stricter (`UMask=` in its unit): so it is under
     systemd, and everywhere the same.
@@ -329,17 +346,23 @@ def become_leader(
     A gate that closes means that the shim was killed. Its record of the run, if it came to that, is taken back while
     the lock is still held here: what is left then says *never started*, as it was.
     """
-    code, error = _NOT_EXECUTABLE, ""
+    code, error, argv = _NOT_EXECUTABLE, "", [b""]
     try:
         os.setsid()
         os.umask(os.umask(_UMASK) | _UMASK)
-        os.dup2(log_fd, 1)  # stdin is /dev/null and stderr the log already; everything else closes on exec
         for number in range(1, _signal.NSIG):
             if _signal.getsignal(number) == _signal.SIG_IGN:  # all that an exec leaves as it is
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        join_group(group)  # before the gate: the record is written meanwhile
-        if os.read(gate, 1) == b"1":
+        given = descriptors or receive(gate)[1]
+        if len(given) < _FORWARDED:  # the gate was closed
+            return
+        order, _, _, folder_fd, log_fd = given
+        (*_, group, cwd, user), argv, environment = read_order(order)
+        for fd in (1, _LOG):  # stdin is /dev/null already; everything else closes on exec
+            os.dup2(log_fd, fd)
+        join_group(b"" if born_in_group else group)  # before the gate opens: the record is written meanwhile
+        if gate.recv(1) == b"1":
             become_user(user)
             os.chdir(cwd)  # as that user: it need not reach what root may
             execute(argv, dict(entry.partition(b"=")[::2] for entry in environment))
@@ -353,8 +376,8 @@ def become_leader(
         error = f"{type(problem).__name__}: {problem}"
     finally:
         if error:
-            os.write(failure, f"{code} {error}".encode(errors="replace"))
-            os.write(log_fd, f"reconciler: it could not be run: {error}\n".encode(errors="replace"))
+            gate.send(f"{code} {error}".encode(errors="replace")[:_LONGEST_REASON])
+            os.write(_LOG, f"reconciler: it could not be run: {error}\n".encode(errors="replace"))
         os._exit(code)
 
 
@@ -565,11 +588,6 @@ def start_ticks(pid: int) -> int:
     if rest:
         raise OSError(errno.ERANGE, "the offset of this time namespace is no whole number of clock ticks")
     return shown_ticks - offset
-
-
-def pid_namespace() -> int:
-    """Inode of the namespace in which the pids mean something."""
-    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def quoted(text: str) -> str:

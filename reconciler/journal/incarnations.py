@@ -290,7 +290,9 @@ def remove_drafts(state: StateDir) -> None:
         OSError: `run/` is none.
     """
     refuse_link(state.run)
-    for draft in state.run.glob(f".*{_DRAFT}"):
+    with os.scandir(state.run) as entries:
+        drafts = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(_DRAFT)]
+    for draft in drafts:
         shutil.rmtree(draft, ignore_errors=True)  # what is no folder is nobody's draft
 
 

@@ -60,7 +60,11 @@ _DECODER = Decoder(Faults, strict=False)
 def read(sim_dir: Path) -> Faults:
     """The faults now in force."""
     try:
-        with open(f"{sim_dir}/faults.json", "rb") as file:  # noqa: PTH123 - read with every call to the driver
+        fd = os.open(f"{sim_dir}/faults.json", os.O_RDONLY | os.O_CLOEXEC)  # with every call: mostly there is none
+    except OSError:
+        return Faults()
+    try:
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
             return _DECODER.decode(file.read())
     except (OSError, ValueError):
         return Faults()

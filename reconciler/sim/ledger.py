@@ -52,15 +52,15 @@ class Ledger(Struct, frozen=True):
         Names and contents that are no entries are passed over. A process that cannot be looked at counts as alive:
         unknown is not absent.
         """
-        folder = self._folder(index)
+        folder = f"{self.sim_dir}/gpus/{index}"  # no Path: a look at a node asks some ten times
         try:
-            names = os.listdir(folder)  # noqa: PTH208 - read at 1 Hz and more
+            names = os.listdir(folder)  # noqa: PTH208 - as above
         except FileNotFoundError:
             return ()
         found = []
         for name in names:
             match = _NAME.fullmatch(name)
-            size = _read_size(folder / name) if match else None
+            size = _read_size(f"{folder}/{name}") if match else None
             if match is None or size is None:
                 continue
             pid, ticks = int(match[1]), int(match[2])
@@ -111,10 +111,13 @@ class Ledger(Struct, frozen=True):
         """Note that a dead process's entry was seen; True once the delay since the first such note is over."""
         note = self._dying(index) / name
         try:
-            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # the note's own modification time is the time noted: one atomic step, so no reader can see half a note
             with suppress(FileExistsError):
-                os.close(os.open(note, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+                try:
+                    _create(note)
+                except FileNotFoundError:
+                    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    _create(note)
             # abs: a wall clock set back must not hold the memory for as long as it was set back
             if abs(time.time() - note.stat().st_mtime) < self.release_delay_s:
                 return False
@@ -141,9 +144,14 @@ class Ledger(Struct, frozen=True):
         return stat.pid, stat.start_ticks + boottime.offset_ticks()
 
 
-def _read_size(path: Path) -> int | None:
+def _create(note: Path) -> None:
+    os.close(os.open(note, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+def _read_size(path: str) -> int | None:
     try:
-        text = path.read_bytes()[:64].strip()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
+            text = file.read(64).strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None

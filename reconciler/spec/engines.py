@@ -141,5 +141,13 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _fill(parts: Sequence[str], values: Mapping[str, str]) -> list[str]:
-    pattern = re.compile(r"\{(" + "|".join(values) + r")\}")
-    return [pattern.sub(lambda found: values[found[1]], part) for part in parts]
+    return [_filled(part, values) for part in parts]
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """With the value of each `{name}`; other braces stay. No pattern: the first start would wait for its compiling."""
+    head, *rest = text.split("{")
+    for piece in rest:
+        name, brace, tail = piece.partition("}")
+        head += values[name] + tail if brace and name in values else "{" + piece
+    return head

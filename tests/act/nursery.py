@@ -85,6 +85,13 @@ def exiting_on(path: Path, code: int) -> Argv:
     return program(f"say('ready')\nwhile not os.path.exists({str(path)!r}): time.sleep(0.005)\nsys.exit({code})")
 
 
+def in_memory(order: bytes) -> int:
+    """An order as the shim gets it: a descriptor, to be closed by whoever made it."""
+    memory = os.memfd_create("order")
+    os.write(memory, order)
+    return memory
+
+
 def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait until `condition` holds, or fail."""
     end = time.monotonic() + DEADLINE_S

@@ -401,11 +401,11 @@ def test_a_group_is_found_by_what_the_kernel_says(
     assert cgroup.of_process(7) == found
 
 
-def fork_leader(group: str) -> str:
+def fork_into(group: str) -> str:
     """What the way in which shims fork says, in a process with one thread, as a shim has: where, and whether born."""
     code = (
         f"import os, sys; sys.path.insert(0, {str(Path(shim.__file__).parent)!r}); import shim;"
-        "pid, born = shim.fork_leader(os.fsencode(sys.argv[1]));"
+        "pid, born = shim.fork_into(os.fsencode(sys.argv[1]));"
         "text = open('/proc/self/cgroup').read();"
         "(print(text, flush=True), os._exit(0)) if pid == 0 else (os.waitpid(pid, 0), print(born))"
     )
@@ -421,7 +421,7 @@ def test_a_leader_is_born_in_its_group_and_nothing_has_to_be_moved(control_group
     group = cgroup.path_in(control_groups, "born")
     Path(group).mkdir()
     try:
-        said = fork_leader(group)
+        said = fork_into(group)
     finally:
         cgroup.remove(group, "born")
     assert Path(group).name in said
@@ -429,4 +429,4 @@ def test_a_leader_is_born_in_its_group_and_nothing_has_to_be_moved(control_group
 
 
 def test_where_no_child_can_be_born_in_a_group_it_is_forked_as_ever(tmp_path: Path) -> None:
-    assert fork_leader(str(tmp_path / "no group")).endswith("False\n")
+    assert fork_into(str(tmp_path / "no group")).endswith("False\n")

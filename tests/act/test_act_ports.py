@@ -42,14 +42,29 @@ def test_a_listener_on_ipv6_alone_takes_the_port() -> None:
             prove_free(server.getsockname()[1])
 
 
-def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
+def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket, address: str) -> None:
     """vLLM binds with SO_REUSEADDR before it loads; a probe with SO_REUSEADDR alone would succeed."""
-    taken.bind(("0.0.0.0", free_port()))
+    taken.bind((address, free_port()))
     port = taken.getsockname()[1]
     with pytest.raises(PortInUse, match="does not listen yet"):
         prove_free(port)
     taken.close()
     prove_free(port)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+@pytest.mark.parametrize("address", ["::1", "::"])
+def test_a_port_bound_on_ipv6_alone_is_taken(address: str) -> None:
+    with socket.socket(socket.AF_INET6) as loading:
+        loading.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        loading.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            loading.bind((address, free_port()))
+        except OSError:
+            pytest.skip("no IPv6 on this box")
+        with pytest.raises(PortInUse, match="does not listen yet"):
+            prove_free(loading.getsockname()[1])
 
 
 def test_connections_that_linger_after_a_server_do_not_take_the_port(taken: socket.socket) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 from forked import in_child
-from nursery import OBEDIENT, Nursery, OpenLog
+from nursery import OBEDIENT, Nursery, OpenLog, in_memory
 
 from reconciler.act import process, shim
 from reconciler.identity import boot_id
@@ -52,30 +52,17 @@ def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest
     monkeypatch.setattr(shim.os, "fork", fork)
     ready, report = os.pipe()
     unused: Any = None
-    shim.hand_over(unused, None, [-1, -1, report, -1])
+    assert shim.fork_shim(unused, [-1, -1, report, -1]) is None
     os.close(report)
     with os.fdopen(ready, "rb") as pipe:
         assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")
-
-
-def test_the_order_for_a_shim_that_died_in_advance_goes_to_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    unused: Any = None
-    (spare, dead), (fresh, _) = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), socket.socketpair()
-    dead.close()
-    given: list[list[int]] = []
-    monkeypatch.setattr(shim, "fork_shim", lambda _, descriptors: given.append(descriptors) or fresh)
-    with Path(os.devnull).open() as null:
-        order = [null.fileno()] * 4
-        shim.hand_over(unused, spare, order)
-    assert given == [order]
-    assert spare.fileno() == fresh.fileno() == -1, "the server keeps nothing of either"
 
 
 def test_a_shim_whose_server_died_before_it_asked_to_be_told_takes_no_order() -> None:
     server, waits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with server, waits, Path(os.devnull).open() as null:
         socket.send_fds(server, [b"+"], [null.fileno()] * 4)
-        assert shim.wait_in_advance(waits, os.getpid()) == [], "its parent is not that one any more"
+        assert shim.wait_in_advance(waits, os.getpid()) == ([], None), "its parent is not that one any more"
 
 
 # ---------------------------------------------------------------- becoming the leader
@@ -83,7 +70,7 @@ def test_a_shim_whose_server_died_before_it_asked_to_be_told_takes_no_order() ->
 
 def test_a_folder_that_is_no_control_group_is_not_born_in_and_the_leader_is_forked_all_the_same(tmp_path: Path) -> None:
     for group in (tmp_path, tmp_path / "absent"):
-        leader, born_in_group = shim.fork_leader(os.fsencode(group))
+        leader, born_in_group = shim.fork_into(os.fsencode(group))
         if leader == 0:
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) == 7
@@ -115,16 +102,19 @@ def test_who_is_not_root_can_run_nothing_as_another_user() -> None:
 def test_an_order_that_makes_no_sense_is_an_exit_with_its_reason_and_never_a_second_shim(
     folder: int, tmp_path: Path
 ) -> None:
-    (gate_out, gate_in), (failure_out, failure_in) = os.pipe(), os.pipe()
-    os.write(gate_in, b"1")
+    order = in_memory(b"\0".join([b"", b"", b"", b"", b"", b"", b"/", b"one", b"1", b"true"]))
+    ours, gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(b"1")
     log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     leader = os.fork()
     if leader == 0:
-        shim.become_leader(gate_out, failure_in, folder, log, b"", b"/\0", b"", [b"true"], [])
-    for fd in (gate_in, gate_out, failure_in, log):
+        ours.close()
+        shim.become_leader(gate, [order, order, order, folder, log], born_in_group=False)
+    gate.close()
+    for fd in (order, log):
         os.close(fd)
-    with os.fdopen(failure_out, "rb") as pipe:
-        assert pipe.read().startswith(b"126 ValueError: ")
+    with ours:
+        assert ours.recv(4096).startswith(b"126 ValueError: ")
     assert os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) == 126
 
 
@@ -205,8 +195,7 @@ def test_why_a_program_could_not_be_run_waits_for_room_as_well(
 ) -> None:
     launch = nursery.launch(("/nowhere/at/all",), subject=Subject("workload", "thinking"))
     write_intent(nursery.state, nursery.actor()._intent(launch, None))
-    order = os.memfd_create("order")
-    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
+    order = in_memory(process._encode_order(launch, nursery.state, boot_id(), None))
     write, tries = shim.write_record, []
 
     def full(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
@@ -222,7 +211,7 @@ def test_why_a_program_could_not_be_run_waits_for_room_as_well(
 
     def supervise() -> int:
         shim.become_reaper()
-        return shim.supervise(shim.own_identity(), order, os.dup(null), os.dup(null), os.dup(null))
+        return shim.supervise(shim.own_identity(), None, order, os.dup(null), os.dup(null), os.dup(null))
 
     assert in_child(supervise) == "0"
     os.close(order)
@@ -238,8 +227,7 @@ def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
 ) -> None:
     launch = nursery.launch(("true",), subject=Subject(kind, "thinking"))
     write_intent(nursery.state, nursery.actor()._intent(launch, None))
-    order = os.memfd_create("order")
-    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
+    order = in_memory(process._encode_order(launch, nursery.state, boot_id(), None))
 
     def supervise() -> list[str]:
         names, sync = [], os.fsync
@@ -251,7 +239,7 @@ def test_the_exit_of_work_reaches_the_disk_and_of_an_endpoint_does_not(
         shim.os.fsync = note
         shim.become_reaper()
         lock, ready, go = (os.open(os.devnull, os.O_RDWR) for _ in range(3))
-        shim.supervise(shim.own_identity(), order, lock, ready, go)
+        shim.supervise(shim.own_identity(), None, order, lock, ready, go)
         return ["ID" if name == launch.incarnation else name for name in names]
 
     assert in_child(supervise) == str(synced)

@@ -12,13 +12,15 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, is_running, program, until
+from nursery import BRIEF, OBEDIENT, Nursery, exiting_on, in_memory, is_running, program, until
 from ports import free_port
 
+from reconciler import cgroup
 from reconciler.act import process, shim
 from reconciler.act.process import Launch, ProcessActor
 from reconciler.clock import SystemClock
@@ -357,25 +359,18 @@ def test_a_shim_killed_at_any_moment_leaves_no_leader_without_a_record(nursery: 
     assert nursery.marked(launch.incarnation) <= ({records.run.pid} if isinstance(records.run, Run) else set())
 
 
-def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery) -> None:
+def test_a_start_whose_shim_died_is_told_and_not_repeated(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
-    actor.warm()
-    spare, server = spare_of(actor), actor._forks.pid
-    assert server is not None
-    os.kill(spare, signal.SIGSTOP)  # so that it has its order, and has not begun
+    monkeypatch.setattr(actor._forks, "fork_shim", lambda *_: True)  # it had its order, and nothing is left of it
 
-    async def start_and_kill() -> None:
-        start = asyncio.ensure_future(actor.ensure_started(launch))
-        while len(children(server)) == 1:  # once that one has its order, another is forked in advance
-            await asyncio.sleep(0)
-        os.kill(spare, signal.SIGKILL)
-        with pytest.raises(ActError, match="before it started anything"):
-            await start
+    async def start_and_stop() -> None:
+        with pytest.raises(ActError, match="before it started anything: it was killed"):
+            await actor.ensure_started(launch)
         with pytest.raises(ActError, match="never started"):
             await actor.ensure_started(launch)
         await actor.ensure_stopped(launch.incarnation, BRIEF)
 
-    nursery.run(start_and_kill())
+    nursery.run(start_and_stop())
     assert nursery.marked(launch.incarnation) == set()
 
 
@@ -383,14 +378,15 @@ def test_a_leader_whose_shim_dies_before_the_gate_opens_takes_the_record_of_its_
     """So that intent without run and a free lock say *never started*, whenever the shim was killed."""
     (tmp_path / "run.json").write_text("{}")
     folder, log = os.open(tmp_path, os.O_RDONLY), os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-    (gate_out, gate_in), (failure_out, failure_in) = os.pipe(), os.pipe()
+    order = in_memory(b"\0".join([b""] * 6 + [b"/", b"", b"2", b"touch", os.fsencode(tmp_path / "ran")]))
+    ours, gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     leader = os.fork()
     if leader == 0:
-        os.close(gate_in)
-        shim.become_leader(
-            gate_out, failure_in, folder, log, b"", b"/", b"", [b"touch", os.fsencode(tmp_path / "ran")], []
-        )
-    for fd in (gate_in, gate_out, failure_in, failure_out, folder, log):
+        ours.close()
+        shim.become_leader(gate, [order, order, order, folder, log], born_in_group=False)
+    ours.close()
+    gate.close()
+    for fd in (order, folder, log):
         os.close(fd)
     os.waitpid(leader, 0)
     assert {p.name for p in tmp_path.iterdir()} == {"log"}
@@ -399,9 +395,7 @@ def test_a_leader_whose_shim_dies_before_the_gate_opens_takes_the_record_of_its_
 def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nursery) -> None:
     launch = nursery.launch(OBEDIENT)
     write_intent(nursery.state, nursery.actor()._intent(launch, None))
-    order = os.memfd_create("order")
-    os.write(order, process._encode_order(launch, nursery.state, boot_id(), None))
-    os.lseek(order, 0, os.SEEK_SET)
+    order = in_memory(process._encode_order(launch, nursery.state, boot_id(), None))
     record = shim.write_record
 
     def kill_once_recorded(folder_fd: int, name: str, text: str, *, durable: bool) -> None:
@@ -415,7 +409,7 @@ def test_a_leader_killed_at_the_gate_is_recorded_with_its_signal(nursery: Nurser
         shim.write_record = kill_once_recorded
         shim.become_reaper()
         lock, ready, go = (os.open(os.devnull, os.O_RDWR) for _ in range(3))
-        os._exit(shim.supervise(shim.own_identity(), order, lock, ready, go))
+        os._exit(shim.supervise(shim.own_identity(), None, order, lock, ready, go))
     os.close(order)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 0
     assert nursery.exit_code(launch.incarnation) == -signal.SIGKILL
@@ -550,6 +544,104 @@ def test_a_shim_that_was_forked_in_advance_and_killed_is_replaced(nursery: Nurse
     actor.warm()
     spare = killed_spare_of(actor)
     assert spare_of(actor) != spare
+
+
+def announced(actor: ProcessActor, group: str | None) -> int:
+    """Pid of the leader that the shim in advance forks when a start is announced."""
+    spare = spare_of(actor)
+    before = children(spare)
+    actor._forks.announce(group)
+    until(lambda: len(children(spare)) == 1 and children(spare) != before, "its leader")
+    (leader,) = children(spare)
+    return leader
+
+
+@both_ways
+def test_a_start_that_was_announced_begins_with_the_leader_that_was_forked_meanwhile(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    actor.warm()
+    spare, forked = spare_of(actor), []
+    record = actor._record
+
+    def record_late(launch: Launch, group: str | None) -> None:
+        until(lambda: children(spare), "its leader")
+        forked.extend(children(spare))
+        record(launch, group)
+
+    monkeypatch.setattr(actor, "_record", record_late)
+    nursery.run(actor.ensure_started(launch))
+    run, intent = nursery.run_record(launch.incarnation), nursery.records(launch.incarnation).intent
+    assert [run.pid] == forked
+    until(lambda: nursery.marked(launch.incarnation) == {run.pid}, "its program")
+    assert isinstance(intent, Intent)
+    assert intent.group is None or run.pid in cgroup.pids(intent.group, launch.incarnation)
+
+
+@both_ways
+def test_a_start_that_is_refused_after_it_was_announced_leaves_no_leader_and_no_group(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare = spare_of(actor)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = nursery.launch(OBEDIENT, port=taken.getsockname()[1])
+        with pytest.raises(PortInUse):
+            nursery.run(actor.ensure_started(refused))
+    group = cgroup.path_in(nursery.groups_in, refused.incarnation) if nursery.groups_in else ""
+    until(lambda: not children(spare) and not Path(group or "/absent").exists(), "both to be gone")
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert nursery.run_record(launch.incarnation).shim_pid == spare, "it went on waiting"
+
+
+@both_ways
+@pytest.mark.parametrize("also", [True, False], ids=["announced itself", "not announced"])
+def test_a_leader_that_was_forked_for_another_start_and_its_group_are_let_go_of(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, also: bool
+) -> None:
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    actor.warm()
+    group = cgroup.path_in(nursery.groups_in, uuid.uuid4().hex) if nursery.groups_in else None
+    other = announced(actor, group)
+    assert group is None or Path(group).is_dir()
+    if not also:
+        monkeypatch.setattr(actor._forks, "announce", lambda _: None)
+    nursery.run(actor.ensure_started(launch))
+    run, intent = nursery.run_record(launch.incarnation), nursery.records(launch.incarnation).intent
+    assert isinstance(intent, Intent)
+    if intent.group is not None:
+        assert run.pid in cgroup.pids(intent.group, launch.incarnation)
+        assert run.pid != other
+        assert not Path(group or "").exists()
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+@both_ways
+def test_a_start_does_without_the_leader_that_was_forked_for_it_and_killed(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, launch = nursery.actor(), nursery.launch(OBEDIENT)
+    actor.warm()
+    group = cgroup.path_in(nursery.groups_in, launch.incarnation) if nursery.groups_in else None
+    leader = announced(actor, group)
+    os.kill(leader, signal.SIGKILL)
+    until(lambda: not is_running(leader), "its end")
+    monkeypatch.setattr(actor._forks, "announce", lambda _: None)  # it was
+    nursery.run(actor.ensure_started(launch))
+    assert nursery.run_record(launch.incarnation).pid != leader
+    assert len(nursery.members(launch.incarnation)) == 1
+
+
+def test_a_leader_that_waits_ends_with_the_shim_that_forked_it(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare, leader = spare_of(actor), announced(actor, None)
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: not is_running(leader), "its end")
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))
+    assert len(nursery.members(launch.incarnation)) == 1
 
 
 def test_of_starts_in_one_turn_no_program_begins_before_all_are_handed_over(nursery: Nursery) -> None:

@@ -55,6 +55,15 @@ ROLES = {"daemon": "fork server", "fork server": "shim", "shim": "leader", "lead
 """Of a process → of what it forks."""
 
 
+WORDS = {
+    ("daemon", b"?"): "announce a start",
+    ("shim", b"+"): "say that it has an order",
+    ("shim", b"1"): "open the gate",
+    ("leader", b"1"): "say why it cannot be executed",  # with the exit code in front, 126 or 127
+}
+"""What is said between ours: who says it, the first byte → the deed."""
+
+
 class Point(Struct, frozen=True, order=True):
     """A moment: a process of this role is about to do this, for the so-many-th time in its turn."""
 
@@ -282,8 +291,9 @@ class Watcher(threading.Thread):
             if asked.call == "sendmsg":
                 return f"sendmsg {ROLES[role]}"
             start = stopper.memory(asked.thread, asked.args[1], min(asked.args[2], 60)) if call == "sendto" else b""
-            # an engine told to do something; questions and answers change nothing
-            return f"sendto {start.split(b' HTTP')[0].decode()}" if start.startswith(b"POST ") else None
+            # an engine told to do something, or one of ours; questions and answers change nothing
+            told = WORDS.get((role, start[:1]))
+            return f"sendto {start.split(b' HTTP')[0].decode()}" if start.startswith(b"POST ") else told
         path = self._named(target)
         if path is None or (call == "flock" and not asked.args[1] & fcntl.LOCK_EX):
             return None  # a shared lock is a look at who holds it, and ends with whoever looks
