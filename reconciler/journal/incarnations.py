@@ -19,6 +19,7 @@ that somebody could live by, readable or not; which boot that was the id tells a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -261,7 +262,9 @@ def write_intent(state: StateDir, intent: Intent) -> Path:
     try:
         staging.chmod(0o700)
         durable = intent.kind == "workload"
-        _write(staging, "intent.json", encode(intent), durable=durable)
+        _create(staging / "intent.json", encode(intent), durable=durable)
+        if durable:
+            _sync(staging)
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -350,16 +353,23 @@ def _write(folder: Path, name: str, text: str, *, durable: bool) -> None:
     temporary = folder / f".{name}.tmp"
     with suppress(FileNotFoundError):
         temporary.unlink()
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        os.fchmod(fd, 0o600)
-        file.write(text + "\n")
-        file.flush()
-        if durable:
-            os.fsync(fd)
+    _create(temporary, text, durable=durable)
     temporary.rename(folder / name)
     if durable:
         _sync(folder)
+
+
+def _create(path: Path, text: str, *, durable: bool) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+        line = f"{text}\n".encode()
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk is full")
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync(folder: Path) -> None:

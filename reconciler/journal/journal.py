@@ -165,11 +165,8 @@ class Journal(JournalReader):
             self._spec = before
             raise
 
-    def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> int:
+    def append(self, events: Sequence[Event], now: Instant, *, data: Mapping[str, object] | None = None) -> None:
         """Record what was done or seen, apart from a decision; `data` (JSON values) goes with each of the events.
-
-        Returns:
-            The id of the last event.
 
         Raises:
             StateError: it could not be written.
@@ -177,7 +174,6 @@ class Journal(JournalReader):
         if events:
             with database.transaction(self._connection, self.path):
                 self._insert_events(events, now.wall, data or {})
-        return self.last_event_id()
 
     def save_incidents(self, incidents: Iterable[Incident]) -> None:
         """Store incidents by id. Those not named stay as they are; the oldest resolved ones beyond a bound go.

@@ -26,7 +26,7 @@ from reconciler.loop.answering import Answering
 from reconciler.loop.calling import order_of
 from reconciler.loop.control import ControlServer
 from reconciler.loop.deciding import decide
-from reconciler.loop.executor import Executor
+from reconciler.loop.executor import Executor, told
 from reconciler.loop.history import Learner, record_durations
 from reconciler.loop.launching import launch_of
 from reconciler.loop.notifying import Notifying
@@ -148,8 +148,6 @@ class Daemon:
     async def _tick(self) -> Tick:
         parts, began = self._parts, self._parts.clock.now()
         parts.hold()
-        await self._control.keep()
-        parts.actor.warm()
         in_force = self._load()
         options = self._look_options(parts.journal.ledger())
         observed = await asyncio.to_thread(self._eyes.observe, in_force.spec, options)
@@ -161,12 +159,14 @@ class Daemon:
         plan = decide(in_force.spec, observed, ledger, now)
         before = parts.journal.ledger()
         made = Made(Inputs(in_force.spec, observed, ledger, now), plan)
-        parts.journal.commit(plan.ledger, (*asked, *plan.events), now, made)  # the record first, then the act
+        due = self._executor.due(plan)
+        # the record first, then the act
+        parts.journal.commit(plan.ledger, (*asked, *plan.events, *told(due)), now, made)
         self._requested.committed()
         draining = [a.incarnation for a in plan.actions if a.op == "drain" and a.ready and a.incarnation]
         known = self._last.incidents if self._last else tuple(parts.journal.incidents())
         self._last = Tick(in_force, observed, plan, known, idle=False)  # what the starts are launched with
-        started = await self._executor.walk(plan)
+        started = await self._executor.walk(due)
         if draining:
             self._eyes.probe_now(draining)
         self._wakers.watch_processes(self._eyes.watches())
@@ -183,6 +183,8 @@ class Daemon:
         record_durations(parts.journal, before, plan.ledger, observed, self._began, fresh)
         self._aftermath.put_away(in_force.spec, ended)
         parts.journal.keep(UNKEPT)
+        await self._control.keep()
+        parts.actor.warm()
         self._looked.set()
         untold = dict(self._notifying.failures)
         return replace(self._last, idle=not self._executor.busy, seconds=seconds, untold=untold)

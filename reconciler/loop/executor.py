@@ -18,7 +18,7 @@ from reconciler.errors import ReconcilerError
 from reconciler.plan.actions import WAITS, Action, Event, Plan
 from reconciler.spec.spec import Stop
 
-STARTS = ("start", "start_workload")
+STARTS, ENDS = ("start", "start_workload"), ("stop", "stop_workload")
 RETRY_INITIAL_S = 1.0
 RETRY_MAX_S = 60.0
 
@@ -62,22 +62,35 @@ class Executor:
         self._stops: dict[Key, Stop] = {}
         self._failures: dict[Key, _Failure] = {}
 
-    async def walk(self, plan: Plan) -> bool:
-        """Begin every ready action that is not under way; returns once the starts among them were carried out.
+    def due(self, plan: Plan) -> tuple[Action, ...]:
+        """The ready actions that are to begin now: neither under way nor too early to be tried again.
 
-        Whether there were any. Of one that was carried out nobody else is told: whoever walks looks again.
-
-        What is begun is told before any of it is, and all at once: a commit for each of 200 starts takes its time.
-        Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
-        Ends under way that no plan asks for any more are left to finish: a signal cannot be taken back.
+        One under way with other settings counts, too: a stop whose grace was edited.
         """
         # a drain of nobody in particular is waited for only: the ledger, not a record of its end, says since when
         waits = [a.id for a in plan.actions if a.op in WAITS or (a.op == "drain" and a.incarnation is None)]
-        frontier = [a for a in plan.actions if a.ready and a.id not in waits]
-        self._failures = {k: f for k, f in self._failures.items() if k in {key_of(a) for a in frontier}}
-        begun = [(action, task) for action in frontier if (task := self._begin(action)) is not None]
-        if told := [_event(f"act.{action.op}", action, action.reason) for action, _ in begun if action.op != "drain"]:
-            self._report(told)
+        frontier: dict[Key, Action] = {}
+        for action in plan.actions:
+            if action.ready and action.id not in waits:
+                frontier.setdefault(key_of(action), action)
+        self._failures = {k: f for k, f in self._failures.items() if k in frontier}
+        return tuple(action for key, action in frontier.items() if self._is_due(key, action))
+
+    def _is_due(self, key: Key, action: Action) -> bool:
+        if key in self._tasks:
+            return action.op in ENDS and self._stops.get(key) != self._stop_of(action)
+        failure = self._failures.get(key)
+        return failure is None or self._clock.now().mono >= failure.not_before
+
+    async def walk(self, due: Sequence[Action]) -> bool:
+        """Begin these; returns once the starts among them were carried out.
+
+        Whether there were any. Of one that was carried out nobody else is told: whoever walks looks again.
+
+        Starts take milliseconds and are waited for, so that the next look sees them. Ends take as long as they take.
+        Ends under way that no plan asks for any more are left to finish: a signal cannot be taken back.
+        """
+        begun = [(action, self._begin(action)) for action in due]
         if starts := [task for action, task in begun if action.op in STARTS]:
             await asyncio.wait(starts)
         return bool(starts)
@@ -98,18 +111,12 @@ class Executor:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def _begin(self, action: Action) -> asyncio.Task[None] | None:
-        """Its task, which has not run yet; None: it is under way, or it is too early to try it again."""
+    def _begin(self, action: Action) -> asyncio.Task[None]:
+        """Its task, which has not run yet."""
         key = key_of(action)
-        running = self._tasks.get(key)
-        if running is not None:
-            if action.op not in ("stop", "stop_workload") or self._stops.get(key) == self._stop_of(action):
-                return None
+        if running := self._tasks.get(key):
             running.cancel()  # its settings were edited: the new grace counts from the same signal
-        failure = self._failures.get(key)
-        if failure is not None and self._clock.now().mono < failure.not_before:
-            return None
-        if action.op in ("stop", "stop_workload"):
+        if action.op in ENDS:
             self._stops[key] = self._stop_of(action)
         task = asyncio.create_task(self._run(key, action), name=f"{action.op} {action.subject}")
         self._tasks[key] = task
@@ -155,6 +162,11 @@ class Executor:
                 return
             case _:
                 assert_never(action.op)
+
+
+def told(due: Sequence[Action]) -> list[Event]:
+    """What is to be known of these before any of it begins, and all at once: many commits take their time."""
+    return [_event(f"act.{action.op}", action, action.reason) for action in due if action.op != "drain"]
 
 
 def _event(kind: str, action: Action, message: str) -> Event:

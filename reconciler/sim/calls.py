@@ -99,8 +99,8 @@ class _Box:
 
     def by_index(self, index: Any, handle: Any) -> None:
         wanted = _number(index)
-        self.awake()
         if wanted >= len(self.node.gpus):
+            self.awake()
             raise Refused(INVALID_ARGUMENT)
         self._check(wanted)
         _put_handle(handle, wanted)

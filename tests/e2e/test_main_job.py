@@ -164,6 +164,7 @@ def test_editing_one_endpoint_restarts_it_once_and_a_comment_restarts_nothing(fu
         e for e in full_box.json("events")["data"]["events"] if e["kind"] == "act.start" and e["subject"] == "humble"
     ]
     assert len(starts) == 2
+    assert all(e["data"]["decision"] for e in starts), "each is told with the decision that it comes of"
 
 
 BAD_EDITS = ("endpoints: [", "", "version: 1\nendpoints: {}\n", "version: 1\nendpoints: {a: {gpsu: 1}}\n", None)

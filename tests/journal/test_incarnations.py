@@ -286,7 +286,7 @@ def test_an_intent_that_cannot_be_recorded_leaves_no_draft(state: StateDir, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr(incarnations, "_write", full)
+    monkeypatch.setattr(incarnations.os, "write", full)
     with pytest.raises(OSError, match="no space"):
         write_intent(state, intent())
     assert list(state.run.iterdir()) == []

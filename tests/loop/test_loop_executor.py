@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +11,8 @@ from msgspec.structs import replace
 
 from reconciler.clock import Instant
 from reconciler.errors import ActError
-from reconciler.loop.executor import RETRY_INITIAL_S, Executor
-from reconciler.plan.actions import Action, Cause, Event
+from reconciler.loop.executor import RETRY_INITIAL_S, Executor, told
+from reconciler.plan.actions import Action, Cause
 from reconciler.plan.observed import Subject
 from reconciler.spec.spec import Stop
 
@@ -44,11 +43,11 @@ def test_an_operation_that_is_tried_again_is_not_due_while_it_lasts() -> None:
             report=lambda _: None, wake=lambda: None,
         )  # fmt: skip
         plan: Any = SimpleNamespace(actions=(STOP,))
-        await executor.walk(plan)
+        await executor.walk(executor.due(plan))
         await asyncio.sleep(0)
         assert executor.next_retry() == 100.0 + RETRY_INITIAL_S
         now[0] += RETRY_INITIAL_S
-        await executor.walk(plan)
+        await executor.walk(executor.due(plan))
         await asyncio.sleep(0)
         assert tries == ["i-1", "i-1"]
         assert executor.next_retry() is None
@@ -96,39 +95,43 @@ def test_a_failed_operation_is_not_begun_again_before_its_time_and_forgotten_whe
         )
         kill = replace(STOP, op="kill")
         for _ in range(3):
-            await executor.walk(plan_of(kill))
+            await executor.walk(executor.due(plan_of(kill)))
             await settled(executor)
         assert tries == ["i-1"]
-        assert reports == ["act.kill", "act.kill.failed"]
-        await executor.walk(plan_of())
+        assert reports == ["act.kill.failed"]
+        await executor.walk(executor.due(plan_of()))
         assert executor.next_retry() is None
-        await executor.walk(plan_of(kill))
+        await executor.walk(executor.due(plan_of(kill)))
         await settled(executor)
         assert tries == ["i-1", "i-1"]
 
     asyncio.run(story())
 
 
-def test_what_is_begun_is_told_at_once_and_before_any_of_it_is() -> None:
+def test_what_is_due_is_told_before_any_of_it_begins_and_is_not_due_while_it_lasts() -> None:
     async def story() -> None:
-        told: list[list[str]] = []
         ended: list[str] = []
+        gate = asyncio.Event()
 
         async def ensure_killed(incarnation: str) -> None:
-            assert told == [["act.kill", "act.kill"]]
             ended.append(incarnation)
+            await gate.wait()
 
-        def report(events: Sequence[Event]) -> None:
-            assert not ended
-            told.append([event.kind for event in events])
-
-        executor = executor_of(SimpleNamespace(ensure_killed=ensure_killed), report=report)
+        executor = executor_of(SimpleNamespace(ensure_killed=ensure_killed))
         kills = [replace(STOP, op="kill", id=number, incarnation=f"i-{number}") for number in (1, 2)]
-        await executor.walk(plan_of(*kills))
-        await settled(executor)
+        twice = replace(kills[0], id=3)
+        drain = replace(STOP, op="drain", id=4, incarnation="i-4", ready=False)
+        due = executor.due(plan_of(*kills, twice, drain))
+        assert due == tuple(kills), "one operation for each that it is about"
+        assert [(event.kind, event.message) for event in told(due)] == [("act.kill", kill.reason) for kill in kills]
+        await asyncio.sleep(0)
+        assert not ended
+        await executor.walk(due)
+        await asyncio.sleep(0)
         assert ended == ["i-1", "i-2"]
-        await executor.walk(plan_of())
-        assert len(told) == 1, "of nothing nothing is told"
+        assert executor.due(plan_of(*kills)) == ()
+        gate.set()
+        await settled(executor)
 
     asyncio.run(story())
 
@@ -147,10 +150,10 @@ def test_of_a_start_the_walk_itself_tells_and_the_loop_is_woken_only_for_one_tha
         executor = executor_of(
             SimpleNamespace(ensure_started=ensure_started), launch_of=lambda _: None, wake=lambda: wakes.append("")
         )
-        assert await executor.walk(plan_of(replace(STOP, op="start", incarnation=None)))
+        assert await executor.walk(executor.due(plan_of(replace(STOP, op="start", incarnation=None))))
         assert not executor.busy
         assert wakes == ([] if problem is None else [""])
-        assert not await executor.walk(plan_of())
+        assert not await executor.walk(executor.due(plan_of()))
 
     asyncio.run(story())
 
@@ -171,7 +174,7 @@ def test_an_edited_stop_replaces_the_one_under_way_and_an_unedited_one_does_not(
         )
         for grace_s in (60.0, 60.0, 5.0, 5.0):
             wanted[0] = Stop(grace_s=grace_s)
-            await executor.walk(plan_of(STOP))
+            await executor.walk(executor.due(plan_of(STOP)))
             await asyncio.sleep(0.01)
         assert stops == [Stop(grace_s=60.0), Stop(grace_s=5.0)]
         assert executor.busy
@@ -197,7 +200,7 @@ def test_an_engine_is_called_once_and_what_came_of_it_is_told(op: Any, problem: 
             told.append((action.op, wrong))
 
         executor = executor_of(None, call_engine=call_engine, called=called)
-        await executor.walk(plan_of(replace(STOP, op=op)))
+        await executor.walk(executor.due(plan_of(replace(STOP, op=op))))
         await settled(executor)
         assert told == [(op, problem)]
         assert executor.next_retry() is None, "the plan ends it, or starts it afresh"
@@ -226,7 +229,7 @@ def test_a_walk_returns_once_its_starts_were_carried_out_and_waits_for_nothing_e
         start = replace(STOP, id=2, op="start", incarnation=None, subject=Subject("endpoint", "new"))
         later = replace(start, id=3, ready=False, subject=Subject("endpoint", "later"))
         waits = replace(start, id=4, op="wait_memory", subject=Subject("endpoint", "waiting"))
-        await executor.walk(plan_of(replace(STOP, op="drain"), start, later, waits))
+        await executor.walk(executor.due(plan_of(replace(STOP, op="drain"), start, later, waits)))
         assert done == ["new"]
         assert executor.busy
         await executor.close()
