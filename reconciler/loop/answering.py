@@ -21,13 +21,20 @@ class Answering:
     """Answers requests at the control socket."""
 
     def __init__(
-        self, parts: Parts, requested: Requested, *, began: Instant, last_tick: Callable[[], Awaitable[Tick]]
+        self,
+        parts: Parts,
+        requested: Requested,
+        *,
+        began: Instant,
+        last_tick: Callable[[], Awaitable[Tick]],
+        failing: Callable[[], Mapping[str, str]],
     ) -> None:
         self._parts = parts
         self._requested = requested
         self._began = began
         self._last_tick = last_tick
         """Waits for the first one."""
+        self._failing = failing
 
     async def answer(self, op: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Answer one request; one that comes before the first look waits for it.
@@ -66,4 +73,5 @@ class Answering:
 
     def _info(self) -> DaemonInfo:
         parts = self._parts
-        return DaemonInfo(running=True, pid=parts.pid, since=self._began.wall, generation=parts.journal.generation())
+        generation, since = parts.journal.generation(), self._began.wall
+        return DaemonInfo(running=True, pid=parts.pid, since=since, generation=generation, failing=self._failing())

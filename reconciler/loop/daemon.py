@@ -68,8 +68,6 @@ class Daemon:
         self._began = parts.clock.now()
         self._learner = Learner()
         self._requested = Requested(parts.clock, self._wakers.wake)
-        answering = Answering(parts, self._requested, began=self._began, last_tick=self._last_tick)
-        self._control = ControlServer(parts.state.control_socket, answering.answer)
         self._problems: tuple[str, ...] = ()
         self._executor = Executor(
             parts.actor,
@@ -81,6 +79,14 @@ class Daemon:
             report=self._report,
             wake=self._wakers.wake,
         )
+        answering = Answering(
+            parts,
+            self._requested,
+            began=self._began,
+            last_tick=self._last_tick,
+            failing=self._executor.failing,
+        )
+        self._control = ControlServer(parts.state.control_socket, answering.answer)
         self._notifying = Notifying(parts.journal, parts.clock, deliver=self._deliver, wake=self._wakers.wake)
         self._aftermath = Aftermath(parts, self._report)
         self._tidied = self._began

@@ -17,6 +17,7 @@ from reconciler.clock import Clock
 from reconciler.errors import ReconcilerError
 from reconciler.plan.actions import WAITS, Action, Event, Plan
 from reconciler.spec.spec import Stop
+from reconciler.units import counted, format_duration
 
 STARTS, ENDS = ("start", "start_workload"), ("stop", "stop_workload")
 RETRY_INITIAL_S = 1.0
@@ -29,6 +30,8 @@ Key = tuple[str, str]
 class _Failure(Struct, frozen=True):
     """How often an action has failed in a row, and until when it is let be."""
 
+    action: Action
+    message: str
     count: int
     not_before: float
     """Monotonic seconds."""
@@ -100,6 +103,18 @@ class Executor:
         waiting = (f.not_before for key, f in self._failures.items() if key not in self._tasks)
         return min(waiting, default=None)
 
+    def failing(self) -> dict[str, str]:
+        """Kind and name of who an operation does not get done for → what went wrong, and when it is tried again."""
+        told = {}
+        for key, failure in self._failures.items():
+            subject, op = failure.action.subject, failure.action.op.removesuffix("_workload")
+            times = "" if failure.count == 1 else f" {counted(failure.count, 'time')}"
+            why = failure.message.removeprefix(f"{subject}: ")
+            again_s = max(0.0, failure.not_before - self._clock.now().mono)
+            again = "it is tried again now" if key in self._tasks else f"tried again in {format_duration(again_s)}"
+            told[f"{subject.kind}/{subject.name}"] = f"its {op} failed{times}: {why}; {again}"
+        return told
+
     @property
     def busy(self) -> bool:
         """Whether any operation is under way."""
@@ -131,8 +146,9 @@ class Executor:
         except (ReconcilerError, OSError) as error:  # the latter: no descriptors are left, say
             count = self._failures[key].count + 1 if key in self._failures else 1
             wait = min(RETRY_MAX_S, RETRY_INITIAL_S * 2.0 ** (count - 1))
-            self._failures[key] = _Failure(count, self._clock.now().mono + wait)
-            self._report([_event(f"act.{action.op}.failed", action, getattr(error, "message", str(error)))])
+            message = getattr(error, "message", str(error))
+            self._failures[key] = _Failure(action, message, count, self._clock.now().mono + wait)
+            self._report([_event(f"act.{action.op}.failed", action, message)])
         finally:
             if self._tasks.get(key) is asyncio.current_task():
                 del self._tasks[key]

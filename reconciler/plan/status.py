@@ -5,11 +5,11 @@ States are in lower case, GPUs are indices, memory is in MiB, times are ISO 8601
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from reconciler.clock import Instant
 from reconciler.errors import Problem
@@ -33,6 +33,8 @@ class DaemonInfo(Struct, frozen=True):
     """Epoch seconds."""
     generation: int | None
     """How many daemons this state directory has had."""
+    failing: Mapping[str, str] = field(default_factory=dict)
+    """Kind and name of who something does not get done for → what that is, and when it is tried again."""
 
 
 class Trouble(Protocol):
@@ -86,8 +88,8 @@ def status_data(
     Returns:
         `endpoints`, `gpus`, `overlays`, `capabilities`, `incidents`, `daemon`, `spec`, `node`.
     """
-    view = _View(spec, observed, plan, now or plan.now)
     info = daemon or DaemonInfo(running=False, pid=None, since=None, generation=None)
+    view = _View(spec, observed, plan, now or plan.now, info.failing)
     return {
         "endpoints": [view.endpoint(plan.endpoints[name]) for name in sorted(plan.endpoints)],
         "gpus": [view.gpu(gpu) for gpu in observed.gpus],
@@ -163,8 +165,8 @@ def agenda_data(entry: AgendaEntry) -> dict[str, Any]:
 class _View:
     """Indexed inputs of one answer."""
 
-    def __init__(self, spec: Spec, observed: Observed, plan: Plan, now: Instant) -> None:
-        self.spec, self.observed, self.plan, self.now = spec, observed, plan, now
+    def __init__(self, spec: Spec, observed: Observed, plan: Plan, now: Instant, failing: Mapping[str, str]) -> None:
+        self.spec, self.observed, self.plan, self.now, self.failing = spec, observed, plan, now, failing
         self.indices = {gpu.uuid: gpu.index for gpu in observed.gpus}
         self.by_id = {incarnation.id: incarnation for incarnation in observed.incarnations}
         self.agenda = AgendaTracker(plan.ledger.agenda, now.wall)
@@ -206,7 +208,7 @@ class _View:
             "url": endpoint_url(port) if port is not None else None,
             "memory_mib": self._memory(Subject("endpoint", view.name)) if run is not None else None,
             "restarts": sum(not end.planned for end in record.exits) if record else 0,
-            "reason": view.reason,
+            "reason": self.failing.get(f"endpoint/{view.name}", view.reason),
             "scheduled": _scheduled(entry) if entry else None,
             "conditions": self._conditions(view, run, spec),
         }
@@ -245,6 +247,8 @@ class _View:
             found.append(_condition("CleanStart", "it is being ended and started afresh"))
         if run is not None and run.stop is not None:
             found.append(_condition("Stopping", "signalled" if run.stop.signalled else "draining"))
+        if failing := self.failing.get(f"endpoint/{view.name}"):
+            found.append(_condition("ActionFailed", failing))
         if run is not None and run.phase == "unknown":
             found.append(
                 _condition("IdentityUnknown", "its process could not be verified; it is left alone", "unknown")
@@ -313,7 +317,7 @@ class _View:
             "moved": list(record.moved),
             "pid": run.pid if run is not None and run.phase == "running" else None,
             "exit_code": record.exit_code,
-            "reason": record.reason or self._waits_for(record.name),
+            "reason": self.failing.get(f"workload/{record.name}") or record.reason or self._waits_for(record.name),
             "seized": list(record.seized),
             "attempt": record.attempt,
             "makespan": [self._span(span) for span in record.spans],

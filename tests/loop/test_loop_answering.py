@@ -7,7 +7,7 @@ import json
 import os
 
 import pytest
-from loop_house import House
+from loop_house import SETPOINTS, House
 
 from reconciler.errors import ReconcilerError
 from reconciler.journal.codec import decode
@@ -24,6 +24,21 @@ def test_a_request_before_the_first_look_waits_for_it_and_is_answered_from_it(ho
         values = await house.ask("values")
         assert [gpu.uuid for gpu in decode(Observed, values["observed"]).gpus] == ["GPU-0", "GPU-1"]
         assert json.loads(values["daemon"])["pid"] == os.getpid()
+
+    house.run(story)
+
+
+def test_a_start_that_fails_is_told_with_its_reason(house: House) -> None:
+    house.setpoints.write_text(SETPOINTS.replace("state: stopped", "state: running"))
+
+    async def story(_daemon: Daemon) -> None:
+        while True:
+            (chat,) = (await house.ask("status"))["endpoints"]
+            if chat["reason"].startswith("its start failed"):
+                break
+            await asyncio.sleep(0.02)
+        assert chat["reason"].startswith("its start failed: there is no disk space left; tried again in")
+        assert "ActionFailed" in [condition["type"] for condition in chat["conditions"]]
 
     house.run(story)
 

@@ -99,8 +99,11 @@ def test_a_failed_operation_is_not_begun_again_before_its_time_and_forgotten_whe
             await settled(executor)
         assert tries == ["i-1"]
         assert reports == ["act.kill.failed"]
+        who = f"{STOP.subject.kind}/{STOP.subject.name}"
+        assert executor.failing() == {who: "its kill failed: not permitted; tried again in 1s"}
         await executor.walk(executor.due(plan_of()))
         assert executor.next_retry() is None
+        assert executor.failing() == {}
         await executor.walk(executor.due(plan_of(kill)))
         await settled(executor)
         assert tries == ["i-1", "i-1"]

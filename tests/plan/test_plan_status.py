@@ -50,6 +50,15 @@ def healthy_box():
     return thinking, observed(*on, gpu(2), gpu(3), incarnations=[run])
 
 
+def test_what_is_tried_and_does_not_get_done_is_the_reason_that_is_given():
+    thinking, seen = endpoint("thinking", [0]), observed(gpu(0))
+    why = "its start failed 3 times: already running; tried again in 4s"
+    trying = replace(DAEMON, failing={"endpoint/thinking": why, "workload/other": "its start failed"})
+    (told_of,) = told(spec(thinking), seen, daemon=trying)["endpoints"]
+    assert (told_of["state"], told_of["reason"]) == ("pending", why)
+    assert {"type": "ActionFailed", "status": "true", "reason": why} in told_of["conditions"]
+
+
 def test_an_endpoint_has_every_key_of_the_contract_and_its_true_values():
     thinking, seen = healthy_box()
     (told_of,) = told(spec(thinking), seen)["endpoints"]
