@@ -53,6 +53,7 @@ def test_a_shim_that_cannot_be_forked_is_told_to_its_starter(monkeypatch: pytest
     ready, report = os.pipe()
     unused: Any = None
     assert shim.fork_shim(unused, [-1, -1, report, -1]) is None
+    assert shim.fork_shim(unused, []) is None, "of one in advance there is nobody to tell"
     os.close(report)
     with os.fdopen(ready, "rb") as pipe:
         assert pipe.read().startswith(b"it cannot be forked: [Errno 11]")

@@ -633,6 +633,17 @@ def test_a_start_does_without_the_leader_that_was_forked_for_it_and_killed(
     assert len(nursery.members(launch.incarnation)) == 1
 
 
+@both_ways
+def test_of_a_start_that_a_daemon_announced_before_it_died_nothing_is_left(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    group = cgroup.path_in(nursery.groups_in, uuid.uuid4().hex) if nursery.groups_in else ""
+    spare, leader = spare_of(actor), announced(actor, group or None)
+    actor.close()
+    until(lambda: not is_running(spare) and not is_running(leader), "both to be gone")
+    assert not Path(group or "/absent").exists()
+
+
 def test_a_leader_that_waits_ends_with_the_shim_that_forked_it(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
