@@ -24,6 +24,8 @@ from reconciler.plan.observed import Incarnation, PortHolder, Subject
 from reconciler.spec.secrecy import redacted
 
 _COMMAND_LENGTH = 200
+_WORD_LENGTH = 1024
+"""Of which secrets are looked for: a stranger's command line of 2 MB is to cost no time."""
 
 
 class Description(Struct, frozen=True):
@@ -264,7 +266,8 @@ def _name(pid: int) -> tuple[str | None, str | None]:
         process = psutil.Process(pid)
         command = process.name()
         user = process.username()
-        command = " ".join(redacted(process.cmdline()))[:_COMMAND_LENGTH].strip() or command
+        words = [word[:_WORD_LENGTH] for word in process.cmdline()[:_COMMAND_LENGTH]]
+        command = " ".join(redacted(words))[:_COMMAND_LENGTH].strip() or command
     except psutil.Error:
         pass
     return user, command

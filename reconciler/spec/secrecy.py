@@ -32,9 +32,13 @@ _HARMLESS = frozenset({
 """In front of one of the above."""
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _INSIDE = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]*)\\?["']?\s*(?P<mark>[:=])\s*\\?(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?(?!//)(?=\S)"""
+    r"""(?<![\w.-])(?:(?![A-Za-z])[\w.-])*+(?P<name>[A-Za-z][\w.-]*+)"""
+    r"""\\?["']?\s*(?P<mark>[:=])\s*\\?(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?(?!//)(?=\S)"""
 )
-"""A name and what stands before its value within one word: `NAME=value`, a header, JSON, the query of an address."""
+"""A name and what stands before its value within one word: `NAME=value`, a header, JSON, the query of an address.
+
+What could be a name is looked at once, from its first letter to its end: a word may be a template of 100 KB.
+"""
 _SEPARATOR = re.compile(r"""[\s"'&?,;}\]]""")
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _ISSUED = re.compile(
@@ -99,7 +103,7 @@ def _end_of_value(word: str, found: re.Match[str]) -> int:
     first blank, as it may be a line of a shell. 4. A header within a word: at the next quote. 5. Else at what
     separates such words.
     """
-    start, leads = found.end(), not word[: found.start()].strip("-")
+    start, leads = found.end(), not word[: found.start("name")].strip("-")
     header = found["mark"] == ":" and word[start - 1].isspace()
     if found["quote"]:  # 1
         stop = re.compile(re.escape(found["quote"]))

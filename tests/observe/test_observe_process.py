@@ -514,6 +514,19 @@ def test_a_strangers_command_is_shown_without_its_secrets(reader, wait_until):
     assert command.endswith("--api-key *** --password=***")
 
 
+def test_a_strangers_command_of_any_length_is_shown_in_no_time(reader, wait_until):
+    """Anybody on the box may have one, made to be looked at for long: it holds nobody up."""
+    words = [sys.executable, "-c", "import time; time.sleep(600)", *["eyJ-" * 30_000] * 10]
+    with subprocess.Popen(words) as stranger:
+        wait_until(lambda: b"eyJ-" in Path(f"/proc/{stranger.pid}/cmdline").read_bytes(), "it runs")
+        began = time.process_time()
+        command = reader.describe(stranger.pid).command
+        seconds = time.process_time() - began
+        stranger.kill()
+    assert command.startswith(f"{sys.executable} -c import time; time.sleep(600) eyJ-")
+    assert seconds < 5.0
+
+
 def test_a_pid_that_is_not_in_proc_has_neither_owner_nor_command(reader):
     process = subprocess.Popen(["true"])
     process.wait()
