@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 from msgspec import Struct
 
 _PREFIX = "reconciler-"
+_ID = 32
+"""Hexadecimal digits that name an incarnation."""
+_YOUNG_S = 60.0
 _TYPE = "cgroup2"
 _SYSTEMD = "/run/systemd/system"
 """Exists exactly where systemd is the init (sd_booted(3))."""
@@ -158,6 +162,24 @@ def remove(path: str, incarnation: str) -> bool:
             # if it is not this user's to take away, that must not hold up the rest
             return error.errno not in (errno.EBUSY, errno.ENOTEMPTY)
     return True
+
+
+def remove_forsaken(home: str, known: Collection[str]) -> None:
+    """Take away the empty groups of incarnations that are not among `known`: nobody else will, nor asks for them.
+
+    A shim that makes one for a start that is then refused takes it away again, unless it is killed before. In one as
+    young as that somebody may be about to be born, on the account of another daemon here.
+    """
+    with suppress(OSError):
+        for name in os.listdir(home):  # noqa: PTH208
+            incarnation = name.removeprefix(_PREFIX)
+            if name == incarnation or incarnation in known:
+                continue
+            if len(incarnation) != _ID or incarnation.strip("0123456789abcdef"):
+                continue  # no incarnation is named like that
+            with suppress(OSError):  # it has gone, or somebody is in it
+                if time.time() - os.stat(f"{home}/{name}").st_mtime > _YOUNG_S:  # noqa: PTH116
+                    os.rmdir(f"{home}/{name}")  # noqa: PTH106
 
 
 def of_process(pid: int) -> str | None:

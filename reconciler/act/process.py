@@ -99,7 +99,7 @@ class ProcessActor:
         self._go: tuple[int, int] | None = None
         """What the starts of this turn of the event loop wait for; None: there are none yet."""
         self._tidy = False
-        """Drafts of earlier daemons are cleared away."""
+        """Drafts and control groups that earlier daemons left are cleared away."""
 
     # ------------------------------------------------------------ starting
 
@@ -187,6 +187,8 @@ class ProcessActor:
         try:
             if not self._tidy:  # once: a look at all records for each of 200 starts is a look at 40,000
                 incarnations.remove_drafts(self._state)
+                if self._groups_in is not None:
+                    cgroup.remove_forsaken(self._groups_in, {*incarnations.list_ids(self._state), launch.incarnation})
                 self._tidy = True
             incarnations.write_intent(self._state, self._intent(launch, group))
         except OSError as error:

@@ -3,9 +3,8 @@
 
 Run as `python -I -S shim.py CONTROL_FD [OPEN_FILES]`, by absolute path: it imports nothing of this package, and nothing
 after its start, so an upgrade underneath it does no harm. That process only forks: one shim, in a session of its own,
-for each order on the socket CONTROL_FD, until the other end is closed. When there is nothing to do it forks the next
-one in advance, which takes the next order from the socket itself. OPEN_FILES is the soft limit of descriptors for all
-that follow.
+for each order on the socket CONTROL_FD, until the other end is closed. With nothing to do it forks the next one in
+advance, which takes the next order from the socket itself. OPEN_FILES: the soft limit of descriptors for all of them.
 One shim is alive per incarnation, and shares what it does not change with all others; hence no json, enum, pathlib or
 subprocess, which would be paid for by each.
 
@@ -83,8 +82,7 @@ def main() -> int:
     if len(sys.argv) > 2:  # the daemon itself has a higher one
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
@@ -96,9 +94,13 @@ def main() -> int:
     spare, calm_s = None, _CALM_S
     while True:
         if spare is not None:
-            calm_s = _CALM_S if spare.recv(1) else _PAUSE_S  # it has an order; or it was killed
-            spare.close()
-            spare = None
+            either = select.poll()
+            either.register(spare, select.POLLIN)
+            either.register(control, 0)  # its end alone: what is sent meanwhile is not for this process
+            either.poll()
+            if not select.select([spare], [], [], _ANNOUNCED_S)[0]:
+                return 0  # nobody sends any more, and it hangs: it ends with this
+            calm_s, spare = _CALM_S if spare.recv(1) else _PAUSE_S, None  # it has an order; or it was killed
         elif select.select([control], [], [], calm_s)[0]:
             message, descriptors = receive(control)
             if not message:
@@ -114,11 +116,9 @@ def main() -> int:
 
 def receive(source: _socket.socket) -> tuple[bytes, list[int]]:
     """The next message and its descriptors; empty once the other end is closed."""
-    message, ancillary, _, _ = source.recvmsg(
-        _LONGEST_PATH, _socket.CMSG_SPACE(_FORWARDED * 4), _socket.MSG_CMSG_CLOEXEC
-    )
+    message, beside, _, _ = source.recvmsg(_LONGEST_PATH, _socket.CMSG_SPACE(_FORWARDED * 4), _socket.MSG_CMSG_CLOEXEC)
     found: list[int] = []
-    for level, kind, data in ancillary:
+    for level, kind, data in beside:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
             found += [int.from_bytes(data[at : at + 4], sys.byteorder) for at in range(0, len(data) // 4 * 4, 4)]
     return message, found
@@ -138,7 +138,6 @@ def fork_shim(control: _socket.socket, descriptors: list[int]) -> _socket.socket
             os.write(descriptors[2], f"it cannot be forked: {error}".encode())
         return None
     if shim != 0:
-        theirs.close()
         return ours
     code = 1
     try:
@@ -282,8 +281,8 @@ def fork_leader(group: bytes, descriptors: list[int]) -> Leader:
 
 def dismiss(forked: Leader) -> None:
     """Let go of a leader that has nothing to do, and of its group."""
-    leader, gate, group = forked
-    gate.close()
+    leader, _, group = forked
+    os.kill(leader, _signal.SIGKILL)  # it has nothing to put away, and may be stopped
     os.waitpid(leader, 0)
     try:
         os.rmdir(group)
@@ -340,14 +339,14 @@ def become_leader(gate: _socket.socket, descriptors: list[int], *, born_in_group
 
     `descriptors`: the order, the subject's lock and `ready`, both only held, the records' folder, the log.
 
-    What it makes others may read and not write, unless the daemon is stricter (`UMask=` in its unit): so it is under
-    systemd, and everywhere the same.
+    What it makes others may read and not write, unless the daemon is stricter (`UMask=`): so it is under systemd.
 
     A gate that closes means that the shim was killed. Its record of the run, if it came to that, is taken back while
     the lock is still held here: what is left then says *never started*, as it was.
     """
     code, error, argv = _NOT_EXECUTABLE, "", [b""]
     try:
+        set_process(_PR_SET_PDEATHSIG, _signal.SIGCONT)  # stopped, it would not see that the gate is closed
         os.setsid()
         os.umask(os.umask(_UMASK) | _UMASK)
         for number in range(1, _signal.NSIG):
@@ -363,6 +362,7 @@ def become_leader(gate: _socket.socket, descriptors: list[int], *, born_in_group
             os.dup2(log_fd, fd)
         join_group(b"" if born_in_group else group)  # before the gate opens: the record is written meanwhile
         if gate.recv(1) == b"1":
+            set_process(_PR_SET_PDEATHSIG, 0)
             become_user(user)
             os.chdir(cwd)  # as that user: it need not reach what root may
             execute(argv, dict(entry.partition(b"=")[::2] for entry in environment))

@@ -644,6 +644,34 @@ def test_of_a_start_that_a_daemon_announced_before_it_died_nothing_is_left(nurse
     assert not Path(group or "/absent").exists()
 
 
+@pytest.mark.parametrize("groups_in", ["grouped"], indirect=True)
+def test_the_group_of_a_refused_start_whose_shim_was_killed_is_taken_away_by_the_next_daemon(nursery: Nursery) -> None:
+    assert nursery.groups_in is not None
+    living = nursery.started(OBEDIENT, name="other")
+    actor = nursery.actor()
+    actor.warm()
+    old, young, foreign = (
+        Path(cgroup.path_in(nursery.groups_in, n)) for n in (uuid.uuid4().hex, uuid.uuid4().hex, "x")
+    )
+    leader = announced(actor, str(old))
+    os.kill(spare_of(actor), signal.SIGKILL)
+    until(lambda: not is_running(leader), "its end")
+    try:
+        for group in (young, foreign):
+            group.mkdir()
+        for group in (old, foreign, Path(nursery.group(living) or "")):
+            os.utime(group, (0, 0))  # in the time of the box, long ago
+        nursery.run(nursery.actor().ensure_started(nursery.launch(OBEDIENT)))
+        assert not old.exists()
+        assert young.exists(), "somebody may be about to be born there"
+        assert foreign.exists(), "that is the group of no incarnation"
+        assert nursery.run_record(living).pid in cgroup.pids(nursery.group(living) or "", living)
+    finally:
+        for group in (old, young, foreign):
+            with suppress(FileNotFoundError):
+                group.rmdir()
+
+
 def test_a_leader_that_waits_ends_with_the_shim_that_forked_it(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
@@ -653,6 +681,41 @@ def test_a_leader_that_waits_ends_with_the_shim_that_forked_it(nursery: Nursery)
     launch = nursery.launch(OBEDIENT)
     nursery.run(actor.ensure_started(launch))
     assert len(nursery.members(launch.incarnation)) == 1
+
+
+@both_ways
+def test_a_leader_that_waits_and_is_stopped_holds_nobody_up(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    group = cgroup.path_in(nursery.groups_in, uuid.uuid4().hex) if nursery.groups_in else None
+    leader = announced(actor, group)
+    os.kill(leader, signal.SIGSTOP)
+    launch = nursery.launch(OBEDIENT)
+    nursery.run(actor.ensure_started(launch))  # which announces itself
+    assert nursery.run_record(launch.incarnation).pid != leader
+    assert not is_running(leader)
+    assert group is None or not Path(group).exists()
+
+
+def test_a_leader_that_waits_and_is_stopped_ends_with_the_shim_that_forked_it(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare, leader = spare_of(actor), announced(actor, None)
+    os.kill(leader, signal.SIGSTOP)
+    os.kill(spare, signal.SIGKILL)
+    until(lambda: not is_running(leader), "its end")
+    assert spare_of(actor) != spare, "nor does it hide that end from the fork server"
+
+
+def test_the_fork_server_ends_with_its_daemon_whatever_the_shim_in_advance_does(nursery: Nursery) -> None:
+    actor = nursery.actor()
+    actor.warm()
+    spare, server, control = spare_of(actor), actor._forks.pid, actor._forks._control
+    assert server is not None
+    assert control is not None
+    os.kill(spare, signal.SIGSTOP)
+    control.close()  # as the daemon's end does
+    until(lambda: not is_running(server) and not is_running(spare), "their ends")
 
 
 def test_of_starts_in_one_turn_no_program_begins_before_all_are_handed_over(nursery: Nursery) -> None:

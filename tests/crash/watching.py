@@ -333,6 +333,9 @@ class Watcher(threading.Thread):
                 return role
             if read_marker(pid, MARKER) is not None or stat.gone:
                 return "program"
+            parent = read_stat(stat.parent_pid)
+            if parent is not None and self._roles.get((parent.pid, parent.start_ticks)) == "shim":
+                return self._role(pid)  # it has done nothing yet
         return "stranger"
 
 
