@@ -5,6 +5,7 @@ A pid alone is a number that the kernel hands out again. Everything that signals
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
     """A pidfd of exactly this process; None when it is gone. The caller closes it.
 
     The descriptor is opened first and compared after: between a comparison and an open the pid could change hands.
+    A number may live on as that of a session whose others still run, or be a thread's: Linux says EINVAL, later ones
+    ENOENT, and there is no process of that number.
 
     Raises:
         OSError: unknown.
@@ -88,6 +91,10 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT) and pid > 0:
+            return None
+        raise
     try:
         if is_alive(pid, start_ticks):
             return fd

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from nursery import (
     until,
 )
 
+from reconciler import identity
 from reconciler.act import target
 from reconciler.clock import Instant, SystemClock
 from reconciler.errors import ActError, NotOurs
@@ -125,6 +128,39 @@ def test_a_double_forked_daemon_is_gone_too(nursery: Nursery, double_forked_daem
     nursery.run(nursery.actor().ensure_stopped(double_forked_daemon, PATIENT))
     assert gone(nursery, double_forked_daemon)
     assert nursery.exit_code(double_forked_daemon) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT, errno.ESRCH])
+def test_a_number_that_lives_on_as_that_of_a_session_alone_is_no_process_whatever_the_kernel_calls_it(
+    nursery: Nursery, root_killed_tree: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Before Linux 6.15 pidfd_open says EINVAL of it, and the rest of the tree would live on for ever."""
+    leader, pidfd_open = nursery.run_record(root_killed_tree).pid, os.pidfd_open
+
+    def as_that_kernel(pid: int) -> int:
+        if pid == leader:
+            raise OSError(number, os.strerror(number))
+        return pidfd_open(pid)
+
+    monkeypatch.setattr(identity.os, "pidfd_open", as_that_kernel)
+    nursery.run(nursery.actor().ensure_killed(root_killed_tree))
+    assert gone(nursery, root_killed_tree)
+
+
+def test_the_number_of_a_thread_is_no_process_and_of_no_process_nothing_is_claimed() -> None:
+    ends = threading.Event()
+    thread = threading.Thread(target=ends.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        found = read_stat(thread.native_id)
+        assert found is not None
+        assert identity.open_pidfd(thread.native_id, found.start_ticks) is None
+    finally:
+        ends.set()
+        thread.join()
+    with pytest.raises(OSError, match="Invalid argument"):
+        identity.open_pidfd(-1, 0)
 
 
 def test_a_tree_whose_root_was_killed_is_cleared_at_once(nursery: Nursery, root_killed_tree: str) -> None:
