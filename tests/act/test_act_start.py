@@ -556,6 +556,16 @@ def announced(actor: ProcessActor, group: str | None) -> int:
     return leader
 
 
+def announced_and_stopped(actor: ProcessActor, group: str | None) -> int:
+    """The same, and that leader stopped as it waits; another one if it was let go of before."""
+    while True:
+        leader = announced(actor, group)
+        until(lambda: (stat := read_stat(leader)) is None or stat.session_id == leader, "it to wait")  # noqa: B023
+        with suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGSTOP)
+            return leader
+
+
 @both_ways
 def test_a_start_that_was_announced_begins_with_the_leader_that_was_forked_meanwhile(
     nursery: Nursery, monkeypatch: pytest.MonkeyPatch
@@ -625,7 +635,8 @@ def test_a_start_does_without_the_leader_that_was_forked_for_it_and_killed(
     actor.warm()
     group = cgroup.path_in(nursery.groups_in, launch.incarnation) if nursery.groups_in else None
     leader = announced(actor, group)
-    os.kill(leader, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it was let go of before
+        os.kill(leader, signal.SIGKILL)
     until(lambda: not is_running(leader), "its end")
     monkeypatch.setattr(actor._forks, "announce", lambda _: None)  # it was
     nursery.run(actor.ensure_started(launch))
@@ -648,16 +659,11 @@ def test_of_a_start_that_a_daemon_announced_before_it_died_nothing_is_left(nurse
 def test_the_group_of_a_refused_start_whose_shim_was_killed_is_taken_away_by_the_next_daemon(nursery: Nursery) -> None:
     assert nursery.groups_in is not None
     living = nursery.started(OBEDIENT, name="other")
-    actor = nursery.actor()
-    actor.warm()
     old, young, foreign = (
         Path(cgroup.path_in(nursery.groups_in, n)) for n in (uuid.uuid4().hex, uuid.uuid4().hex, "x")
     )
-    leader = announced(actor, str(old))
-    os.kill(spare_of(actor), signal.SIGKILL)
-    until(lambda: not is_running(leader), "its end")
     try:
-        for group in (young, foreign):
+        for group in (old, young, foreign):
             group.mkdir()
         for group in (old, foreign, Path(nursery.group(living) or "")):
             os.utime(group, (0, 0))  # in the time of the box, long ago
@@ -688,8 +694,7 @@ def test_a_leader_that_waits_and_is_stopped_holds_nobody_up(nursery: Nursery) ->
     actor = nursery.actor()
     actor.warm()
     group = cgroup.path_in(nursery.groups_in, uuid.uuid4().hex) if nursery.groups_in else None
-    leader = announced(actor, group)
-    os.kill(leader, signal.SIGSTOP)
+    leader = announced_and_stopped(actor, group)
     launch = nursery.launch(OBEDIENT)
     nursery.run(actor.ensure_started(launch))  # which announces itself
     assert nursery.run_record(launch.incarnation).pid != leader
@@ -700,8 +705,7 @@ def test_a_leader_that_waits_and_is_stopped_holds_nobody_up(nursery: Nursery) ->
 def test_a_leader_that_waits_and_is_stopped_ends_with_the_shim_that_forked_it(nursery: Nursery) -> None:
     actor = nursery.actor()
     actor.warm()
-    spare, leader = spare_of(actor), announced(actor, None)
-    os.kill(leader, signal.SIGSTOP)
+    spare, leader = spare_of(actor), announced_and_stopped(actor, None)
     os.kill(spare, signal.SIGKILL)
     until(lambda: not is_running(leader), "its end")
     assert spare_of(actor) != spare, "nor does it hide that end from the fork server"
