@@ -360,10 +360,12 @@ def _write(folder: Path, name: str, text: str, *, durable: bool) -> None:
 
 
 def _create(path: Path, text: str, *, durable: bool) -> None:
+    line = f"{text}\n".encode()
+    if len(line) > _LARGEST_RECORD:
+        raise OSError(errno.EFBIG, f"{len(line)} bytes are more than a record may have ({_LARGEST_RECORD})")
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(fd, 0o600)
-        line = f"{text}\n".encode()
         if os.write(fd, line) < len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
         if durable:

@@ -282,6 +282,15 @@ def test_drafts_that_crashes_left_can_be_cleared_away_and_nothing_else_is(state:
     assert [p.name for p in state.run.iterdir()] == ["abc"]
 
 
+def test_an_intent_that_is_too_large_to_be_read_again_is_not_recorded(state: StateDir) -> None:
+    """What runs by it could be neither told nor stopped."""
+    fits = replace(intent(), argv=("x" * 1_000_000,))
+    assert read(write_intent(state, fits)).intent == fits
+    with pytest.raises(OSError, match="more than a record may have"):
+        write_intent(state, replace(intent("0" * 32), argv=("x" * (1 << 20),)))
+    assert [folder.name for folder in state.run.iterdir()] == [fits.id]
+
+
 def test_an_intent_that_cannot_be_recorded_leaves_no_draft(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "no space left on device")
