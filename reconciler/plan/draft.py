@@ -109,6 +109,8 @@ class Draft(Struct):
     """Endpoint without a place → the GPUs chosen for it together with what others want."""
     # what seating produces; made anew each time it runs
     board: Board = field(default_factory=lambda: Board({}, {}))
+    guests: dict[str, dict[str, int]] = field(default_factory=dict)
+    """GPU → overlay → bytes of its reservation there that are used, and count as foreign memory already."""
     solved: bool = False
     """The solver was asked for moves."""
     unmoved: tuple[str, ...] = ()

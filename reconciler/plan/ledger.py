@@ -29,6 +29,14 @@ EndpointState = Literal[
 ]  # fmt: skip
 
 
+class Strangers(Struct, frozen=True):
+    """What was foreign on a GPU when a reservation there became active."""
+
+    processes: tuple[tuple[int, int], ...]
+    """Pid and bytes of those that NVML named, in order."""
+    nameless_bytes: int
+
+
 class Lease(Struct, frozen=True):
     """A live overlay's hold on part of one GPU, on behalf of one of its subjects."""
 
@@ -39,6 +47,8 @@ class Lease(Struct, frozen=True):
     memory_bytes: int
     exclusive: bool
     since: Instant
+    strangers: Strangers | None = None
+    """Of a reservation that is active: who is none of its guests. None: it is none, or nobody could look yet."""
 
 
 class Span(Struct, frozen=True):

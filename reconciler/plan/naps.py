@@ -363,7 +363,9 @@ def _lack_beside(draft: Draft, endpoint: EndpointSpec, current: Incarnation) -> 
             return f"a whole GPU is asked for, and asleep it keeps {format_size(kept)} of it"
         # a stranger who came meanwhile is no reason to end who sleeps already
         asleep = draft.records[endpoint.name].nap is not None
-        limit = room.gpu.total_bytes - draft.situation.spec.node.reserve_bytes if asleep else room.capacity_bytes
+        limit = room.capacity_bytes + sum(draft.guests.get(uuid, {}).values())  # which is leased, too
+        if asleep:
+            limit = room.gpu.total_bytes - draft.situation.spec.node.reserve_bytes
         if leased + sum(residues) + kept > limit:
             return (
                 f"{format_size(leased)} is asked for, and asleep it keeps {format_size(kept)} of {format_size(limit)}"

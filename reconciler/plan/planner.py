@@ -21,6 +21,7 @@ from reconciler.plan.answers import Answers
 from reconciler.plan.changes import cause_of, changes, drifts, is_converged
 from reconciler.plan.draft import HOLDING, OVERRIDING, Draft
 from reconciler.plan.graph import Graph
+from reconciler.plan.guests import know_strangers
 from reconciler.plan.ledger import TERMINAL, EndpointRecord, EndpointState, Ledger
 from reconciler.plan.moving import remembered
 from reconciler.plan.naps import asleep_for, begin
@@ -64,6 +65,7 @@ def plan(spec: Spec, observed: Observed, ledger: Ledger, now: Instant) -> Plan:
     for step in draft.steps.values():
         if step.record.state == "starting":
             arrange_workload(draft, step)
+    draft.leases = know_strangers(draft)
     actions = Graph(draft).build()
     begin(draft, actions)
     stirring = draft.stirring()

@@ -185,6 +185,7 @@ def _staying(draft: Draft, leases: Collection[Lease]) -> list[str]:
         tenants = [t for t in draft.board.on(gpu) if t.key not in ending]
         held = [t.holds[gpu] for t in tenants]
         limit = draft.situation.gpus[gpu].total_bytes - draft.situation.spec.node.reserve_bytes
+        limit -= sum(size for name, size in draft.guests.get(gpu, {}).items() if f"overlay/{name}" not in ending)
         if sum(h.memory_bytes for h in held) <= limit and not (len(held) > 1 and any(h.exclusive for h in held)):
             continue
         for tenant in tenants:

@@ -19,6 +19,7 @@ from reconciler.plan.draft import Draft, Leaving
 from reconciler.plan.edits import carry_out as carry_out_edits
 from reconciler.plan.edits import is_as_wanted, seat_running
 from reconciler.plan.endpoints import Standing
+from reconciler.plan.guests import find_guests
 from reconciler.plan.ledger import EndpointRecord
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.naps import lie_down, rise
@@ -147,11 +148,14 @@ def _by_priority(endpoint: EndpointSpec) -> tuple[int, str]:
 
 
 def _seat_leases(draft: Draft) -> None:
+    """Seat overlays; each with what is leased, less what its guest has of it: that is no capacity any more."""
+    draft.guests = find_guests(draft)
     for name in sorted({x.overlay for x in draft.leases}):
         holds: dict[str, Hold] = {}
         for lease in draft.leases:
             if lease.overlay == name:
-                before = holds.get(lease.gpu, Hold(0, exclusive=False))
+                guest = draft.guests.get(lease.gpu, {}).get(name, 0)
+                before = holds.get(lease.gpu, Hold(-guest, exclusive=False))
                 size = before.memory_bytes + lease.memory_bytes
                 holds[lease.gpu] = Hold(size, before.exclusive or lease.exclusive)
         draft.board.add(Tenant(f"overlay/{name}", draft.steps[name].record.priority, holds))

@@ -12,6 +12,7 @@ from reconciler.plan.actions import Blocked, Cause
 from reconciler.plan.board import Board, Hold, Need, Tenant, endpoint_key
 from reconciler.plan.draft import OVERRIDING, Arriving, Draft
 from reconciler.plan.endpoints import Standing, earliest_restart
+from reconciler.plan.guests import guests_gone
 from reconciler.plan.lacks import lacking, no_such_gpu
 from reconciler.plan.moving import in_words, under_way
 from reconciler.plan.observed import Subject
@@ -261,10 +262,10 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
 
 
 def held_by_overlays(draft: Draft, need: Need) -> Blocked | None:
-    """That an endpoint would have its place without overlays, and which hold it; None: it would not."""
+    """That an endpoint would have its place without overlays and guests, and which hold it; None: it would not."""
     overlays = frozenset(k for k in draft.board.tenants.came if k.startswith("overlay/"))  # no resident
     board = draft.board.without({endpoint_key(need.subject.name)})  # what it keeps while it sleeps is a part of it
-    if place([need], board.without(overlays)) is None:
+    if place([need], guests_gone(draft, board.without(overlays))) is None:
         return None
     steps = [draft.steps[k.partition("/")[2]] for k in sorted(overlays)]
     here = [s for s in steps if {x.gpu for x in draft.leases if x.overlay == s.record.name} & set(need.candidates)]

@@ -27,6 +27,7 @@ from reconciler.plan.ledger import (
     Ledger,
     OverlayRecord,
     Quarantine,
+    Strangers,
     Timings,
 )
 from reconciler.plan.observed import Subject
@@ -40,7 +41,8 @@ def event(subject: str = "thinking", kind: str = "healthy") -> Event:
 
 
 def lease(gpu: str) -> Lease:
-    return Lease("render", Subject("workload", "render"), gpu, 16 << 30, exclusive=False, since=NOW)
+    there = Strangers(((70, 10 << 30), (71, 1 << 30)), 5 << 20)
+    return Lease("render", Subject("workload", "render"), gpu, 16 << 30, exclusive=False, since=NOW, strangers=there)
 
 
 def overlay(name: str = "render") -> OverlayRecord:

@@ -33,6 +33,8 @@ class _Share(Struct, frozen=True):
     """The action from which it is held; None: it is held already."""
     ends: frozenset[int]
     """Actions of which each says that it is held no more."""
+    guest: int = 0
+    """Of a reservation: so much of it is held by strangers to us."""
 
 
 class Account(Struct, frozen=True, dict=True):
@@ -146,12 +148,43 @@ class Account(Struct, frozen=True, dict=True):
         for a in self.plan.actions:
             name = a.subject.name
             if a.op == "wait_end" and self.spec.overlays[name].workload is None:
+                runs = any(i.alive and i.subject == Subject("workload", name) for i in self.observed.incarnations)
                 for x in self.plan.ledger.leases:
-                    if x.subject == Subject("workload", name):
+                    if x.subject == Subject("workload", name) and not runs:  # work, when it began
                         ends = self.overlay_ends[name]
-                        share = _Share(f"#{a.id} {name}", x.gpu, x.memory_bytes, x.exclusive, a.id, ends)
+                        guest = self.guests.get((name, x.gpu), 0)
+                        holds = name in self.before.overlays and self.before.overlays[name].state == "active"
+                        begins = None if holds else a.id
+                        share = _Share(f"#{a.id} {name}", x.gpu, x.memory_bytes, x.exclusive, begins, ends, guest)
                         found.append(share)
         return found
+
+    @cached_property
+    def guests(self) -> dict[tuple[str, str], int]:
+        """Reservation and GPU → bytes of its claim there that its guest has, who is a stranger to us as well.
+
+        A guest has no more than came since the reservation became active, and than it claims. What came for the second
+        of two came for one of them.
+        """
+        found: dict[tuple[str, str], int] = {}
+        for gpu in self.observed.gpus:
+            held = {p.pid: p.memory_bytes or 0 for p in gpu.processes or () if p.owner is None}
+            hosts = [x for x in self.before.leases if x.gpu == gpu.uuid and x.strangers is not None]
+            since: list[int] = []  # of those before: what came since each of them, less what was given to guests
+            for lease in sorted(hosts, key=lambda x: self._active_since(x.overlay)):
+                assert lease.strangers is not None
+                then = dict(lease.strangers.processes)
+                gone = sum(size for pid, size in then.items() if pid not in held) + lease.strangers.nameless_bytes
+                came = sum(size for pid, size in held.items() if pid not in then)
+                since.append(max(0, came - gone))
+                guest = min(lease.memory_bytes, *since)
+                since = [size - guest for size in since]
+                found[lease.overlay, gpu.uuid] = guest
+        return found
+
+    def _active_since(self, overlay: str) -> float:
+        since = self.before.overlays[overlay].active_since
+        return since.wall if since is not None else self.plan.now.wall
 
     def no_prefix_oversubscribes(self) -> None:
         """At the worst moment at which anything begins, its GPU has room for all that may be there then."""
@@ -163,7 +196,7 @@ class Account(Struct, frozen=True, dict=True):
             near = [s for s in self.shares if s.gpu == share.gpu and s is not share]
             there = self._heaviest([s for s in near if self._may_meet(s, share, before)])
             total = share.size + sum(s.size for s in there)
-            room = self._room(gpus[share.gpu])
+            room = self._room(gpus[share.gpu], sum(s.guest for s in (share, *there)))
             story = f"{share} meets {there} on {room}\n" + "\n".join(map(str, self.plan.actions))
             assert total <= room, story
             assert not there or not (share.exclusive or any(s.exclusive for s in there)), story
@@ -178,7 +211,7 @@ class Account(Struct, frozen=True, dict=True):
         if len(together) == len(rest):
             return [first, *without]
         including = [first, *self._heaviest(together)]
-        return max(including, without, key=lambda found: sum(s.size for s in found))
+        return max(including, without, key=lambda found: sum(s.size - s.guest for s in found))
 
     def _replaces(self, later: _Share, earlier: _Share) -> bool:
         """Whether `later` begins only after `earlier` is held no more."""
@@ -193,9 +226,10 @@ class Account(Struct, frozen=True, dict=True):
         later = share.begins == other.begins or share.begins in self.ancestors[other.begins]
         return not later or other.begins in before
 
-    def _room(self, gpu: Gpu) -> int:
+    def _room(self, gpu: Gpu, guests: int) -> int:
+        """What there is beside strangers, beyond those guests who are in the places of reservations."""
         strangers = sum(p.memory_bytes or 0 for p in gpu.processes or () if p.owner is None)
-        return gpu.total_bytes - max(self.spec.node.reserve_bytes, strangers)
+        return gpu.total_bytes - max(self.spec.node.reserve_bytes, strangers - guests)
 
     def starts_wait_for_those_who_leave(self) -> None:
         """A start comes after the memory of everybody who leaves one of its GPUs is seen free."""
