@@ -1,4 +1,4 @@
-# ruff: noqa: PTH102, PTH106, PTH116, PTH118, PTH123, PTH208, SIM105, FBT003
+# ruff: noqa: PTH102, PTH106, PTH116, PTH118, PTH123, PTH208, SIM105
 """The parent of one leader: starts it, records how it ends, and stays while any descendant lives.
 
 Run as `python -I -S shim.py CONTROL_FD [OPEN_FILES]`, by absolute path: it imports nothing of this package, and nothing
@@ -78,12 +78,12 @@ _NOBODY_READS = (errno.ENOENT, errno.ESTALE)  # the folder of the records was re
 
 def main() -> int:
     """Fork a shim for each message, until nobody can send one any more."""
-    control = _socket.socket(fileno=int(sys.argv[1]))
+    control = _socket.socket(fileno=os.dup(int(sys.argv[1])))  # the least number: select(2) knows no large ones
+    os.close(int(sys.argv[1]))
     if len(sys.argv) > 2:  # the daemon itself has a higher one
         import resource
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    os.set_inheritable(control.fileno(), False)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for shims: the kernel collects them
     ignore_polite_signals()
     set_process(_PR_SET_PDEATHSIG, _signal.SIGCONT)  # stopped, it would keep what it was handed for ever, locks as well

@@ -722,6 +722,32 @@ def test_the_fork_server_ends_with_its_daemon_whatever_the_shim_in_advance_does(
     until(lambda: not is_running(server) and not is_running(spare), "their ends")
 
 
+def test_a_daemon_with_more_than_a_thousand_descriptors_starts_as_any_other(nursery: Nursery) -> None:
+    """Numbers beyond those that select(2) can be given, as with hundreds of endpoints."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("not so many can be had here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held: list[int] = []
+    try:
+        while not held or held[-1] < 1100:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        actor = nursery.actor()
+        actor.warm()
+        spare_of(actor)
+        launches = [nursery.launch(OBEDIENT, name=f"endpoint-{number}") for number in range(3)]
+
+        async def start_all() -> None:
+            await asyncio.gather(*(actor.ensure_started(launch) for launch in launches))
+
+        nursery.run(start_all())
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(len(nursery.members(launch.incarnation)) == 1 for launch in launches)
+
+
 def test_of_starts_in_one_turn_no_program_begins_before_all_are_handed_over(nursery: Nursery) -> None:
     actor = nursery.actor()
     launches = [nursery.launch(OBEDIENT, name=f"endpoint-{number}") for number in range(3)]
