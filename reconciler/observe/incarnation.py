@@ -34,6 +34,8 @@ class _Memory(Struct):
     """Its leader, its shim and every member are gone: nothing can come back."""
     waited: bool = False
     """Its exit record was waited for once."""
+    lived_until: Instant | None = None
+    """The last look, after its leader had ended, at which others of it were seen, or it could not be told."""
     swept: Instant | None = None
     strays: dict[int, int] = field(default_factory=dict)
     """pid → start ticks, as of the last sweep."""
@@ -64,7 +66,9 @@ class IncarnationReader:
         memory = self._memories[records.id]
         phase, records = self._phase(records, memory)
         strays = self._strays(records, memory, phase)
-        return _incarnation(records, phase, strays), records
+        if phase in ("exited", "vanished") and strays != ():
+            memory.lived_until = self._clock.now()
+        return _incarnation(records, phase, strays, memory.lived_until), records
 
     def _phase(self, records: Records, memory: _Memory) -> tuple[Phase, Records]:
         """The phase, and the records it was decided on (read again where the decision hung on it).
@@ -215,7 +219,9 @@ def _before_boot(intent: Intent, ended: Exit | None) -> tuple[Instant, Instant |
     return started, Instant(ended.at.wall, ended.at.mono - last) if ended else None
 
 
-def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None) -> Incarnation:
+def _incarnation(
+    records: Records, phase: Phase, strays: tuple[int, ...] | None, lived_until: Instant | None
+) -> Incarnation:
     intent, run, ended, stop = records.intent, records.run, records.exit, records.stop
     if not isinstance(intent, Intent):
         # somebody may live behind it: shown under its id, for want of its name, rather than not at all
@@ -248,6 +254,7 @@ def _incarnation(records: Records, phase: Phase, strays: tuple[int, ...] | None)
         stop_settings=intent.stop_settings,
         questions=intent.questions,
         undying_since=records.undying.since if records.undying is not None else None,
+        lived_until=lived_until,
         bygone=rebooted
         or (phase in ("exited", "vanished") and strays == () and isinstance(run, Run) and _is_alien(run)),
     )

@@ -116,6 +116,8 @@ class Incarnation(Struct, frozen=True):
     """How its file had it stopped when it was started, which counts once the file is gone; None: not recorded."""
     questions: Questions | None = None
     """What its server is asked, in the same way; None: it is none, or it was not recorded."""
+    lived_until: Instant | None = None
+    """When processes of it were last seen to live after its leader had ended; None: none were."""
     bygone: bool = False
     """The boot, or the container, in which it was started is over. All of it ended with that, if not before."""
 

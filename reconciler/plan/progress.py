@@ -75,9 +75,12 @@ def quarantine_overdue(draft: Draft) -> None:
 
 
 def _ended(draft: Draft, incarnation: Incarnation) -> Instant | None:
-    """When it ended; of one that vanished: when that was first noticed."""
-    if incarnation.exited is not None:
-        return incarnation.exited
+    """When the last of it ended; of one that vanished: when that was first noticed."""
+    ends = [incarnation.lived_until, incarnation.exited or _noticed(draft, incarnation)]
+    return max((end for end in ends if end is not None), key=lambda end: end.mono, default=None)
+
+
+def _noticed(draft: Draft, incarnation: Incarnation) -> Instant | None:
     name = incarnation.subject.name
     if incarnation.subject.kind == "workload":
         return draft.steps[name].record.since if name in draft.steps else None

@@ -256,7 +256,12 @@ def _no_place(draft: Draft, endpoint: EndpointSpec) -> Blocked:
         return held
     lack = lacking(draft.situation, [need])
     if lack.transient and lack.reason == "InsufficientGpus":
-        message = f"its GPUs are held by {_holders(draft, need)}; endpoints do not displace each other"
+        holders = _holders(draft, need)
+        if not holders and (shut := [gpu for gpu in need.candidates if gpu in draft.quarantines]):  # just now
+            index, reason = draft.situation.gpus[shut[0]].index, draft.quarantines[shut[0]].reason
+            message = f"GPU {index} cannot be used: {reason}"
+            return Blocked(need.subject, "Quarantined", message, (f"reconciler reset {index}",), transient=False)
+        message = f"its GPUs are held by {holders}; endpoints do not displace each other"
         return Blocked(need.subject, "InsufficientGpus", message, ("free a GPU, or lower its claim",), transient=False)
     return Blocked(need.subject, lack.reason, lack.message, lack.alternatives, transient=lack.transient)
 

@@ -353,8 +353,12 @@ def test_children_that_outlive_their_leader_are_strays_until_they_end(cradle, re
     assert seen.exit_code == 7
     assert len(seen.strays) == 1
     assert seen.alive
+    assert seen.lived_until.since(seen.exited) >= 0
     os.kill(seen.strays[0], signal.SIGKILL)
     wait_until(lambda: not only(reader).alive, "nothing of it is left")
+    over = only(reader)
+    assert over.lived_until.since(seen.lived_until) >= 0
+    assert only(reader).lived_until == over.lived_until, "that is past, and stays so"
 
 
 def test_a_child_that_left_the_session_is_a_stray_even_without_shim(cradle, reader, wait_until):

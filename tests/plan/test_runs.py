@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from builders import NOW, endpoint, overlay, spec, uuid
+from builders import NOW, endpoint, gpu, incarnation, observed, overlay, spec, uuid
 from msgspec.structs import replace
 from plant import Behaviour, Plant, Run, overlay_state
 
 from reconciler.plan.actions import Plan
 from reconciler.plan.ledger import Ledger
 from reconciler.plan.observed import Subject
+from reconciler.plan.planner import plan
 from reconciler.plan.requests import clean_start, reset, stopped
 from reconciler.spec.spec import Restart, Stop
 from reconciler.units import GIB
@@ -156,6 +157,26 @@ def test_memory_that_a_vanished_process_keeps_quarantines_its_gpu():
     assert list(run.ledger.quarantines) == [uuid(0)]
     run.settle(until=lambda _: run.plant.is_ready("a"))
     assert run.plant.current("a").gpus == (uuid(1),)
+
+
+def test_memory_of_what_a_leader_left_behind_has_its_time_to_come_back_once_the_last_of_it_is_gone():
+    """A leader that ended while no daemon ran: its engine held the GPU for an hour until the next one ended it."""
+    pinned = endpoint("a", [0])
+    ended = {"phase": "exited", "pid": None, "exit_code": -9, "exited": NOW.plus(-3600)}
+    held = {"used": 70 * GIB, "processes": ()}
+
+    def decided(**fields):
+        before = incarnation(pinned, [0], **ended, **fields)
+        return plan(spec(pinned), observed(gpu(0, **held), incarnations=[before]), Ledger(boot_id="boot"), NOW)
+
+    assert not decided(lived_until=NOW.plus(-1)).ledger.quarantines
+    shut = decided(lived_until=None)
+    assert [q.reason for q in shut.ledger.quarantines.values()] == ["memory of a not returned 60 s after it ended"]
+    (blocked,) = [b for b in shut.blocked if b.subject.name == "a"]
+    assert (blocked.reason, blocked.message) == (
+        "Quarantined",
+        "GPU 0 cannot be used: memory of a not returned 60 s after it ended",
+    )
 
 
 def test_a_killed_process_that_lives_on_quarantines_its_gpu_and_holds_up_nobody_else():
