@@ -32,12 +32,13 @@ _HARMLESS = frozenset({
 """In front of one of the above."""
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _INSIDE = re.compile(
-    r"""(?<![\w.-])(?:(?![A-Za-z])[\w.-])*+(?P<name>[A-Za-z][\w.-]*+)"""
+    r"""(?<![\w.-])(?:(?![A-Za-z])[\w.-])*(?P<name>[A-Za-z][\w.-]*+)"""
     r"""\\?["']?\s*(?P<mark>[:=])\s*\\?(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?(?!//)(?=\S)"""
 )
 """A name and what stands before its value within one word: `NAME=value`, a header, JSON, the query of an address.
 
 What could be a name is looked at once, from its first letter to its end: a word may be a template of 100 KB.
+What comes before its first letter is no possessive group: Python before 3.11.4 loses the begin of what follows one.
 """
 _SEPARATOR = re.compile(r"""[\s"'&?,;}\]]""")
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]+(?=@)")

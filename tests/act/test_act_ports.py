@@ -30,16 +30,24 @@ def test_a_listener_on_any_address_takes_the_port(taken: socket.socket, address:
         prove_free(taken.getsockname()[1])
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
-def test_a_listener_on_ipv6_alone_takes_the_port() -> None:
-    with socket.socket(socket.AF_INET6) as server:
+@pytest.fixture
+def on_ipv6() -> Iterator[socket.socket]:
+    try:
+        made = socket.socket(socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 on this box")
+    with made:
         try:
-            server.bind(("::1", 0))
+            made.bind(("::1", 0))
         except OSError:
             pytest.skip("no IPv6 on this box")
-        server.listen()
-        with pytest.raises(PortInUse):
-            prove_free(server.getsockname()[1])
+        yield made
+
+
+def test_a_listener_on_ipv6_alone_takes_the_port(on_ipv6: socket.socket) -> None:
+    on_ipv6.listen()
+    with pytest.raises(PortInUse, match="listens"):
+        prove_free(on_ipv6.getsockname()[1])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
@@ -53,16 +61,13 @@ def test_a_port_bound_by_a_server_that_still_loads_is_taken(taken: socket.socket
     prove_free(port)
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+@pytest.mark.usefixtures("on_ipv6")
 @pytest.mark.parametrize("address", ["::1", "::"])
 def test_a_port_bound_on_ipv6_alone_is_taken(address: str) -> None:
     with socket.socket(socket.AF_INET6) as loading:
         loading.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         loading.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            loading.bind((address, free_port()))
-        except OSError:
-            pytest.skip("no IPv6 on this box")
+        loading.bind((address, free_port()))
         with pytest.raises(PortInUse, match="does not listen yet"):
             prove_free(loading.getsockname()[1])
 

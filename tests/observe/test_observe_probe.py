@@ -6,7 +6,7 @@ import resource
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 from http_box import HttpBox, reply
@@ -185,15 +185,18 @@ def test_a_proxy_in_the_environment_is_not_asked(box, clock, monkeypatch):
 
 def test_without_a_free_descriptor_the_question_could_not_be_put(box, clock):
     ask(target(box.port), clock)  # imports and first use are done
-    connection = Connection(target(box.port), clock)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with suppress(OSError):
-            while True:
-                taken.append(socket.socket())
-        answer = connection.ask(target(box.port))
+        for _ in range(100):  # another thread may let go of one in between, as of the question above
+            with suppress(OSError):
+                while True:
+                    taken.append(socket.socket())
+            with closing(Connection(target(box.port), clock)) as connection:
+                answer = connection.ask(target(box.port))
+            if answer.ready is None:
+                break
     finally:
         for descriptor in taken:
             descriptor.close()
