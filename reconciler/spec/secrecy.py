@@ -38,7 +38,7 @@ _INSIDE = re.compile(
 """A name and what stands before its value within one word: `NAME=value`, a header, JSON, the query of an address.
 
 What could be a name is looked at once, from its first letter to its end: a word may be a template of 100 KB.
-What comes before its first letter is no possessive group: Python before 3.11.4 loses the begin of what follows one.
+What comes before its first letter is no possessive group: Python 3.11.2 loses the first letter of what follows one.
 """
 _SEPARATOR = re.compile(r"""[\s"'&?,;}\]]""")
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]+(?=@)")
